@@ -1,0 +1,46 @@
+"""Learning with partial forgetting (LwPF) for the attention of unmodified libraries.
+
+    import lwpf_patch
+    lwpf_patch.apply("timm")
+
+Importing this package imports no torch; that happens when something is patched or computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "registry": ("apply", "revert", "patched", "status"),
+    "models": ("patch_model", "unpatch_model"),
+    "attention": ("lwpf_attention", "partial_forgetting"),
+    "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU"),
+    "settings": ("register_func_d",),
+    "errors": ("ConflictError", "HostNotInstalledError", "LwpfError", "RewriteError", "SettingsError"),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+if TYPE_CHECKING:
+    from .attention import lwpf_attention, partial_forgetting
+    from .errors import ConflictError, HostNotInstalledError, LwpfError, RewriteError, SettingsError
+    from .forgetting import PFU, FuncD, NoForgetting, ReLU
+    from .models import patch_model, unpatch_model
+    from .registry import apply, patched, revert, status
+    from .settings import register_func_d
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,18 @@
+"""What runs at the start of every interpreter in whose environment a variable begins with ``LWPF_``.
+
+Imported by ``lwpf_patch.pth``. An exception there is only printed and the script runs on, unpatched; so an error is kept
+and raised where training begins: when torch, or a host, is first imported.
+"""
+
+try:
+    from . import registry
+    from .hosts import HOSTS
+    from .settings import from_environment
+
+    _hosts, _settings = from_environment(HOSTS)
+    for _host in _hosts:
+        registry.request(_host, _settings)
+except BaseException as _error:
+    from .importing import arm
+
+    arm(_error, ("torch", "timm", "hflayers", "deeprc"))

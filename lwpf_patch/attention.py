@@ -1,0 +1,90 @@
+"""The operator: drop-in for ``scaled_dot_product_attention``, and its form for softmax attention that is written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+from . import forgetting
+from .errors import unknown_value
+from .settings import BACKENDS, MASKINGS
+
+
+def lwpf_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    func_d: Any,
+    training: bool | None = None,
+    masking: str | None = None,
+    backend: str | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention with partial forgetting (Ota et al., AISTATS 2023), as ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Computes ``s = scale * q k^T (+ mask)``, ``(D, D') = func_d(s)``, ``w = dropout(softmax(D))`` and returns
+    ``(D' * w) v``: a forgotten key keeps its part of the denominator but gives no value. Half precision is computed in
+    float32; under autocast the inputs are cast as for SDPA. There is no double backward for other backends than eager.
+
+    Args:
+        query: (..., L, E).
+        key: (..., S, E).
+        value: (..., S, Ev).
+        attn_mask: Broadcastable to (..., L, S): boolean (True takes part), or floating, added to the scores.
+        dropout_p: Probability that a weight is dropped. Applied whenever it is above 0, as SDPA does.
+        is_causal: Whether query i sees the keys 0 to i only. Excludes ``attn_mask``.
+        scale: Factor of the scores, None for ``E ** -0.5``.
+        func_d: The forgetting function: text such as ``"relu"``, a :class:`lwpf_patch.FuncD`, or a callable that maps
+            scores to ``(D(s), D'(s))``.
+        training: Whether PFU draws its noise. None: as the ``training`` of a :class:`lwpf_patch.FuncD` says, and False
+            for text and callables.
+        masking: ``"exclude"`` or ``"paper"``; None: the func_d's own, which is ``"exclude"`` by default.
+        backend: Which implementation computes; None: the func_d's own, which is ``"auto"`` by default.
+        enable_gqa: Whether several query heads share a key and value head, as in SDPA.
+
+    Returns:
+        The output, (..., L, Ev), of the query's dtype.
+
+    Raises:
+        SettingsError: An unknown func_d, masking or backend.
+        RuntimeError: Shapes, dtypes or devices that do not go together.
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(
+            lwpf_attention, (query, key, value), query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
+            is_causal=is_causal, scale=scale, func_d=func_d, training=training, masking=masking, backend=backend,
+            enable_gqa=enable_gqa,
+        )  # fmt: skip
+    if masking is not None and masking not in MASKINGS:
+        raise unknown_value("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
+    if backend is not None and backend not in BACKENDS:
+        raise unknown_value("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
+    module = forgetting.make_func_d(func_d, "lwpf_attention(func_d=...)")
+    if training is None:
+        training = module is func_d and module.training
+    return module.attend(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking or module.masking,
+        backend or module.backend,
+    )  # fmt: skip
+
+
+def partial_forgetting(scores: Tensor, *, func_d: Any) -> tuple[Tensor, Tensor]:
+    """The first of the paper's two lines: ``attn, mask = func_d(attn)``, before a softmax that is written out.
+
+    Args:
+        scores: (..., L, S), with masks already added.
+        func_d: As for :func:`lwpf_attention`.
+
+    Returns:
+        D(scores), and the mask D'(scores) that multiplies the softmax.
+    """
+    if has_torch_function_unary(scores):
+        return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d)
+    return forgetting.make_func_d(func_d)(scores)

@@ -1,0 +1,261 @@
+"""The command ``lwpf``: run a script patched, show what is patched and how, check the installation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import __version__, backends, importing, registry
+from .errors import LwpfError, SettingsError
+from .hosts import HOSTS
+from .settings import BACKENDS, FUNC_D_OPTIONS, MASKINGS, PATCH_VARIABLE, VARIABLES, Settings, check_hosts, from_environment, split_list
+
+HOOK = "lwpf_patch.pth"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Its arguments; default those of the process.
+
+    Returns:
+        The exit code: 0, 1 when a check failed, 2 for a wrong request.
+    """
+    # A request in the environment is meant for the script; this process trains nothing.
+    importing.disarm()
+    registry.revert()
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.command(options))
+    except LwpfError as error:
+        print(f"lwpf: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of `lwpf diff timm | head` has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lwpf",
+        description="Learning with partial forgetting (LwPF) for the attention of unmodified libraries.",
+    )
+    parser.add_argument("--version", action="version", version=f"lwpf_patch {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        usage="lwpf run [options] (script.py | -m module) [arguments ...]",
+        help="run a Python script or module with its attention patched",
+        description="Sets the environment and executes the same interpreter: exit code, signals, standard input and "
+        "__main__ are the script's own, and worker processes are patched too.",
+    )
+    _add_settings(run)
+    run.add_argument("-m", dest="module", action="store_true", help="the target is a module, as in python -m")
+    run.add_argument("target", nargs=argparse.REMAINDER, help="script (or module) and its arguments")
+    run.set_defaults(command=_run, parser=run)
+
+    status = commands.add_parser("status", help="show hosts, versions, sites, and what would be patched")
+    status.add_argument("--json", action="store_true", help="print plain data")
+    status.set_defaults(command=_status)
+
+    diff = commands.add_parser("diff", help="show what patching changes in a host's source")
+    diff.add_argument("host", help=", ".join(HOSTS))
+    diff.add_argument("--include", action="append", help="only sites that match this glob pattern")
+    diff.add_argument("--exclude", action="append", help="no sites that match this glob pattern")
+    diff.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal, unless NO_COLOR is set"
+    )
+    diff.set_defaults(command=_diff)
+
+    doctor = commands.add_parser("doctor", help="check that the environment variable takes effect here")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--patch",
+        metavar="HOSTS",
+        help=f"hosts to patch, separated by commas: {', '.join(HOSTS)} (default: {PATCH_VARIABLE}, or else timm)",
+    )
+    parser.add_argument(
+        "--func-d",
+        metavar="FUNC_D",
+        help=f"forgetting function: {', '.join(FUNC_D_OPTIONS)}, with options as in pfu:mu=dmedian,bias=mu,sigma=0.01 "
+        "(default: relu)",
+    )
+    parser.add_argument("--masking", help=f"{' or '.join(MASKINGS)} (default: exclude)")
+    parser.add_argument("--backend", help=f"{' or '.join(BACKENDS)} (default: auto)")
+    parser.add_argument("--include", metavar="GLOBS", help="patch only sites that match one of these glob patterns")
+    parser.add_argument("--exclude", metavar="GLOBS", help="leave alone sites that match one of these glob patterns")
+
+
+def _run(options: argparse.Namespace) -> int:
+    target = options.target[1:] if options.target[:1] == ["--"] else options.target
+    if not target:
+        options.parser.error("no script: lwpf run [options] script.py [arguments ...]")
+    environment = dict(os.environ)
+    flags = {setting: f"--{setting.replace('_', '-')}" for setting in VARIABLES}
+    given = {setting: value for setting in VARIABLES if (value := getattr(options, setting)) is not None}
+    origins = {setting: flags[setting] if setting in given else VARIABLES[setting] for setting in VARIABLES}
+    inherited = {s: os.environ[v] for s, v in VARIABLES.items() if s not in given and os.environ.get(v, "").strip()}
+    settings = Settings(**{**inherited, **given}, origin=origins.__getitem__)
+    hosts = options.patch or os.environ.get(PATCH_VARIABLE, "").strip() or "timm"
+    for host in check_hosts(split_list(hosts), "--patch" if options.patch else PATCH_VARIABLE, HOSTS):
+        HOSTS[host].selected(settings)
+        HOSTS[host].root()
+    environment[PATCH_VARIABLE] = hosts
+    environment.update({VARIABLES[setting]: value for setting, value in given.items()})
+    if not options.module and not Path(target[0]).exists():
+        raise SettingsError(f"there is no script {target[0]!r} in {Path.cwd()}; write -m before the name of a module")
+    _require_hook()
+    arguments = [*subprocess._args_from_interpreter_flags(), *(["-m"] if options.module else []), *target]  # type: ignore[attr-defined]
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *arguments], environment)
+
+
+def _hook_files() -> list[Path]:
+    return [path for folder in sys.path if (path := Path(folder) / HOOK).is_file()]
+
+
+def _require_hook() -> None:
+    """Checks that a new interpreter would run the start-up hook.
+
+    Raises:
+        SettingsError: It would not, so that the script would run unpatched.
+    """
+    if sys.flags.no_site or not _hook_files():
+        raise SettingsError(
+            f"the start-up hook {HOOK} is in no site-packages folder of {sys.executable}, so the script would run "
+            "unpatched: install the package with pip (a checkout on PYTHONPATH is not enough), do not use python -S, or "
+            "call lwpf_patch.apply() in the script"
+        )
+
+
+def _plain_status() -> dict[str, Any]:
+    hosts = {}
+    for name, host in HOSTS.items():
+        try:
+            plans = host.plans(Settings())
+            sites = [
+                {
+                    "name": site.name,
+                    "function": site.qualname,
+                    "file": plan.path,
+                    "hash": plan.hashes[site.qualname],
+                    "known": site.known.get(plan.hashes[site.qualname]),
+                }
+                for plan in plans
+                for site in plan.sites
+            ]
+            hosts[name] = {"version": host.version(), "patchable": True, "sites": sites}
+        except LwpfError as error:
+            hosts[name] = {"patchable": False, "problem": str(error)}
+    try:
+        requested, settings = from_environment(HOSTS)
+        request: dict[str, Any] = {"hosts": list(requested), **settings.describe()} if requested else {}
+    except LwpfError as error:
+        request = {"problem": str(error)}
+    backend, why = backends.choose("auto")
+    environment = {name: value for name, value in os.environ.items() if name.startswith("LWPF_")}
+    return {
+        "lwpf_patch": __version__,
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "hook": [str(path) for path in _hook_files()],
+        "environment": environment,
+        "request": request,
+        "backend": {"name": backend, "why": why},
+        "hosts": hosts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _status(options: argparse.Namespace) -> int:
+    status = _plain_status()
+    if options.json:
+        print(json.dumps(status, indent=2))
+        return 0
+    print(f"lwpf_patch {status['lwpf_patch']}, Python {status['python']}, torch {status['torch'] or 'not installed'}")
+    print(f"start-up hook: {', '.join(status['hook']) or 'not installed; LWPF_PATCH and lwpf run have no effect'}")
+    print(f"environment:   {' '.join(f'{k}={v}' for k, v in status['environment'].items()) or 'no LWPF_ variable is set'}")
+    request = status["request"]
+    if "problem" in request:
+        print(f"request:       WRONG: {request['problem']}")
+    elif request:
+        settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in request.items() if name != "hosts")
+        print(f"request:       patch {', '.join(request['hosts'])}; {settings}")
+    print(f"backend:       {status['backend']['name']} ({status['backend']['why']})")
+    for name, host in status["hosts"].items():
+        if not host["patchable"]:
+            print(f"\n{name}: cannot be patched: {host['problem']}")
+            continue
+        print(f"\n{name} {host['version']}: {len(host['sites'])} sites would be patched")
+        for site in host["sites"]:
+            known = f"known, as in {site['known']}" if site["known"] else "not tested with this version; its shape is known"
+            print(f"  {site['name']:<45} {known}")
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    (name,) = check_hosts([options.host], "lwpf diff", HOSTS)
+    settings = Settings(include=options.include, exclude=options.exclude, origin="--{}".format)
+    diff = "".join(plan.diff() for plan in HOSTS[name].plans(settings))
+    automatic = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if options.color == "always" or (options.color == "auto" and automatic):
+        diff = "".join(map(_coloured, diff.splitlines(keepends=True)))
+    print(diff, end="")
+    return 0
+
+
+def _coloured(line: str) -> str:
+    colours = {"+++": "1", "---": "1", "@@": "36", "+": "32", "-": "31"}
+    colour = next((code for start, code in colours.items() if line.startswith(start)), None)
+    return f"\x1b[{colour}m{line.rstrip(chr(10))}\x1b[m\n" if colour else line
+
+
+_PROBE = """
+import sys
+registry = sys.modules.get("lwpf_patch.registry")
+state = registry.status()["hosts"] if registry else {}
+print(",".join(name for name, host in state.items() if host["state"] != "off" and host["installed"]))
+"""
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    print(f"interpreter:   {sys.executable} (Python {platform.python_version()})")
+    print(f"package:       {Path(__file__).parent}")
+    print(f"start-up hook: {', '.join(map(str, _hook_files())) or 'in no folder of sys.path'}")
+    healthy = True
+    for name, host in HOSTS.items():
+        try:
+            host.plans(Settings())
+        except LwpfError as error:
+            print(f"{name}: {error}")
+            continue
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")} | {PATCH_VARIABLE: name}
+        child = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
+        fires = child.stdout.strip() == name
+        healthy = healthy and fires
+        print(f"{name}: {PATCH_VARIABLE}={name} {'takes effect' if fires else 'has NO effect'} in a new interpreter")
+        if not fires:
+            print(child.stderr, end="", file=sys.stderr)
+    if not healthy:
+        print(f"The hook {HOOK} does not run: install this package with pip into this interpreter's environment.")
+    return 0 if healthy else 1

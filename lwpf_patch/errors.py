@@ -1,0 +1,49 @@
+"""The errors that lwpf_patch raises.
+
+None of them is an ``ImportError``: a script that guards ``import timm`` with ``except ImportError`` must not go on
+unpatched because a request to patch could not be met.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LwpfError(RuntimeError):
+    """Base class: a request to patch that could not be met."""
+
+
+class SettingsError(LwpfError, ValueError):
+    """A value that the user gave is not allowed; the message names it, its origin and what is allowed."""
+
+
+class HostNotInstalledError(LwpfError):
+    """The library to be patched is not installed."""
+
+
+class RewriteError(LwpfError):
+    """A function does not have the shape that its edits need; nothing was patched."""
+
+
+class ConflictError(LwpfError):
+    """Someone else's patch stands where ours should be applied or reverted."""
+
+
+def unknown_value(what: str, value: object, origin: str, allowed: Iterable[str]) -> SettingsError:
+    """Builds the error for a name that is not in a list of names.
+
+    Args:
+        what: What the name stands for, such as ``"func_d"``.
+        value: The name as given.
+        origin: Where it came from, such as ``"LWPF_FUNC_D"``.
+        allowed: The names that would have been right.
+
+    Returns:
+        The error, which names the nearest match when there is one.
+    """
+    names = sorted(allowed)
+    lower = {name.lower(): name for name in names}
+    nearest = difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5)
+    hint = f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
+    return SettingsError(f"unknown {what} {value!r} (from {origin}): allowed are {', '.join(names)}{hint}")

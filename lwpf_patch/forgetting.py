@@ -1,0 +1,438 @@
+"""func_d, the forgetting functions: ReLU, PFU, none, and your own.
+
+Source: Ota et al., "Learning with Partial Forgetting in Modern Hopfield Networks", AISTATS 2023. A func_d maps scores
+``s`` to the pair ``(D(s), D'(s))``: the partially forgotten scores, and the indicator of what is kept, which carries no
+gradient. They are modules without parameters: a patched attention module owns one as ``self.func_d``.
+
+Typing is spelled as torch.jit.script reads it.
+"""
+
+import inspect
+from typing import Any, Callable, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+from . import backends, reporting
+from .backends import eager
+from .errors import SettingsError
+from .settings import func_d_factory, parse_func_d, register_func_d
+
+# While torch.compile traces, the note is made once, at tracing, and leaves neither a node nor a guard.
+_mark_used = torch.compiler.assume_constant_result(reporting.mark_used)
+
+__all__ = ["FuncD", "NoForgetting", "PFU", "ReLU", "make_func_d", "register_func_d"]
+
+
+class FuncD(nn.Module):
+    """Base class of the forgetting functions.
+
+    Called on scores it gives the two lines of the paper: ``attn, mask = func_d(attn)``, then, after the softmax,
+    ``attn = mask * attn``. Subclasses define :meth:`forget`.
+
+    Attributes:
+        masking: ``"exclude"``: keys hidden by a mask (score -inf or ``finfo.min``) are neither kept nor forgotten, have
+            no part in the denominator or the median, and a row with no key left gives 0. ``"paper"``: the official
+            recipe to the letter, which lets hidden keys back into the denominator.
+        backend: Which implementation computes :meth:`scaled_dot_product_attention`.
+    """
+
+    masking: str
+    backend: str
+    host: str
+    attached: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masking = "exclude"
+        self.backend = "auto"
+        self.host = ""  # the host whose attention owns this one, empty outside of one
+        self.attached = False  # whether apply() put it there, and revert() may take it away
+
+    def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
+        """Computes D and D'.
+
+        Args:
+            scores: (..., L, S).
+            excluded: Boolean, broadcastable to the scores; what is returned there does not matter. None: none is.
+            training: Whether to draw noise, if this func_d has any.
+
+        Returns:
+            D(scores), and D'(scores) as a boolean or 0/1 tensor without gradient; both of the scores' shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forget(scores, excluded)")
+
+    def forget_as_published(self, scores: Tensor, training: bool) -> Tuple[Tensor, Tensor]:
+        """Computes D and D' as the official code does, for ``masking="paper"``; hidden keys are just low scores."""
+        return self.forget(scores, None, training)
+
+    def forward(self, scores: Tensor) -> Tuple[Tensor, Tensor]:
+        """Forgets part of the scores; what stands around a softmax over keys that is written out.
+
+        Args:
+            scores: (..., L, S), with masks already added.
+
+        Returns:
+            D(scores), and the mask D'(scores) that multiplies the softmax.
+        """
+        if not torch.jit.is_scripting():
+            if has_torch_function_unary(scores):
+                return _dispatch("partial_forgetting", (scores,), func_d=self)
+            _mark_used(self.host)
+        if self.masking == "paper":
+            return self.forget_as_published(scores, self.training)
+        excluded = scores <= eager.lowest(scores.dtype)
+        forgotten, mask = self.forget(scores, excluded, self.training)
+        return eager.exclude(forgotten, mask, excluded)
+
+    def scaled_dot_product_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Optional[Tensor] = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: Optional[float] = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention with partial forgetting, with the signature of ``torch.nn.functional.scaled_dot_product_attention``.
+
+        See :func:`lwpf_patch.lwpf_attention` for the arguments.
+        """
+        if not torch.jit.is_scripting():
+            if has_torch_function((query, key, value)):
+                return _dispatch(
+                    "lwpf_attention", (query, key, value), attn_mask=attn_mask, dropout_p=dropout_p,
+                    is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, func_d=self,
+                )  # fmt: skip
+        return self.attend(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, self.training, self.masking, self.backend
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Optional[Tensor],
+        dropout_p: float,
+        is_causal: bool,
+        scale: Optional[float],
+        enable_gqa: bool,
+        training: bool,
+        masking: str,
+        backend: str,
+    ) -> Tensor:
+        """Computes attention; every argument of :func:`lwpf_patch.lwpf_attention` is given."""
+        if not torch.jit.is_scripting():
+            _mark_used(self.host)
+            backends.choose(backend)
+            check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
+            device = query.device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
+                with torch.autocast(device, enabled=False):
+                    return self._attend_eagerly(
+                        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking
+                    )
+        return self._attend_eagerly(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking
+        )
+
+    def _attend_eagerly(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Optional[Tensor],
+        dropout_p: float,
+        is_causal: bool,
+        scale: Optional[float],
+        enable_gqa: bool,
+        training: bool,
+        masking: str,
+    ) -> Tensor:
+        dtype = query.dtype
+        if dtype == torch.float16 or dtype == torch.bfloat16:  # thresholds and exponentials need float32
+            query, key, value = query.float(), key.float(), value.float()
+        if enable_gqa:
+            key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
+            value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+        scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
+        if masking == "paper":
+            forgotten, mask = self.forget_as_published(scores, training)
+        else:
+            forgotten, mask = self.forget(scores, excluded, training)
+            if excluded is not None:
+                forgotten, mask = eager.exclude(forgotten, mask, excluded)
+        return eager.retrieve(forgotten, mask, value, dropout_p).to(dtype)
+
+    def __prepare_scriptable__(self) -> "FuncD":
+        # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
+        _mark_used(self.host)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shows the options, and those settings that are not the defaults."""
+        shown = [] if self.masking == "exclude" else [f"masking={self.masking}"]
+        return ", ".join([*self._options(), *shown, *([] if self.backend == "auto" else [f"backend={self.backend}"])])
+
+    def _options(self) -> list[str]:
+        return []
+
+
+class ReLU(FuncD):
+    """Forgets the scores that are not positive: ``D(s) = max(s, 0)``, ``D'(s) = 1[s > 0]``.
+
+    A row whose scores are all at most 0 forgets everything: its output, and every gradient through it, is 0.
+
+    Example:
+        >>> import torch, lwpf_patch
+        >>> lwpf_patch.ReLU()(torch.tensor([[-1.0, 0.0, 2.0]]))
+        (tensor([[0., 0., 2.]]), tensor([[False, False,  True]]))
+    """
+
+    def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
+        """Computes D and D'; see :meth:`FuncD.forget`."""
+        return scores.relu(), scores > 0
+
+    def forget_as_published(self, scores: Tensor, training: bool) -> Tuple[Tensor, Tensor]:
+        """Computes D and D' as the official code does."""
+        forgotten = scores.relu()
+        return forgotten, torch.heaviside(forgotten, torch.zeros_like(forgotten)).detach()
+
+
+class PFU(FuncD):
+    """Partial forgetting unit: forgets the scores that are at most a threshold ``a``.
+
+    ``D(s)`` is ``s`` where ``s > a`` and ``bias(a)`` elsewhere; ``D'(s) = 1[s > a]``; ``a = mu(s) + eps``, where ``eps``
+    is normal with standard deviation ``sigma ** 2`` in training and 0 in evaluation. The defaults are the published
+    setting.
+
+    Args:
+        mu: The threshold: a number, or ``"dmedian"``, the median of the whole score tensor of the call, through which
+            gradient flows. It couples the items of a batch, in evaluation too.
+        bias: What a forgotten score becomes: a number, or ``"mu"``, the threshold itself.
+        sigma: Square root of the noise's standard deviation (that is what the official code does).
+
+    Raises:
+        SettingsError: A value that is none of these.
+    """
+
+    _mu: Optional[float]
+    _bias: Optional[float]
+
+    def __init__(self, bias: Union[float, str] = "mu", mu: Union[float, str] = "dmedian", sigma: float = 0.01) -> None:
+        super().__init__()
+        _, options = parse_func_d(f"pfu:bias={bias},mu={mu},sigma={sigma}", "PFU()")
+        self._mu = None if options["mu"] == "dmedian" else float(options["mu"])
+        self._bias = None if options["bias"] == "mu" else float(options["bias"])
+        self.sigma = float(options["sigma"])
+
+    def threshold(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tensor:
+        """Computes the threshold ``a`` of this call.
+
+        Args:
+            scores: (..., L, S).
+            excluded: Boolean, broadcastable to the scores: not counted by the median. None: every score counts.
+            training: Whether to add noise.
+
+        Returns:
+            A scalar tensor of the scores' dtype. NaN if a score that counts is NaN.
+        """
+        mu = self._mu
+        if mu is not None:
+            threshold = torch.full((), mu, dtype=scores.dtype, device=scores.device)
+        elif excluded is None:
+            threshold = scores.median()
+        else:
+            counted = scores.masked_fill(excluded, float("nan")).nanmedian()
+            broken = (scores.isnan() & ~excluded).any()
+            threshold = counted.masked_fill(broken, float("nan"))
+        if training and self.sigma > 0.0:
+            noise = torch.randn(1, dtype=torch.float32, device=scores.device).squeeze(0)
+            threshold = threshold + (noise * self.sigma**2).to(scores.dtype)
+        return threshold
+
+    def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
+        """Computes D and D'; see :meth:`FuncD.forget`."""
+        threshold = self.threshold(scores, excluded, training)
+        bias = self._bias
+        forgotten = threshold if bias is None else torch.full_like(threshold, bias)
+        # A tie is forgotten and a NaN is not hidden: both follow from asking for s <= a.
+        return torch.where(scores <= threshold, forgotten, scores), scores > threshold
+
+    def forget_as_published(self, scores: Tensor, training: bool) -> Tuple[Tensor, Tensor]:
+        """Computes D and D' as the official code does: its order of operations, its draw, its ``0 * -inf = NaN``."""
+        mu = self._mu
+        threshold = scores.median() if mu is None else torch.full((), mu, dtype=scores.dtype, device=scores.device)
+        if training:
+            threshold = threshold + torch.randn(1).to(scores.device) * self.sigma**2
+        h = (scores - threshold).relu()
+        mask = torch.heaviside(h, torch.zeros_like(h)).detach()
+        bias = self._bias
+        forgotten = threshold if bias is None else torch.full_like(threshold, bias)
+        # The official code promotes half precision to float32 here, in training only; ours stays in the scores' dtype.
+        return (mask * scores + (1.0 - mask) * forgotten).to(scores.dtype), mask.to(scores.dtype)
+
+    def _options(self) -> list[str]:
+        mu, bias = ("dmedian" if self._mu is None else self._mu), ("mu" if self._bias is None else self._bias)
+        return [f"mu={mu}", f"bias={bias}", f"sigma={self.sigma}"]
+
+
+class NoForgetting(FuncD):
+    """Forgets nothing: plain attention, for one model or one block that shall stay as it is under a patched host."""
+
+    def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
+        """Returns the scores, all kept."""
+        return scores, torch.ones_like(scores, dtype=torch.bool)
+
+    def forward(self, scores: Tensor) -> Tuple[Tensor, Tensor]:
+        """Returns the very scores and a mask of one element that keeps everything."""
+        if not torch.jit.is_scripting():
+            _mark_used(self.host)
+        return scores, torch.ones((), dtype=torch.bool, device=scores.device)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Optional[Tensor],
+        dropout_p: float,
+        is_causal: bool,
+        scale: Optional[float],
+        enable_gqa: bool,
+        training: bool,
+        masking: str,
+        backend: str,
+    ) -> Tensor:
+        """Calls ``torch.nn.functional.scaled_dot_product_attention``."""
+        if not torch.jit.is_scripting():
+            _mark_used(self.host)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+class CustomFuncD(FuncD):
+    """A forgetting function of the user's own.
+
+    Args:
+        function: Maps scores ``s`` to ``(D(s), D'(s))``, elementwise: both of the scores' shape, D' boolean or 0/1.
+            In ``masking="exclude"`` it sees 0 in place of the scores of excluded keys.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
+        """Computes D and D' with the user's function; see :meth:`FuncD.forget`.
+
+        Raises:
+            RuntimeError: The function did not return two tensors of the scores' shape.
+        """
+        if excluded is not None:
+            scores = scores.masked_fill(excluded, 0.0)
+        forgotten, mask = self.function(scores)
+        if forgotten.shape != scores.shape or mask.shape != scores.shape:
+            raise RuntimeError(
+                f"func_d must return (D(s), D'(s)), two tensors of the scores' shape {list(scores.shape)}; it returned "
+                f"shapes {list(forgotten.shape)} and {list(mask.shape)}"
+            )
+        return forgotten, mask.detach()
+
+    def _options(self) -> list[str]:
+        shown = not isinstance(self.function, nn.Module)  # a module is listed as a child anyway
+        return [getattr(self.function, "__name__", repr(self.function))] if shown else []
+
+
+_BUILT_IN = {"relu": ReLU, "pfu": PFU, "none": NoForgetting}
+
+
+def make_func_d(func_d: Any, origin: str = "func_d") -> FuncD:
+    """Makes a module from what the user gave as func_d.
+
+    Args:
+        func_d: Text such as ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``, a :class:`FuncD`, or a callable that maps scores to
+            ``(D(s), D'(s))``.
+        origin: Where it came from, for the error messages.
+
+    Returns:
+        A :class:`FuncD`; the object itself if it is one.
+
+    Raises:
+        SettingsError: It is none of these, or a registered factory did not take its options.
+    """
+    if isinstance(func_d, FuncD):
+        return func_d
+    if isinstance(func_d, str):
+        name, options = parse_func_d(func_d, origin)
+        factory = func_d_factory(name)
+        if factory is None:
+            return _BUILT_IN[name](**options)
+        try:
+            made = factory(**options)
+        except Exception as error:
+            raise SettingsError(f"func_d {func_d!r} (from {origin}): its factory raised {error!r}") from error
+        return make_func_d(made, f"the factory of {name!r}")
+    if callable(func_d) and not inspect.isclass(func_d):
+        return CustomFuncD(func_d)
+    raise SettingsError(
+        f"func_d {func_d!r} (from {origin}) is neither text, nor a FuncD, nor a function of scores: pass 'relu', "
+        "lwpf_patch.PFU(...), or a callable that returns (D(s), D'(s))"
+    )
+
+
+def _dispatch(name: str, tensors: Tuple[Tensor, ...], **options: Any) -> Any:
+    """Hands a call with tensor-like arguments to them, under the name of our public function: torch.fx makes it a node."""
+    from . import attention
+
+    return handle_torch_function(getattr(attention, name), tensors, *tensors, **options)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts as autocast does for SDPA: every floating tensor but float64."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], dropout_p: float, is_causal: bool
+) -> None:
+    """Checks the arguments of the operator.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices that do not go together, as SDPA raises it.
+    """
+    named = (("query", query), ("key", key), ("value", value))
+    for name, tensor in named:
+        if tensor.dim() < 2:
+            raise RuntimeError(f"lwpf_attention: {name} must have at least 2 dimensions, got shape {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"lwpf_attention: {name} must be of a floating dtype, got {tensor.dtype}")
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named)
+        raise RuntimeError(f"lwpf_attention: query, key and value must have the same dtype, got {got}")
+    if not query.device == key.device == value.device:
+        got = ", ".join(f"{name} on {tensor.device}" for name, tensor in named)
+        raise RuntimeError(f"lwpf_attention: query, key and value must be on the same device, got {got}")
+    if query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
+        got = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named)
+        raise RuntimeError(
+            "lwpf_attention: query (..., L, E), key (..., S, E) and value (..., S, Ev) must agree in E and S, got " + got
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"lwpf_attention: dropout_p must be a probability, got {dropout_p}")
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise RuntimeError("lwpf_attention: attn_mask and is_causal=True exclude each other; put causality in the mask")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise RuntimeError(f"lwpf_attention: attn_mask must be boolean or floating, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise RuntimeError(f"lwpf_attention: attn_mask is on {attn_mask.device}, query on {query.device}")

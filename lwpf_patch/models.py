@@ -1,0 +1,160 @@
+"""Patching one model: each of its attention modules gets a patched subclass, and no other model changes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from . import registry
+from .errors import ConflictError, SettingsError
+from .hosts import HOSTS, Host
+from .rewriting import Site
+from .settings import Settings
+
+
+def patch_model(
+    model: nn.Module,
+    *,
+    func_d: Any = "relu",
+    masking: str = "exclude",
+    backend: str = "auto",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> list[str]:
+    """Patches the attention of one model; its classes and every other model stay as they are.
+
+    The model stays patched whatever ``apply`` and ``revert`` do, and has a func_d of its own: under a patched host,
+    ``patch_model(teacher, func_d="none")`` keeps a model plain. Calling it again replaces the settings.
+
+    Args:
+        model: The model.
+        func_d: As for :func:`lwpf_patch.apply`.
+        masking: As for :func:`lwpf_patch.apply`.
+        backend: As for :func:`lwpf_patch.apply`.
+        include: Glob patterns over the names of the model's modules (``model.named_modules()``), such as
+            ``"blocks.1?.attn"``; default all.
+        exclude: Glob patterns over the names of modules to leave alone.
+
+    Returns:
+        The names of the modules that were patched.
+
+    Raises:
+        SettingsError: A wrong value, a pattern that matches no attention module, or a model without any.
+        LwpfError: As for :func:`lwpf_patch.apply`.
+    """
+    settings = Settings(func_d, masking, backend, include, exclude, origin="patch_model({}=...)".format)  # type: ignore[arg-type]
+    found = {name: site for name, module in model.named_modules() if (site := _site_of(type(module))) is not None}
+    if not found:
+        raise SettingsError(
+            f"patch_model: {type(model).__name__} has no attention module that can be patched; those are "
+            + ", ".join(site.name for host in HOSTS.values() for site in host.sites)
+        )
+    chosen = _choose(found, settings)
+    classes = {name: _patched_class(_plain_class(type(model.get_submodule(name)))) for name in chosen}
+    for name, patched_class in classes.items():
+        module = model.get_submodule(name)
+        own = registry.prototype(found[name][0], settings)
+        own.train(module.training)
+        module.__class__ = patched_class
+        module.func_d = own
+    registry.forget_compiled()
+    return chosen
+
+
+def unpatch_model(model: nn.Module) -> list[str]:
+    """Undoes :func:`patch_model`: the modules have their own classes again, as they are: patched if their host is.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names of the modules concerned.
+    """
+    names = [name for name, module in model.named_modules() if _plain_class(type(module)) is not type(module)]
+    for name in names:
+        module = model.get_submodule(name)
+        del module.func_d
+        module.__class__ = _plain_class(type(module))
+        registry.attach_if_applied(module)
+    registry.forget_compiled()
+    return names
+
+
+def _choose(found: dict[str, Any], settings: Settings) -> list[str]:
+    for option in ("include", "exclude"):
+        for pattern in getattr(settings, option):
+            if not any(fnmatchcase(name, pattern) for name in found):
+                raise SettingsError(
+                    f"{option} pattern {pattern!r} (from patch_model()) matches no attention module of the model; they "
+                    f"are {', '.join(found)}"
+                )
+    chosen = [
+        name
+        for name in found
+        if any(fnmatchcase(name, pattern) for pattern in settings.include)
+        and not any(fnmatchcase(name, pattern) for pattern in settings.exclude)
+    ]
+    if not chosen:
+        raise SettingsError("patch_model: include and exclude leave no attention module to be patched")
+    return chosen
+
+
+def _site_of(cls: type) -> tuple[Host, Site] | None:
+    """Finds the site whose function a class inherits, or is."""
+    for host in HOSTS.values():
+        for site in host.sites:
+            owner = getattr(sys.modules.get(site.module), site.owner, None)
+            if isinstance(owner, type) and issubclass(cls, owner) and owner.__module__ == site.module:
+                return host, site
+    return None
+
+
+def _plain_class(cls: type) -> type:
+    return cls.__dict__.get("_lwpf_plain_class", cls)
+
+
+@functools.cache
+def _patched_class(cls: type) -> type:
+    """Makes the patched subclass of an attention class."""
+    found = _site_of(cls)
+    assert found is not None
+    _, site = found
+    method = site.qualname.rpartition(".")[2]
+    owner = getattr(sys.modules[site.module], site.owner)
+    if next(base for base in cls.__mro__ if method in base.__dict__) is not owner:
+        raise ConflictError(
+            f"patch_model: {cls.__module__}.{cls.__qualname__} defines a {method} of its own over that of {site.name}, so "
+            "that it cannot be patched for one model alone; use lwpf_patch.apply()"
+        )
+    (located,) = registry.locate(sys.modules[site.module], [site])
+    plain = located.function
+    function = FunctionType(located.patched, plain.__globals__, method, plain.__defaults__, plain.__closure__)
+    for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__doc__", "__module__"):
+        setattr(function, name, copy.copy(getattr(plain, name)))
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        # The subclass is made at run time: what is pickled is the class that it was made of.
+        reduced = super(patched_class, self).__reduce_ex__(protocol)
+        return (_rebuild, (cls,), *reduced[2:]) if type(self) is patched_class else reduced
+
+    namespace = {
+        method: function,
+        "_lwpf_plain_class": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": reduce_ex,
+    }
+    patched_class = type(cls.__name__, (cls,), namespace)
+    return patched_class
+
+
+def _rebuild(cls: type) -> Any:
+    patched_class = _patched_class(cls)
+    return patched_class.__new__(patched_class)

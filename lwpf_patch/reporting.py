@@ -1,0 +1,77 @@
+"""What the user gets to see: the line that says what was patched, and the report at exit when nothing came of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("lwpf_patch")
+
+_used: set[str] = set()
+
+
+class _StderrUnlessConfigured(logging.StreamHandler):
+    """Writes to stderr as long as the script has configured no logging of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            self.stream = sys.stderr
+            super().emit(record)
+
+
+def _handler() -> logging.Handler:
+    handler = _StderrUnlessConfigured()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    return handler
+
+
+if not logger.handlers:
+    logger.addHandler(_handler())
+    logger.setLevel(logging.INFO)
+
+
+def is_main_process() -> bool:
+    """Returns whether this process should speak: rank 0, and no worker of another process."""
+    for variable in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if variable in os.environ:
+            return os.environ[variable] == "0" and not is_helper_process()
+    return not is_helper_process()
+
+
+def is_helper_process() -> bool:
+    """Returns whether another program started this interpreter for its own purposes: a worker, a launcher, a compiler."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing is not None and multiprocessing.parent_process() is not None:
+        return True
+    command = " ".join(sys.orig_argv[1:4]).replace(os.sep, ".")
+    helpers = ("from multiprocessing.", "--multiprocessing-fork", "_inductor.compile_worker", "torch.distributed.")
+    return any(helper in command for helper in helpers) or os.path.basename(sys.argv[0]) == "torchrun"
+
+
+def info(message: str) -> None:
+    """Tells the user something, once for all ranks."""
+    if is_main_process():
+        logger.info(message)
+
+
+def warn(message: str) -> None:
+    """Warns the user, once for all ranks."""
+    if is_main_process():
+        logger.warning(message)
+
+
+def mark_used(host: str) -> bool:
+    """Notes that a patched forward of a host was called, compiled or traced."""
+    _used.add(host)
+    return True
+
+
+def was_used(host: str) -> bool:
+    """Returns whether a patched forward of a host was called since it was last asked to forget."""
+    return host in _used
+
+
+def forget_use(host: str) -> None:
+    """Starts anew for a host."""
+    _used.discard(host)

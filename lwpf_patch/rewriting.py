@@ -1,0 +1,197 @@
+"""Rewriting: find the anchors in a function's source, splice the edits in, compile, show the difference.
+
+The whole module is spliced and compiled, so that ``super()``, closures and defaults survive; only the code objects of the
+functions that were edited are taken from it. Splicing by position keeps formatting and comments.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import linecache
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+
+from .edits import SDPA, SOFTMAX, Edit, Function, Splice
+from .errors import RewriteError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A function of a host that holds softmax attention.
+
+    Attributes:
+        module: The module that defines it.
+        qualname: Its name in the module, ``"Attention.forward"``.
+        edits: What turns it into attention with partial forgetting.
+        known: For each syntax tree that is known to be right to edit, by hash, the versions of the host that have it.
+    """
+
+    module: str
+    qualname: str
+    edits: tuple[Edit, ...]
+    known: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The name that users see and that include and exclude match: ``"timm.layers.attention.Attention"``."""
+        return f"{self.module}.{self.owner}"
+
+    @property
+    def owner(self) -> str:
+        """The class that the function belongs to."""
+        return self.qualname.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What shall become of one module.
+
+    Attributes:
+        module: Its name.
+        path: The file of its source.
+        source: Its source.
+        patched: The source with the edits spliced in.
+        sites: The sites in it.
+        unknown: Those whose syntax tree is not known; their shape is.
+        hashes: The hash of every site's syntax tree, by qualified name.
+    """
+
+    module: str
+    path: str
+    source: str
+    patched: str
+    sites: tuple[Site, ...]
+    unknown: tuple[Site, ...]
+    hashes: Mapping[str, str]
+
+    def compile(self) -> dict[str, tuple[CodeType, CodeType]]:
+        """Compiles both sources.
+
+        Returns:
+            For each qualified name of a site, the code that its source gives and the patched code.
+        """
+        filename = f"<lwpf_patch {self.module}>"
+        before = compile(self.source, self.path, "exec", dont_inherit=True)
+        after = compile(self.patched, filename, "exec", dont_inherit=True)
+        linecache.cache[filename] = (len(self.patched), None, self.patched.splitlines(keepends=True), filename)
+        return {site.qualname: (_code(before, site.qualname), _code(after, site.qualname)) for site in self.sites}
+
+    def diff(self) -> str:
+        """Returns the unified difference, upstream against patched; empty if there is none."""
+        name = self.module.replace(".", "/") + ".py"
+        lines = difflib.unified_diff(
+            self.source.splitlines(keepends=True),
+            self.patched.splitlines(keepends=True),
+            f"{name} (upstream)",
+            f"{name} (patched)",
+        )
+        return "".join(lines)
+
+
+def read_source(path: Path) -> str:
+    """Reads a module's source in the encoding that it declares, its line ends as Python sees them."""
+    with tokenize.open(path) as file:
+        return file.read()
+
+
+def has_site(source: str, site: Site) -> bool:
+    """Returns whether a module's source defines a site."""
+    return bool(_definitions(ast.parse(source), site.qualname))
+
+
+def plan(path: str, source: str, sites: Iterable[Site]) -> Plan:
+    """Plans the edits of some sites of one module; all of them or, when one anchor is missing, none.
+
+    Args:
+        path: The file of the source.
+        source: The module's source.
+        sites: The sites, all in this module.
+
+    Returns:
+        The plan.
+
+    Raises:
+        RewriteError: A site is not there, or does not have the shape that its edits need.
+    """
+    sites = tuple(sites)
+    tree = ast.parse(source, path)
+    encoded = source.encode()
+    splices: list[Splice] = []
+    hashes = {}
+    for site in sites:
+        node = _definition(tree, site, path)
+        hashes[site.qualname] = tree_hash(node)
+        splices += _splices(Function(node, encoded, path), site)
+    for splice in sorted(splices, key=lambda splice: splice.start, reverse=True):
+        encoded = encoded[: splice.start] + splice.text.encode() + encoded[splice.end :]
+    unknown = tuple(site for site in sites if hashes[site.qualname] not in site.known)
+    return Plan(sites[0].module, path, source, encoded.decode(), sites, unknown, hashes)
+
+
+def _splices(function: Function, site: Site) -> list[Splice]:
+    try:
+        splices = [splice for edit in site.edits for splice in edit(function)]
+    except RewriteError as error:
+        raise RewriteError(f"{site.module}.{site.qualname} cannot be patched: {error}") from None
+    # One splice for each SDPA call, two for each softmax: anything else would patch one branch and not the other.
+    anchors = len(function.calls(SDPA)) + 2 * len(function.calls(SOFTMAX))
+    if not splices or len(splices) != anchors:
+        missing = "no softmax over keys" if not anchors else "a softmax or attention call that no edit covers"
+        raise RewriteError(
+            f"{site.module}.{site.qualname} cannot be patched: {function.where} has {missing}. Its source does not have "
+            "the shape that lwpf_patch knows; leave it out with exclude=, or install a version that is supported"
+        )
+    return splices
+
+
+def _definitions(tree: ast.AST, qualname: str) -> list[ast.FunctionDef]:
+    nodes: list[ast.AST] = [tree]
+    for name in qualname.split("."):
+        nodes = [child for node in nodes for child in _scope(node) if child.name == name]
+    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
+
+
+def _scope(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield child
+        elif isinstance(child, ast.If | ast.Try):
+            yield from _scope(child)
+
+
+def _definition(tree: ast.AST, site: Site, path: str) -> ast.FunctionDef:
+    found = _definitions(tree, site.qualname)
+    if len(found) != 1:
+        what = "is not defined" if not found else f"is defined {len(found)} times"
+        raise RewriteError(f"{site.module}.{site.qualname} cannot be patched: it {what} in {path}")
+    return found[0]
+
+
+def _code(code: CodeType, qualname: str) -> CodeType:
+    for name in qualname.split("."):
+        (code,) = (c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
+    return code
+
+
+def tree_hash(node: ast.AST) -> str:
+    """Hashes a function's syntax tree: the same for every formatting, comment, docstring and version of Python."""
+    return hashlib.sha256(_canonical(node).encode()).hexdigest()[:16]
+
+
+def _canonical(node: object) -> str:
+    if isinstance(node, list):
+        return "[" + ",".join(map(_canonical, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name == "body" and isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            value = value[1:]
+        if value is not None and value != [] and not isinstance(value, ast.expr_context):
+            fields.append(f"{name}={_canonical(value)}")
+    return f"{type(node).__name__}({','.join(fields)})"

@@ -1,0 +1,255 @@
+"""What the user asked for: one strict parser for ``apply()``, the environment and the command line.
+
+Nothing here imports torch, so that a start-up hook can check a request before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import SettingsError, unknown_value
+
+MASKINGS = ("exclude", "paper")
+BACKENDS = ("auto", "eager")
+
+PATCH_VARIABLE = "LWPF_PATCH"
+#: The environment variable of each setting.
+VARIABLES = {
+    "func_d": "LWPF_FUNC_D",
+    "masking": "LWPF_MASKING",
+    "backend": "LWPF_BACKEND",
+    "include": "LWPF_INCLUDE",
+    "exclude": "LWPF_EXCLUDE",
+}
+#: Variables with our prefix that mean something elsewhere (the test suite).
+OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
+
+
+def _number_or(word: str) -> Callable[[str], float | str]:
+    def parse(text: str) -> float | str:
+        return word if text == word else float(text)
+
+    parse.__doc__ = f"a number or {word!r}"
+    return parse
+
+
+def _deviation(text: str) -> float:
+    """a number of at least 0"""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+#: The built-in forgetting functions: for each, its options and how their text is read.
+FUNC_D_OPTIONS: dict[str, dict[str, Callable[[str], float | str]]] = {
+    "relu": {},
+    "pfu": {"mu": _number_or("dmedian"), "bias": _number_or("mu"), "sigma": _deviation},
+    "none": {},
+}
+_factories: dict[str, Callable[..., Any]] = {}
+
+
+def register_func_d(name: str, factory: Callable[..., Any]) -> None:
+    """Makes a forgetting function of your own known by name, for use as text: ``"name:option=value,..."``.
+
+    Args:
+        name: The name, a Python identifier that is not taken.
+        factory: Called with the options as keyword arguments (numbers as ``float``, anything else as ``str``). Returns
+            a func_d: a :class:`lwpf_patch.FuncD`, or any callable that maps scores ``s`` to ``(D(s), D'(s))``.
+
+    Raises:
+        SettingsError: The name is taken by another factory or is no identifier, or the factory cannot be called.
+    """
+    if not name.isidentifier():
+        raise SettingsError(f"register_func_d: the name {name!r} is not a Python identifier")
+    if not callable(factory):
+        raise SettingsError(f"register_func_d({name!r}): the factory {factory!r} is not callable")
+    if name in FUNC_D_OPTIONS or _factories.get(name, factory) is not factory:
+        raise SettingsError(f"register_func_d: the name {name!r} is taken; choose another one")
+    _factories[name] = factory
+
+
+def func_d_factory(name: str) -> Callable[..., Any] | None:
+    """Returns the factory registered under a name, None for a built-in one."""
+    return _factories.get(name)
+
+
+def parse_func_d(text: str, origin: str = "func_d") -> tuple[str, dict[str, float | str]]:
+    """Reads the text form of a func_d, such as ``"relu"`` or ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``.
+
+    Args:
+        text: The text.
+        origin: Where it came from, for the error messages.
+
+    Returns:
+        The name and its options.
+
+    Raises:
+        SettingsError: An unknown name or option, or a value that the option does not take.
+    """
+    name, colon, rest = text.strip().partition(":")
+    name = name.strip()
+    if name not in FUNC_D_OPTIONS and name not in _factories:
+        raise unknown_value("func_d", name, origin, [*FUNC_D_OPTIONS, *_factories])
+    if colon and not rest.strip():
+        raise SettingsError(f"{text!r} (from {origin}): no option follows the colon; write {name!r} or 'name:option=value'")
+    options: dict[str, float | str] = {}
+    for item in rest.split(",") if rest.strip() else ():
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not option or not value:
+            raise SettingsError(f"{item!r} in {text!r} (from {origin}) is not of the form option=value")
+        if option in options:
+            raise SettingsError(f"option {option!r} stands twice in {text!r} (from {origin})")
+        options[option] = _read_option(name, option, value, text, origin)
+    return name, options
+
+
+def _read_option(name: str, option: str, value: str, text: str, origin: str) -> float | str:
+    if name in _factories:
+        _check_factory_option(name, option, origin)
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    readers = FUNC_D_OPTIONS[name]
+    if not readers:
+        raise SettingsError(f"option {option!r} in {text!r} (from {origin}): {name!r} takes no options")
+    if option not in readers:
+        raise unknown_value(f"option of {name}", option, origin, readers)
+    try:
+        read = readers[option](value)
+        if isinstance(read, float) and math.isnan(read):
+            raise ValueError(value)
+    except ValueError:
+        expected = readers[option].__doc__
+        raise SettingsError(f"{option}={value!r} in {text!r} (from {origin}): {option} must be {expected}") from None
+    return read
+
+
+def _check_factory_option(name: str, option: str, origin: str) -> None:
+    try:
+        parameters = inspect.signature(_factories[name]).parameters.values()
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    allowed = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if option not in allowed:
+        raise unknown_value(f"option of {name}", option, origin, allowed)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the sites of a host are patched.
+
+    Attributes:
+        func_d: The forgetting function: its text form, or an object.
+        masking: ``"exclude"`` keeps keys hidden by a mask out of everything; ``"paper"`` is the official recipe.
+        backend: Which implementation of the operator computes.
+        include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
+        exclude: Glob patterns over the names of the sites to be left alone.
+    """
+
+    func_d: Any = "relu"
+    masking: str = "exclude"
+    backend: str = "auto"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    origin: Callable[[str], str] = field(default="apply({}=...)".format, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.func_d, str):
+            parse_func_d(self.func_d, self.origin("func_d"))
+        elif isinstance(self.func_d, type):
+            raise SettingsError(
+                f"func_d {self.func_d.__name__} (from {self.origin('func_d')}) is a class; pass an instance: "
+                f"{self.func_d.__name__}()"
+            )
+        elif not callable(self.func_d):
+            raise SettingsError(
+                f"func_d {self.func_d!r} (from {self.origin('func_d')}) is neither text nor callable: pass text such as "
+                "'relu', or an object that maps scores to (D(s), D'(s))"
+            )
+        if self.masking not in MASKINGS:
+            raise unknown_value("masking", self.masking, self.origin("masking"), MASKINGS)
+        if self.backend not in BACKENDS:
+            raise unknown_value("backend", self.backend, self.origin("backend"), BACKENDS)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, self._patterns(name, getattr(self, name)))
+
+    def _patterns(self, name: str, value: Any) -> tuple[str, ...]:
+        if value is None:
+            return ("*",) if name == "include" else ()
+        patterns = split_list(value) if isinstance(value, str) else tuple(value)
+        wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
+        if wrong:
+            raise SettingsError(f"{name} {wrong[0]!r} (from {self.origin(name)}) is not text: pass glob patterns")
+        return patterns
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings as plain data."""
+        return {
+            "func_d": self.func_d if isinstance(self.func_d, str) else repr(self.func_d),
+            "masking": self.masking,
+            "backend": self.backend,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Splits text at its commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def check_hosts(names: Iterable[str], origin: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Checks names of hosts.
+
+    Raises:
+        SettingsError: There is no such host, or no name at all.
+    """
+    names, known = tuple(names), tuple(known)
+    for name in names:
+        if name not in known:
+            raise unknown_value("host", name, origin, known)
+    if not names:
+        raise SettingsError(f"{origin} names no host: allowed are {', '.join(sorted(known))}")
+    return names
+
+
+def from_environment(known_hosts: Iterable[str], environ: Mapping[str, str] = os.environ) -> tuple[tuple[str, ...], Settings]:
+    """Reads a request from the environment.
+
+    Args:
+        known_hosts: The hosts that exist.
+        environ: The environment.
+
+    Returns:
+        The hosts to patch and the settings.
+
+    Raises:
+        SettingsError: A wrong value, a variable with our prefix that does not exist, or settings without a host:
+            whoever sets ``LWPF_FUNC_D`` or mistypes ``LWPF_PATCH`` wants something patched.
+    """
+    known_variables = (PATCH_VARIABLE, *VARIABLES.values(), *OTHER_VARIABLES)
+    given = {name: value for name, value in environ.items() if name.startswith("LWPF_") and value.strip()}
+    for name in given:
+        if name not in known_variables:
+            raise unknown_value("variable", name, "the environment", known_variables)
+    values = {setting: given[name] for setting, name in VARIABLES.items() if name in given}
+    if PATCH_VARIABLE not in given:
+        if not values:
+            return (), Settings()
+        names = ", ".join(VARIABLES[setting] for setting in values)
+        raise SettingsError(
+            f"{names} is set but {PATCH_VARIABLE} is not, so nothing would be patched: set {PATCH_VARIABLE} to one of "
+            f"{', '.join(sorted(known_hosts))}, or unset {names}"
+        )
+    hosts = check_hosts(split_list(given[PATCH_VARIABLE]), PATCH_VARIABLE, known_hosts)
+    return hosts, Settings(**values, origin=VARIABLES.__getitem__)

@@ -1,0 +1,78 @@
+"""Run by test_timm_versions in a child whose timm is of some version: that version, patched, against the oracle."""
+
+from __future__ import annotations
+
+import sys
+
+import oracle
+import timm
+import torch
+from oracle import Forgetting
+from timm.models.vision_transformer import VisionTransformer
+
+import lwpf_patch
+
+CASES = {
+    "relu": Forgetting("relu"),
+    "pfu:mu=0.05,bias=-0.2,sigma=0": Forgetting("pfu", 0.05, -0.2),
+    "pfu:sigma=0": Forgetting("pfu", "dmedian", "mu"),
+}
+
+
+def attention_classes() -> dict[str, type]:
+    try:
+        from timm.layers import attention as module
+    except ImportError:
+        from timm.models import vision_transformer as module
+    return {name: getattr(module, name) for name in ("Attention", "AttentionRope") if hasattr(module, name)}
+
+
+def check(name: str, cls: type, func_d: str) -> None:
+    module = cls(24, num_heads=3, attn_drop=0.3).double()
+    x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+    branches = (True, False) if hasattr(module, "fused_attn") else (False,)
+    assert hasattr(module, "fused_attn") == (timm.__version__ > "0.7")
+    parameters = cls.forward.__code__.co_varnames[: cls.forward.__code__.co_argcount]
+    options = [{}]
+    if "attn_mask" in parameters:
+        options.append({"attn_mask": torch.randn(7, 7, dtype=torch.float64).masked_fill(torch.rand(7, 7) < 0.2, -torch.inf)})
+    if "is_causal" in parameters:
+        options.append({"is_causal": True})
+    if "rope" in parameters:
+        options = [{"rope": torch.randn(6, 16, dtype=torch.float64), **more} for more in options]
+    for fused in branches:
+        for more in options:
+            module.fused_attn = fused
+            torch.manual_seed(1)
+            ours = module(x, **more)
+            torch.manual_seed(1)
+            keep = torch.nn.functional.dropout(torch.ones(2, 3, 7, 7, dtype=torch.float64), 0.3) != 0
+            expected = oracle.timm_attention(module, x, func_d=CASES[func_d], dropout_keep=keep, **more)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+            cotangent = torch.randn_like(ours)
+            inputs = [x, *module.parameters()]
+            got, wanted = (torch.autograd.grad(out, inputs, cotangent) for out in (ours, expected))
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def main() -> None:
+    assert timm.__version__ == sys.argv[1], timm.__version__
+    plain = {name: cls.forward.__code__ for name, cls in attention_classes().items()}
+    for func_d in CASES:
+        lwpf_patch.apply("timm", func_d=func_d)
+        for name, cls in attention_classes().items():
+            assert cls.forward.__code__ is not plain[name]
+            check(name, cls, func_d)
+    sites = lwpf_patch.status()["hosts"]["timm"]["sites"]
+    assert {site["function"] for site in sites} == {f"{name}.forward" for name in plain}
+    assert all(site["known"] for site in sites), [lwpf_patch.registry.HOSTS["timm"].plans(lwpf_patch.settings.Settings())]
+    x = torch.randn(2, 3, 32, 32)
+    model = VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=3).eval()
+    patched = model(x)
+    lwpf_patch.revert()
+    assert not torch.equal(model(x), patched)
+    assert all(cls.forward.__code__ is plain[name] for name, cls in attention_classes().items())
+    print("right:", *plain)
+
+
+main()

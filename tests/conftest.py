@@ -1,0 +1,45 @@
+"""What several tests share: a registry that no test leaves patched, child interpreters, and small random tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import lwpf_patch
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)  # tests run side by side
+
+
+@pytest.fixture(autouse=True)
+def _unpatched() -> Iterator[None]:
+    torch.manual_seed(torch.seed() % 2**31)  # fresh random inputs at every run
+    yield
+    lwpf_patch.revert()
+
+
+@pytest.fixture
+def python(tmp_path: Path):
+    """Runs a child interpreter in an empty folder, with no variable of ours but the given ones."""
+
+    def run(*arguments: str, code: str = "", check: bool = True, input: str | None = None, **variables: str):
+        if code:
+            script = tmp_path / "script.py"
+            script.write_text(code)
+            arguments = (str(script), *arguments)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
+        environment |= {"OMP_NUM_THREADS": "1", **variables}
+        result = subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, input=input
+        )
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    return run

@@ -1,0 +1,172 @@
+"""The command: run, status, diff, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import lwpf_patch
+from lwpf_patch.cli import main
+
+ATTEND = """
+import torch, timm.layers
+print(timm.layers.Attention(12, num_heads=3)(torch.randn(1, 2, 12)).shape, timm.layers.Attention(16).func_d)
+"""
+
+
+def test_run_is_the_script_itself(python, tmp_path):
+    (tmp_path / "train.py").write_text(
+        "import sys, os, timm.layers\n"
+        "print(__name__, sys.argv, sys.stdin.read(), __file__, timm.layers.Attention(12, num_heads=3).func_d)\n"
+        "sys.exit(7)\n"
+    )
+    out = python("-m", "lwpf_patch", "run", "train.py", "--lr", "1", "--func-d", "x", input="hello", check=False)
+    assert out.returncode == 7
+    assert out.stdout.split("\n")[0] == (
+        "__main__ ['train.py', '--lr', '1', '--func-d', 'x'] hello " + str(tmp_path / "train.py") + " ReLU()"
+    )
+
+
+def test_run_with_every_option(python, tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "train.py").write_text("import os, sys\nprint(sys.argv[1:])\n" + ATTEND)
+    options = ["--patch", "timm", "--func-d", "pfu:mu=0.1", "--masking", "paper", "--backend", "eager", "--include", "*"]
+    out = python("-m", "lwpf_patch", "run", *options, "-m", "package.train", "-x", "--patch", "no")
+    assert "['-x', '--patch', 'no']" in out.stdout
+    assert "PFU(mu=0.1, bias=mu, sigma=0.01, masking=paper, backend=eager)" in out.stdout
+
+
+def test_run_takes_the_environment_and_its_options_go_first(python, tmp_path):
+    (tmp_path / "train.py").write_text(ATTEND)
+    variables = dict(LWPF_FUNC_D="pfu:mu=0.2", LWPF_MASKING="paper")
+    out = python("-m", "lwpf_patch", "run", "--masking", "exclude", "train.py", **variables)
+    assert "PFU(mu=0.2, bias=mu, sigma=0.01)" in out.stdout
+
+
+def test_run_passes_signals_on(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "lwpf_patch", "run", str(script)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=30) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "no script: lwpf run [options] script.py"),
+        (["run", "missing.py"], "there is no script 'missing.py' in"),
+        (["run", "--patch", "tim", "x.py"], "unknown host 'tim' (from --patch): allowed are"),
+        (["run", "--func-d", "reul", "x.py"], "unknown func_d 'reul' (from --func-d)"),
+        (["run", "--masking", "no", "x.py"], "unknown masking 'no' (from --masking)"),
+        (["run", "--backend", "no", "x.py"], "unknown backend 'no' (from --backend)"),
+        (["run", "--include", "*swin*", "x.py"], "include pattern '*swin*' (from --include)"),
+        (["run", "--fun", "relu", "x.py"], None),
+        (["diff", "tim"], "unknown host 'tim' (from lwpf diff)"),
+        (["diff", "timm", "--include", "*swin*"], "include pattern '*swin*' (from --include)"),
+        (["stauts"], "invalid choice: 'stauts'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_requests_exit_with_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message is None or message in error
+    assert "Traceback" not in error
+
+
+def test_run_refuses_where_the_variable_would_have_no_effect(python, tmp_path):
+    (tmp_path / "train.py").write_text(ATTEND)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lwpf_patch.cli import main; sys.exit(main())"
+    isolated = ["-S", "-c", code, "run", "train.py"]
+    site_packages = next(p for p in sys.path if p.endswith("site-packages"))
+    out = python(*isolated, check=False, PYTHONPATH=site_packages)
+    assert out.returncode == 2
+    assert "the start-up hook lwpf_patch.pth is in no site-packages folder" in out.stderr
+    assert "torch" not in out.stdout
+
+
+def test_diff_shows_the_two_lines_of_the_paper(capsys):
+    assert main(["diff", "timm"]) == 0
+    diff = capsys.readouterr().out
+    changes = [line for line in diff.splitlines() if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert changes == 2 * [
+        "-            x = F.scaled_dot_product_attention(",
+        "+            x = self.func_d.scaled_dot_product_attention(",
+        "+            attn, mask = self.func_d(attn)",
+        "+            attn = mask * attn",
+    ]
+    assert main(["diff", "timm", "--include", "*Rope", "--color", "always"]) == 0
+    coloured = capsys.readouterr().out
+    assert coloured.count("\x1b[32m+") == 3
+    assert coloured.count("\x1b[31m-") == 1
+
+
+def test_the_patch_applies(tmp_path, capsys):
+    """The diff is one that patch(1) understands, and gives what runs."""
+    import inspect
+
+    import timm.layers.attention as module
+
+    main(["diff", "timm"])
+    diff = capsys.readouterr().out
+    file = tmp_path / "timm" / "layers" / "attention.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(inspect.getsource(module))
+    subprocess.run(["git", "apply", "-p0", "-"], input=diff.replace(" (upstream)", "").replace(" (patched)", ""),
+                   text=True, cwd=tmp_path, check=True)  # fmt: skip
+    lwpf_patch.apply("timm")
+    for cls in (module.Attention, module.AttentionRope):
+        assert inspect.getsource(cls.forward) in file.read_text()
+
+
+def test_status(python):
+    shown = python("-m", "lwpf_patch", "status", LWPF_PATCH="timm")
+    plain = shown.stdout
+    assert shown.stderr == ""
+    assert "patch timm; func-d relu, masking exclude" in plain
+    assert f"lwpf_patch {lwpf_patch.__version__}, Python {sys.version.split()[0]}" in plain
+    assert "LWPF_PATCH=timm" in plain
+    assert "timm.layers.attention.AttentionRope" in plain
+    data = json.loads(python("-m", "lwpf_patch", "status", "--json").stdout)
+    assert [site["function"] for site in data["hosts"]["timm"]["sites"]] == ["Attention.forward", "AttentionRope.forward"]
+    assert data["backend"]["name"] == "eager"
+    assert data["hook"]
+    wrong = python("-m", "lwpf_patch", "status", LWPF_PATCH="tim").stdout
+    assert "WRONG: unknown host 'tim' (from LWPF_PATCH)" in wrong
+
+
+def test_doctor(python, tmp_path):
+    out = python("-m", "lwpf_patch", "doctor")
+    assert "timm: LWPF_PATCH=timm takes effect in a new interpreter" in out.stdout
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["run", "--help"], ["status", "--help"], ["diff", "--help"], ["doctor", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    assert "pfu:mu=dmedian,bias=mu,sigma=0.01" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"lwpf_patch {lwpf_patch.__version__}"
+
+
+def test_a_reader_that_leaves_early(tmp_path):
+    command = f"{sys.executable} -m lwpf_patch diff timm | head -n 1"
+    out = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env={**os.environ})
+    assert out.stderr == ""

@@ -1,0 +1,321 @@
+"""The operator against the oracle, in float64: output and every gradient to 1e-12."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from oracle import Forgetting
+from torch.nn import functional as F
+
+import lwpf_patch
+from lwpf_patch import PFU, ReLU, lwpf_attention
+
+INF = float("inf")
+
+FUNC_DS = {
+    "relu": (ReLU(), Forgetting("relu")),
+    "pfu constant": (PFU(mu=0.1, bias=-0.3, sigma=0), Forgetting("pfu", 0.1, -0.3)),
+    "pfu constant, bias mu": (PFU(mu=-0.2, bias="mu", sigma=0), Forgetting("pfu", -0.2, "mu")),
+    "pfu dmedian": (PFU(), Forgetting("pfu", "dmedian", "mu")),
+    "pfu dmedian, bias constant": (PFU(mu="dmedian", bias=0.25), Forgetting("pfu", "dmedian", 0.25)),
+}
+
+
+def _padding(shape):
+    mask = torch.ones(shape[0], *(1 for _ in shape[1:-1]), shape[-1], dtype=torch.bool)
+    mask[0, ..., -2:] = False
+    return mask
+
+
+def _some_rows_empty(shape):
+    mask = torch.rand(shape) < 0.7
+    mask[..., 0, :] = False
+    return mask
+
+
+def _additive(shape, hidden):
+    bias = torch.randn(shape, dtype=torch.float64)
+    if hidden is not None:
+        bias = bias.masked_fill(torch.rand(shape) < 0.3, hidden)
+    return bias.requires_grad_()
+
+
+MASKS = {
+    "none": lambda shape: None,
+    "boolean": lambda shape: torch.rand(shape) < 0.7,
+    "padding": _padding,
+    "empty rows": _some_rows_empty,
+    "additive": lambda shape: _additive(shape[-2:], None),
+    "additive with -inf": lambda shape: _additive(shape, -INF),
+    "additive with finfo.min": lambda shape: _additive(shape, torch.finfo(torch.float64).min),
+}
+
+
+def compare(ours: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Compares an output and the gradients of all inputs under a random cotangent."""
+    assert ours.shape == expected.shape
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    cotangent = torch.randn_like(expected)
+    got = torch.autograd.grad(ours, inputs, cotangent)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    for ours_grad, oracle_grad in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours_grad, oracle_grad, rtol=0, atol=1e-12)
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def dropout_mask(shape: tuple[int, ...], p: float) -> torch.Tensor:
+    return F.dropout(torch.ones(shape, dtype=torch.float64), p, True) != 0
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.parametrize("name", FUNC_DS)
+def test_exclude_equals_the_oracle(name, mask_name, dropout_p):
+    func_d, forgetting = FUNC_DS[name]
+    shape = (2, 3, 5, 6)
+    query, key, value = tensors((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7))
+    mask = MASKS[mask_name](shape)
+    inputs = [query, key, value, *([mask] if mask is not None and mask.requires_grad else [])]
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(seed)
+    ours = lwpf_attention(query, key, value, mask, dropout_p, func_d=func_d, training=False)
+    torch.manual_seed(seed)
+    keep = dropout_mask(shape, dropout_p) if dropout_p else None
+    sentinel = torch.finfo(torch.float64).min / 2
+    expected = oracle.attention(
+        query, key, value, func_d=forgetting, attn_mask=mask, dropout_keep=keep, dropout_p=dropout_p,
+        excluded_below=sentinel,
+    )  # fmt: skip
+    compare(ours, expected, inputs)
+
+
+@pytest.mark.parametrize("name", FUNC_DS)
+@pytest.mark.parametrize(
+    ("query_shape", "key_shape"),
+    [((5, 4), (6, 4)), ((3, 5, 4), (3, 6, 4)), ((1, 2, 5, 4), (3, 1, 6, 4)), ((7, 8), (7, 8))],
+)
+def test_shapes_scale_and_causality(name, query_shape, key_shape):
+    func_d, forgetting = FUNC_DS[name]
+    query, key, value = tensors(query_shape, key_shape, (*key_shape[:-1], 3))
+    for scale, is_causal in itertools.product((None, 1.7), (False, True)):
+        ours = lwpf_attention(query, key, value, is_causal=is_causal, scale=scale, func_d=func_d, training=False)
+        expected = oracle.attention(query, key, value, func_d=forgetting, is_causal=is_causal, scale=scale)
+        compare(ours, expected, [query, key, value])
+
+
+@pytest.mark.parametrize("name", [name for name in FUNC_DS if name.startswith("pfu")])
+@pytest.mark.parametrize("masking", ["exclude", "paper"])
+def test_the_noise_of_training(name, masking):
+    _, forgetting = FUNC_DS[name]
+    func_d = PFU(mu=forgetting.mu, bias=forgetting.bias, sigma=0.9)
+    query, key, value = tensors((2, 5, 4), (2, 6, 4), (2, 6, 3))
+    torch.manual_seed(5)
+    ours = lwpf_attention(query, key, value, func_d=func_d, training=True, masking=masking)
+    torch.manual_seed(5)
+    eps = float(torch.randn(1) * 0.9**2)
+    noisy = Forgetting("pfu", forgetting.mu, forgetting.bias, eps)
+    expected = oracle.attention(query, key, value, func_d=noisy)
+    if masking == "paper":  # the official draw is float32, and makes the threshold so
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    else:
+        compare(ours, expected, [query, key, value])
+    quiet = lwpf_attention(query, key, value, func_d=func_d.eval())
+    assert torch.equal(quiet, lwpf_attention(query, key, value, func_d=func_d, training=False))
+
+
+@pytest.mark.parametrize("mask_name", ["none", "boolean", "padding", "additive", "additive with -inf"])
+@pytest.mark.parametrize("name", FUNC_DS)
+def test_paper_masking_equals_the_oracle(name, mask_name):
+    func_d, forgetting = FUNC_DS[name]
+    query, key, value = tensors((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7))
+    mask = MASKS[mask_name]((2, 3, 5, 6))
+    ours = lwpf_attention(query, key, value, mask, func_d=func_d, training=False, masking="paper")
+    expected = oracle.attention(query, key, value, func_d=forgetting, attn_mask=mask, masking="paper")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12, equal_nan=True)
+    if not ours.isnan().any():
+        compare(ours, expected, [query, key, value])
+
+
+def test_padding_in_the_official_recipe_and_in_ours():
+    """Hidden keys change the official output and never ours."""
+    query, key, value = tensors((2, 5, 4), (2, 6, 4), (2, 6, 3))
+    longer = [torch.cat([t, torch.randn_like(t)], dim=1) for t in (key, value)]
+    mask = torch.arange(12) < 6
+    for func_d in ("relu", "pfu:mu=0.1,bias=0", "pfu"):
+        short = lwpf_attention(query, key, value, func_d=func_d)
+        padded = lwpf_attention(query, *longer, mask, func_d=func_d)
+        torch.testing.assert_close(padded, short, rtol=0, atol=1e-12)
+    leaking = lwpf_attention(query, *longer, mask, func_d="relu", masking="paper")
+    plain = lwpf_attention(query, key, value, func_d="relu")
+    assert (leaking - plain).norm() > 0.1 * plain.norm()
+
+
+def test_a_median_with_ties_shares_its_gradient():
+    scores = torch.tensor([[2.0, 1.0, 1.0, 3.0], [0.0, 1.0, 5.0, -INF]], dtype=torch.float64, requires_grad=True)
+    forgotten, mask = PFU(sigma=0)(scores)
+    assert mask.tolist() == [[True, False, False, True], [False, False, True, False]]
+    # The median of the seven is 1, and three of them are 1; forgotten are those and the 0.
+    (gradient,) = torch.autograd.grad(forgotten[:, :3].sum() + forgotten[0, 3], scores)
+    third = 4 / 3
+    expected = torch.tensor([[1, third, third, 1], [0, third, 1, 0]], dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FUNC_DS)
+def test_half_precision_is_computed_in_float32(name, dtype):
+    func_d, _ = FUNC_DS[name]
+    query, key, value = (t.detach().to(dtype) for t in tensors((2, 3, 17, 8), (2, 3, 17, 8), (2, 3, 17, 8)))
+    hidden = torch.zeros(17, 17, dtype=dtype).masked_fill(torch.rand(17, 17) < 0.3, torch.finfo(dtype).min)
+    for mask in (None, hidden, hidden == 0):
+        half = lwpf_attention(query, key, value, mask, func_d=func_d, training=False)
+        wide = None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)
+        single = lwpf_attention(query.float(), key.float(), value.float(), wide, func_d=func_d, training=False)
+        assert half.dtype == dtype
+        assert torch.equal(half, single.to(dtype))
+
+
+def test_autocast_casts_as_it_does_for_sdpa():
+    query, key, value = (t.detach().float() for t in tensors((2, 9, 8), (2, 9, 8), (2, 9, 8)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lwpf_attention(query, key, value, func_d="relu")
+        assert out.dtype == F.scaled_dot_product_attention(query, key, value).dtype == torch.bfloat16
+    expected = lwpf_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), func_d="relu")
+    assert torch.equal(out, expected)
+
+
+def test_grouped_queries():
+    query, key, value = tensors((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4))
+    ours = lwpf_attention(query, key, value, func_d="relu", enable_gqa=True)
+    repeated = [t.repeat_interleave(2, dim=1) for t in (key, value)]
+    compare(ours, oracle.attention(query, *repeated, func_d=Forgetting("relu")), [query, key, value])
+
+
+@pytest.mark.parametrize("mask_name", MASKS)
+def test_forgetting_nothing_is_softmax_attention_bit_for_bit(mask_name):
+    query, key, value = (t.detach().float() for t in tensors((2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8)))
+    mask = MASKS[mask_name]((2, 3, 9, 9))
+    scores = (query * 8**-0.5) @ key.transpose(-2, -1)
+    if mask is not None:
+        mask = mask.detach() if mask.dtype == torch.bool else mask.detach().float()
+        scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask
+    eager = scores.softmax(-1).nan_to_num(0) @ value
+    assert torch.equal(lwpf_attention(query, key, value, mask, func_d=PFU(mu=-INF, bias=0, sigma=0)), eager)
+    plain = F.scaled_dot_product_attention(query, key, value, mask)
+    assert torch.equal(lwpf_attention(query, key, value, mask, func_d="none"), plain)
+
+
+def test_a_nan_is_not_hidden():
+    query, key, value = (t.detach() for t in tensors((1, 5, 4), (1, 6, 4), (1, 6, 3)))
+    query[0, 2] = float("nan")
+    mask = torch.rand(5, 6) < 0.8
+    mask[:, 0] = True
+    for func_d, attn_mask in itertools.product(("relu", "pfu", "pfu:mu=0.1"), (None, mask)):
+        out = lwpf_attention(query, key, value, attn_mask, func_d=func_d)
+        assert out[0, 2].isnan().all(), func_d
+
+
+def test_a_func_d_of_ones_own():
+    def soft(scores):
+        return scores.clamp(min=0.5), scores > 0.5
+
+    query, key, value = tensors((2, 5, 4), (2, 6, 4), (2, 6, 3))
+    mask = torch.rand(5, 6) < 0.7
+    ours = lwpf_attention(query, key, value, mask, func_d=soft)
+    expected = oracle.attention(query, key, value, func_d=Forgetting("pfu", 0.5, 0.5), attn_mask=mask)
+    compare(ours, expected, [query, key, value])
+    with pytest.raises(RuntimeError, match=r"must return \(D\(s\), D'\(s\)\).*\[2, 5\]"):
+        lwpf_attention(query, key, value, func_d=lambda scores: (scores, scores.sum(-1)))
+
+
+def test_a_registered_func_d():
+    class Shift(torch.nn.Module):
+        def __init__(self, by: float, kind: str = "plain") -> None:
+            super().__init__()
+            self.by, self.kind = by, kind
+
+        def forward(self, scores):
+            return (scores - self.by).relu(), scores > self.by
+
+    lwpf_patch.register_func_d("shift", Shift)
+    lwpf_patch.register_func_d("shift", Shift)  # again the same: no harm
+    query, key, value = tensors((5, 4), (6, 4), (6, 3))
+    by_text = lwpf_attention(query, key, value, func_d="shift:by=0.25,kind=odd")
+    assert torch.equal(by_text, lwpf_attention(query, key, value, func_d=Shift(0.25)))
+    with pytest.raises(lwpf_patch.SettingsError, match="unknown option of shift 'bi'.*did you mean 'by'"):
+        lwpf_attention(query, key, value, func_d="shift:bi=1")
+    with pytest.raises(lwpf_patch.SettingsError, match="its factory raised TypeError"):
+        lwpf_attention(query, key, value, func_d="shift")
+    for name in ("shift", "relu"):
+        with pytest.raises(lwpf_patch.SettingsError, match=f"the name '{name}' is taken"):
+            lwpf_patch.register_func_d(name, lambda: None)
+
+
+WRONG = {
+    "dtype": (dict(key=torch.zeros(6, 4, dtype=torch.float64)), "same dtype, got query torch.float32, key torch.float64"),
+    "device": (dict(value=torch.zeros(6, 3, device="meta")), "same device, got query on cpu.*value on meta"),
+    "width": (dict(key=torch.zeros(6, 5)), r"agree in E and S, got query \[5, 4\], key \[6, 5\]"),
+    "length": (dict(value=torch.zeros(7, 3)), r"agree in E and S.*value \[7, 3\]"),
+    "dimensions": (dict(query=torch.zeros(4)), r"query must have at least 2 dimensions, got shape \[4\]"),
+    "integer": (dict(query=torch.zeros(5, 4, dtype=torch.int64)), "query must be of a floating dtype, got torch.int64"),
+    "mask dtype": (dict(attn_mask=torch.zeros(5, 6, dtype=torch.uint8)), "boolean or floating, got torch.uint8"),
+    "mask shape": (dict(attn_mask=torch.zeros(5, 7)), "size of tensor"),
+    "both masks": (dict(attn_mask=torch.zeros(5, 6), is_causal=True), "exclude each other"),
+    "dropout": (dict(dropout_p=1.5), "probability, got 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_tensors_raise_as_in_sdpa(case):
+    change, message = WRONG[case]
+    good = dict(query=torch.zeros(5, 4), key=torch.zeros(6, 4), value=torch.zeros(6, 3))
+    with pytest.raises(RuntimeError, match=message):
+        lwpf_attention(**{**good, **change}, func_d="relu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(func_d="rleu"), r"unknown func_d 'rleu' \(from lwpf_attention\(func_d=...\)\).*did you mean 'relu'"),
+        (dict(func_d=3), "func_d 3 .* is neither text"),
+        (dict(func_d="relu", masking="papr"), "unknown masking 'papr'.*did you mean 'paper'"),
+        (dict(func_d="relu", backend="cuda"), "unknown backend 'cuda'.*allowed are auto, eager"),
+    ],
+)
+def test_wrong_options(options, message):
+    query, key, value = torch.zeros(5, 4), torch.zeros(6, 4), torch.zeros(6, 3)
+    with pytest.raises(lwpf_patch.SettingsError, match=message):
+        lwpf_attention(query, key, value, **options)
+
+
+def test_overriding_leaves_the_func_d_alone():
+    func_d = PFU(sigma=0.5)
+    query, key, value = tensors((5, 4), (6, 4), (6, 3))
+    lwpf_attention(query, key, value, func_d=func_d, training=False, masking="paper", backend="eager")
+    assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
+
+
+@pytest.mark.parametrize("func_d", ["relu", "pfu", PFU(mu=0.1, bias=0.0)], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_graph_breaks(func_d, dynamic):
+    def attend(query, key, value, mask):
+        return lwpf_attention(query, key, value, mask, func_d=func_d, training=False)
+
+    torch._dynamo.reset()  # the recompilations of the other cases would count
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (5, 9, 12):
+        query, key, value = tensors((2, length, 4), (2, length, 4), (2, length, 4))
+        mask = torch.rand(length, length) < 0.8
+        compare(compiled(query, key, value, mask), attend(query, key, value, mask), [query, key, value])
+
+
+def test_second_derivatives_of_the_eager_form():
+    query, key, value = tensors((3, 2), (4, 2), (4, 2))
+    for func_d in ("relu", "pfu:mu=0.1,bias=0"):
+        torch.autograd.gradgradcheck(lambda q, k, v, f=func_d: lwpf_attention(q, k, v, func_d=f), (query, key, value))

@@ -1,0 +1,186 @@
+"""The environment variable: no change to the script, in every kind of process; and what is said when nothing came of it."""
+
+from __future__ import annotations
+
+import pytest
+
+USE = """
+import timm, torch
+from timm.models.vision_transformer import VisionTransformer
+model = VisionTransformer(img_size=16, patch_size=4, num_classes=5, embed_dim=24, depth=1, num_heads=3)
+model(torch.randn(1, 3, 16, 16))
+print(getattr(model.blocks[0].attn, "func_d", None))
+"""
+
+
+def test_the_package_alone_imports_no_torch(python):
+    out = python("-c", "import sys, lwpf_patch; lwpf_patch.apply('timm'); lwpf_patch.status(); print('torch' in sys.modules)")
+    assert out.stdout.strip() == "False"
+
+
+def test_unset_nothing_of_ours_is_loaded(python):
+    out = python("-c", "import sys; print([name for name in sys.modules if 'lwpf' in name])")
+    assert out.stdout.strip() == "[]"
+
+
+def test_an_unmodified_script_is_patched(python):
+    assert python(code=USE).stdout.strip() == "None"
+    out = python(code=USE, LWPF_PATCH="timm")
+    assert out.stdout.strip() == "ReLU()"
+    (line,) = out.stderr.strip().splitlines()
+    assert line.startswith("lwpf_patch: timm 1.")
+    assert "Attention, AttentionRope patched; func_d relu, masking exclude, backend eager" in line
+
+
+def test_the_settings_in_variables(python):
+    variables = dict(
+        LWPF_PATCH=" timm ", LWPF_FUNC_D="pfu:mu=0.5,bias=0,sigma=0", LWPF_MASKING="paper", LWPF_BACKEND="eager"
+    )
+    out = python(code=USE, **variables)
+    assert out.stdout.strip() == "PFU(mu=0.5, bias=0.0, sigma=0.0, masking=paper, backend=eager)"
+    assert python(code=USE, LWPF_PATCH="timm", LWPF_INCLUDE="*Rope").stdout.strip() == "None"
+    assert python(code=USE, LWPF_PATCH="timm", LWPF_EXCLUDE="*Rope").stdout.strip() == "ReLU()"
+
+
+@pytest.mark.parametrize("flag", ["-I", "-E", "-B", "-O", "-X dev"])
+def test_flags_of_the_interpreter(python, flag):
+    out = python(*flag.split(), "-W", "ignore", "-c", USE, LWPF_PATCH="timm")
+    assert out.stdout.strip() == "ReLU()"
+
+
+def test_standard_input_as_script(python):
+    assert python("-", input=USE, LWPF_PATCH="timm").stdout.strip() == "ReLU()"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_worker_processes(python, method):
+    code = f"""
+import multiprocessing
+
+def work(queue):
+    import timm.layers
+    queue.put(repr(timm.layers.Attention(12, num_heads=3).func_d))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    queue = context.Queue()
+    process = context.Process(target=work, args=(queue,))
+    process.start()
+    print(queue.get())
+    process.join()
+    import torch, timm.layers
+    timm.layers.Attention(12, num_heads=3)(torch.randn(1, 2, 12))
+"""
+    out = python(code=code, LWPF_PATCH="timm")
+    assert out.stdout.strip() == "ReLU()"
+    assert out.stderr.count("patched; func_d") == 1
+    assert "nothing ran" not in out.stderr
+
+
+def test_under_torchrun(python, tmp_path):
+    (tmp_path / "train.py").write_text(USE.replace("print(", "import os; print(os.environ['RANK'], "))
+    out = python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", LWPF_PATCH="timm"
+    )  # fmt: skip
+    assert sorted(out.stdout.split()) == ["0", "1", "ReLU()", "ReLU()"]
+    assert out.stderr.count("patched; func_d") == 1  # rank 0 speaks
+    assert "nothing ran" not in out.stderr
+
+
+WRONG = [
+    (dict(LWPF_PATCH="tim"), r"unknown host 'tim' (from LWPF_PATCH): allowed are", "did you mean 'timm'"),
+    (dict(LWPF_PATCH="timm", LWPF_FUNC_D="reul"), "unknown func_d 'reul' (from LWPF_FUNC_D)", "did you mean 'relu'"),
+    (dict(LWPF_PATCH="timm", LWPF_FUNC_D="pfu:mu=x"), "mu='x' in 'pfu:mu=x' (from LWPF_FUNC_D)", "or 'dmedian'"),
+    (dict(LWPF_PATCH="timm", LWPF_MASKING="no"), "unknown masking 'no' (from LWPF_MASKING)", "exclude, paper"),
+    (dict(LWPF_PATCH="timm", LWPF_BACKEND="gpu"), "unknown backend 'gpu' (from LWPF_BACKEND)", "auto, eager"),
+    (dict(LWPF_PATCH="timm", LWPF_INCLUDE="*swin*"), "include pattern '*swin*' (from LWPF_INCLUDE)", "its sites are"),
+    (dict(LWPF_PACTH="timm"), "unknown variable 'LWPF_PACTH' (from the environment)", "did you mean 'LWPF_PATCH'"),
+    (dict(LWPF_FUNC_D="relu"), "LWPF_FUNC_D is set but LWPF_PATCH is not", "unset LWPF_FUNC_D"),
+]
+
+
+@pytest.mark.parametrize(("variables", "message", "advice"), WRONG)
+@pytest.mark.parametrize("library", ["torch", "timm"])
+def test_a_wrong_request_stops_the_script(python, library, variables, message, advice):
+    code = f"""
+print("started")
+try:
+    import {library}
+except ImportError:
+    pass
+print("went on")
+"""
+    out = python(code=code, check=False, **variables)
+    assert out.returncode == 1
+    assert out.stdout.strip() == "started"
+    assert message in out.stderr
+    assert advice in out.stderr
+
+
+def test_a_host_that_is_not_installed(python, tmp_path):
+    code = """
+import importlib.util, lwpf_patch
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "timm" else find_spec(name, *more)
+lwpf_patch.apply("timm")
+"""
+    out = python(code=code, check=False)
+    assert out.returncode == 1
+    assert "timm was asked to be patched, but it is not installed here: pip install timm" in out.stderr
+
+
+def test_a_version_without_the_sites(python, tmp_path):
+    package = tmp_path / "fake" / "timm"
+    (package / "layers").mkdir(parents=True)
+    (package / "__init__.py").write_text("from .layers import attention\n__version__ = '9.9'\n")
+    (package / "layers" / "__init__.py").write_text("")
+    (package / "layers" / "attention.py").write_text("class Attention:\n    def forward(self, x):\n        return x\n")
+    out = python("-c", "import timm; print('went on')", check=False, LWPF_PATCH="timm", PYTHONPATH=str(tmp_path / "fake"))
+    assert out.returncode == 1
+    assert "went on" not in out.stdout
+    assert "timm.layers.attention.Attention.forward cannot be patched" in out.stderr
+    assert "attention.py:2 has no softmax over keys" in out.stderr
+    (package / "layers" / "attention.py").write_text("")
+    out = python("-c", "import timm; print('went on')", check=False, LWPF_PATCH="timm", PYTHONPATH=str(tmp_path / "fake"))
+    assert out.returncode == 1
+    assert "has no Attention.forward in timm.layers.attention or timm.models.vision_transformer" in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import torch", "timm was asked to be patched, but this program never imported it"),
+        ("import timm", "timm was patched, but no patched forward was ever called"),
+        (
+            "import timm, torch; timm.create_model('test_resnet')(torch.randn(2, 3, 64, 64))",
+            "no patched forward was ever called: nothing ran with partial forgetting. The model uses none of "
+            "timm.layers.attention.Attention, timm.layers.attention.AttentionRope",
+        ),
+    ],
+)
+def test_a_request_without_effect_is_reported_at_exit(python, code, message):
+    out = python("-c", code, LWPF_PATCH="timm")
+    assert message in out.stderr.splitlines()[-1]
+    assert "nothing ran" not in python("-c", code, LWPF_PATCH="timm", RANK="1").stderr
+
+
+@pytest.mark.parametrize("way", ["torch.compile(model, backend='eager')", "torch.jit.script(model)"])
+def test_compiled_models_count_as_called(python, way):
+    code = USE.replace("model(torch", f"model = {way}\nmodel(torch").replace("print(", "(")
+    assert "nothing ran" not in python(code=code, LWPF_PATCH="timm").stderr
+
+
+def test_the_line_goes_to_the_log_of_a_script_that_has_one(python):
+    code = "import logging; logging.basicConfig(format='LOG %(levelname)s %(message)s', level='INFO')\n" + USE
+    out = python(code=code, LWPF_PATCH="timm")
+    (line,) = out.stderr.strip().splitlines()
+    assert line.startswith("LOG INFO timm 1.")
+
+
+def test_apply_before_and_after_the_import(python):
+    before = "import lwpf_patch; lwpf_patch.apply('timm', func_d=lwpf_patch.PFU())\n"
+    assert python(code=before + USE).stdout.strip() == "PFU(mu=dmedian, bias=mu, sigma=0.01)"
+    within = "import timm.layers\n" + before + "from timm.layers.attention import Attention\n"
+    assert python(code=within + USE).stdout.strip() == "PFU(mu=dmedian, bias=mu, sigma=0.01)"
+    reverted = before + "lwpf_patch.revert()\n"
+    assert python(code=reverted + USE).stdout.strip() == "None"

@@ -23,15 +23,27 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]
+__all__ = ["__version__", *_MODULE_OF]
 
-if TYPE_CHECKING:
-    from .attention import lwpf_attention, partial_forgetting
-    from .errors import ConflictError, HostNotInstalledError, LwpfError, RewriteError, SettingsError
-    from .forgetting import PFU, FuncD, NoForgetting, ReLU
-    from .models import patch_model, unpatch_model
-    from .registry import apply, patched, revert, status
-    from .settings import register_func_d
+if TYPE_CHECKING:  # the same names, for type checkers
+    from .attention import lwpf_attention as lwpf_attention
+    from .attention import partial_forgetting as partial_forgetting
+    from .errors import ConflictError as ConflictError
+    from .errors import HostNotInstalledError as HostNotInstalledError
+    from .errors import LwpfError as LwpfError
+    from .errors import RewriteError as RewriteError
+    from .errors import SettingsError as SettingsError
+    from .forgetting import PFU as PFU
+    from .forgetting import FuncD as FuncD
+    from .forgetting import NoForgetting as NoForgetting
+    from .forgetting import ReLU as ReLU
+    from .models import patch_model as patch_model
+    from .models import unpatch_model as unpatch_model
+    from .registry import apply as apply
+    from .registry import patched as patched
+    from .registry import revert as revert
+    from .registry import status as status
+    from .settings import register_func_d as register_func_d
 
 
 def __getattr__(name: str) -> Any:

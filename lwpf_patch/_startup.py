@@ -1,7 +1,7 @@
 """What runs at the start of every interpreter in whose environment a variable begins with ``LWPF_``.
 
-Imported by ``lwpf_patch.pth``. An exception there is only printed and the script runs on, unpatched; so an error is kept
-and raised where training begins: when torch, or a host, is first imported.
+Imported by ``lwpf_patch.pth``. An exception there is only printed and the script runs on, unpatched; so an error is
+kept and raised where training begins: when torch, or a host, is first imported.
 """
 
 try:

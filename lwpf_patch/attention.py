@@ -1,4 +1,4 @@
-"""The operator: drop-in for ``scaled_dot_product_attention``, and its form for softmax attention that is written out."""
+"""The operator: drop-in for ``scaled_dot_product_attention``, and its form for a softmax that is written out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def lwpf_attention(
     backend: str | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention with partial forgetting (Ota et al., AISTATS 2023), as ``torch.nn.functional.scaled_dot_product_attention``.
+    """Attention with partial forgetting (Ota et al., AISTATS 2023), with the signature of SDPA.
+
+    It stands in for ``torch.nn.functional.scaled_dot_product_attention``.
 
     Computes ``s = scale * q k^T (+ mask)``, ``(D, D') = func_d(s)``, ``w = dropout(softmax(D))`` and returns
     ``(D' * w) v``: a forgotten key keeps its part of the denominator but gives no value. Half precision is computed in

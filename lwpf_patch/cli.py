@@ -16,9 +16,43 @@ from typing import Any
 from . import __version__, backends, importing, registry
 from .errors import LwpfError, SettingsError
 from .hosts import HOSTS
-from .settings import BACKENDS, FUNC_D_OPTIONS, MASKINGS, PATCH_VARIABLE, VARIABLES, Settings, check_hosts, from_environment, split_list
+from .settings import (
+    BACKENDS,
+    FUNC_D_OPTIONS,
+    MASKINGS,
+    PATCH_VARIABLE,
+    VARIABLES,
+    Settings,
+    check_hosts,
+    from_environment,
+    split_list,
+)
 
 HOOK = "lwpf_patch.pth"
+
+RUN_DESCRIPTION = """\
+Sets the environment and executes the same interpreter: exit code, signals,
+standard input and __main__ are the script's own, and worker processes are
+patched too. An option that is not given is taken from its LWPF_ variable.
+"""
+RUN_EPILOG = """\
+forgetting functions (s: a score, a: the threshold; a forgotten key gives no value):
+  relu    forgets s <= 0
+  pfu     forgets s <= a, where a = mu + noise; its options, with their defaults:
+            mu=dmedian   the median of all scores of a call, or a number
+            bias=mu      what a forgotten score becomes: a itself, or a number
+            sigma=0.01   in training the noise has standard deviation sigma**2
+  none    forgets nothing
+
+masking:
+  exclude keys hidden by a mask have no part in the softmax, the median and the values
+  paper   as in the official code, which lets them back into the softmax
+
+examples:
+  lwpf run train.py --model vit_small_patch16_224
+  lwpf run --func-d pfu:mu=dmedian,bias=mu,sigma=0.01 train.py
+  lwpf run --patch timm -m torch.distributed.run --nproc-per-node 8 train.py
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         usage="lwpf run [options] (script.py | -m module) [arguments ...]",
         help="run a Python script or module with its attention patched",
-        description="Sets the environment and executes the same interpreter: exit code, signals, standard input and "
-        "__main__ are the script's own, and worker processes are patched too.",
+        description=RUN_DESCRIPTION,
+        epilog=RUN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_settings(run)
     run.add_argument("-m", dest="module", action="store_true", help="the target is a module, as in python -m")
@@ -73,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--include", action="append", help="only sites that match this glob pattern")
     diff.add_argument("--exclude", action="append", help="no sites that match this glob pattern")
     diff.add_argument(
-        "--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal, unless NO_COLOR is set"
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="default: on a terminal, unless NO_COLOR is set",
     )
     diff.set_defaults(command=_diff)
 
@@ -103,11 +141,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     target = options.target[1:] if options.target[:1] == ["--"] else options.target
     if not target:
-        options.parser.error("no script: lwpf run [options] script.py [arguments ...]")
+        options.parser.error("no script is given, and no module with -m")
     environment = dict(os.environ)
-    flags = {setting: f"--{setting.replace('_', '-')}" for setting in VARIABLES}
+    options_of = {setting: f"--{setting.replace('_', '-')}" for setting in VARIABLES}
     given = {setting: value for setting in VARIABLES if (value := getattr(options, setting)) is not None}
-    origins = {setting: flags[setting] if setting in given else VARIABLES[setting] for setting in VARIABLES}
+    origins = {setting: options_of[setting] if setting in given else VARIABLES[setting] for setting in VARIABLES}
     inherited = {s: os.environ[v] for s, v in VARIABLES.items() if s not in given and os.environ.get(v, "").strip()}
     settings = Settings(**{**inherited, **given}, origin=origins.__getitem__)
     hosts = options.patch or os.environ.get(PATCH_VARIABLE, "").strip() or "timm"
@@ -119,7 +157,8 @@ def _run(options: argparse.Namespace) -> int:
     if not options.module and not Path(target[0]).exists():
         raise SettingsError(f"there is no script {target[0]!r} in {Path.cwd()}; write -m before the name of a module")
     _require_hook()
-    arguments = [*subprocess._args_from_interpreter_flags(), *(["-m"] if options.module else []), *target]  # type: ignore[attr-defined]
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    arguments = [*flags, *(["-m"] if options.module else []), *target]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *arguments], environment)
 
@@ -137,8 +176,8 @@ def _require_hook() -> None:
     if sys.flags.no_site or not _hook_files():
         raise SettingsError(
             f"the start-up hook {HOOK} is in no site-packages folder of {sys.executable}, so the script would run "
-            "unpatched: install the package with pip (a checkout on PYTHONPATH is not enough), do not use python -S, or "
-            "call lwpf_patch.apply() in the script"
+            "unpatched: install the package with pip (a checkout on PYTHONPATH is not enough), do not use python -S, "
+            "or call lwpf_patch.apply() in the script"
         )
 
 
@@ -194,7 +233,9 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     print(f"lwpf_patch {status['lwpf_patch']}, Python {status['python']}, torch {status['torch'] or 'not installed'}")
     print(f"start-up hook: {', '.join(status['hook']) or 'not installed; LWPF_PATCH and lwpf run have no effect'}")
-    print(f"environment:   {' '.join(f'{k}={v}' for k, v in status['environment'].items()) or 'no LWPF_ variable is set'}")
+    print(
+        f"environment:   {' '.join(f'{k}={v}' for k, v in status['environment'].items()) or 'no LWPF_ variable is set'}"
+    )
     request = status["request"]
     if "problem" in request:
         print(f"request:       WRONG: {request['problem']}")
@@ -208,7 +249,9 @@ def _status(options: argparse.Namespace) -> int:
             continue
         print(f"\n{name} {host['version']}: {len(host['sites'])} sites would be patched")
         for site in host["sites"]:
-            known = f"known, as in {site['known']}" if site["known"] else "not tested with this version; its shape is known"
+            known = (
+                f"known, as in {site['known']}" if site["known"] else "not tested with this version; its shape is known"
+            )
             print(f"  {site['name']:<45} {known}")
     return 0
 

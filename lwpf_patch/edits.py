@@ -47,7 +47,8 @@ class Function:
 
     def end(self, node: ast.expr | ast.stmt) -> int:
         """Returns the byte offset behind a node's last character."""
-        assert node.end_lineno is not None and node.end_col_offset is not None
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
         return self._line_starts[node.end_lineno - 1] + node.end_col_offset
 
     def line_before(self, statement: ast.stmt, text: str) -> Splice:
@@ -100,8 +101,8 @@ def sdpa_call(function: Function) -> list[Splice]:
 def softmax_lines(function: Function) -> list[Splice]:
     """The paper's two lines around a softmax that is written out: before it, and before its result meets the values.
 
-    Anchors: ``attn = attn.softmax(dim=-1)`` and, later in the same block with nothing but dropout in between, a statement
-    that holds ``attn @ v``.
+    Anchors: ``attn = attn.softmax(dim=-1)`` and, later in the same block with nothing but dropout in between, a
+    statement that holds ``attn @ v``.
     """
     splices = []
     for block in function.blocks():

@@ -11,7 +11,7 @@ import inspect
 from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
@@ -21,9 +21,10 @@ from .errors import SettingsError
 from .settings import func_d_factory, parse_func_d, register_func_d
 
 # While torch.compile traces, the note is made once, at tracing, and leaves neither a node nor a guard.
-_mark_used = torch.compiler.assume_constant_result(reporting.mark_used)
+_constant: Any = torch.compiler.assume_constant_result
+_mark_used: Callable[[str], bool] = _constant(reporting.mark_used)
 
-__all__ = ["FuncD", "NoForgetting", "PFU", "ReLU", "make_func_d", "register_func_d"]
+__all__ = ["PFU", "FuncD", "NoForgetting", "ReLU", "make_func_d", "register_func_d"]
 
 
 class FuncD(nn.Module):
@@ -79,7 +80,7 @@ class FuncD(nn.Module):
         """
         if not torch.jit.is_scripting():
             if has_torch_function_unary(scores):
-                return _dispatch("partial_forgetting", (scores,), func_d=self)
+                return _dispatch_scores(self, scores)
             _mark_used(self.host)
         if self.masking == "paper":
             return self.forget_as_published(scores, self.training)
@@ -98,18 +99,25 @@ class FuncD(nn.Module):
         scale: Optional[float] = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Attention with partial forgetting, with the signature of ``torch.nn.functional.scaled_dot_product_attention``.
+        """Attention with partial forgetting, in place of ``torch.nn.functional.scaled_dot_product_attention``.
 
         See :func:`lwpf_patch.lwpf_attention` for the arguments.
         """
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102 - torch.jit.script reads only this form
             if has_torch_function((query, key, value)):
-                return _dispatch(
-                    "lwpf_attention", (query, key, value), attn_mask=attn_mask, dropout_p=dropout_p,
-                    is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, func_d=self,
-                )  # fmt: skip
+                return _dispatch_attention(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return self.attend(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, self.training, self.masking, self.backend
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            self.training,
+            self.masking,
+            self.backend,
         )
 
     def attend(
@@ -132,7 +140,7 @@ class FuncD(nn.Module):
             backends.choose(backend)
             check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
             device = query.device.type
-            if torch.is_autocast_enabled(device):
+            if _in_autocast(device):
                 dtype = torch.get_autocast_dtype(device)
                 query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
                 with torch.autocast(device, enabled=False):
@@ -209,9 +217,9 @@ class ReLU(FuncD):
 class PFU(FuncD):
     """Partial forgetting unit: forgets the scores that are at most a threshold ``a``.
 
-    ``D(s)`` is ``s`` where ``s > a`` and ``bias(a)`` elsewhere; ``D'(s) = 1[s > a]``; ``a = mu(s) + eps``, where ``eps``
-    is normal with standard deviation ``sigma ** 2`` in training and 0 in evaluation. The defaults are the published
-    setting.
+    ``D(s)`` is ``s`` where ``s > a`` and ``bias(a)`` elsewhere; ``D'(s) = 1[s > a]``; ``a = mu(s) + eps``, where
+    ``eps`` is normal with standard deviation ``sigma ** 2`` in training and 0 in evaluation. The defaults are the
+    published setting.
 
     Args:
         mu: The threshold: a number, or ``"dmedian"``, the median of the whole score tensor of the call, through which
@@ -359,8 +367,8 @@ def make_func_d(func_d: Any, origin: str = "func_d") -> FuncD:
     """Makes a module from what the user gave as func_d.
 
     Args:
-        func_d: Text such as ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``, a :class:`FuncD`, or a callable that maps scores to
-            ``(D(s), D'(s))``.
+        func_d: Text such as ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``, a :class:`FuncD`, or a callable that maps scores
+            to ``(D(s), D'(s))``.
         origin: Where it came from, for the error messages.
 
     Returns:
@@ -389,11 +397,43 @@ def make_func_d(func_d: Any, origin: str = "func_d") -> FuncD:
     )
 
 
-def _dispatch(name: str, tensors: Tuple[Tensor, ...], **options: Any) -> Any:
-    """Hands a call with tensor-like arguments to them, under the name of our public function: torch.fx makes it a node."""
-    from . import attention
+def _tracer(proxy: fx.Proxy) -> fx.Tracer:
+    assert isinstance(proxy.tracer, fx.Tracer), "a func_d can only be traced as part of a module"
+    return proxy.tracer
 
-    return handle_torch_function(getattr(attention, name), tensors, *tensors, **options)
+
+def _dispatch_scores(func_d: FuncD, scores: Any) -> Any:
+    """Hands the call to a tensor-like argument; in a trace by torch.fx it becomes a call of that very module.
+
+    So a traced model follows train() and eval().
+    """
+    from .attention import partial_forgetting
+
+    if isinstance(scores, fx.Proxy):
+        return _tracer(scores).create_proxy("call_module", _tracer(scores).path_of_module(func_d), (scores,), {})
+    return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d)
+
+
+def _dispatch_attention(func_d: FuncD, query: Any, key: Any, value: Any, *options: Any) -> Any:
+    """Hands the call to tensor-like arguments; in a trace by torch.fx it becomes a call of that very module's method.
+
+    A method and not our public function, because torch.jit.script cannot pass a module to a function.
+    """
+    from .attention import lwpf_attention
+
+    names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, options, strict=True))
+    if isinstance(query, fx.Proxy):
+        tracer = _tracer(query)
+        module = tracer.create_proxy("get_attr", tracer.path_of_module(func_d), (), {})
+        method = func_d.scaled_dot_product_attention.__name__
+        return tracer.create_proxy("call_method", method, (module, query, key, value), given)
+    return handle_torch_function(lwpf_attention, (query, key, value), query, key, value, func_d=func_d, **given)
+
+
+def _in_autocast(device: str) -> bool:
+    """Returns whether autocast is on for a kind of device; some, such as meta, do not know it."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -412,10 +452,12 @@ def check_inputs(
     named = (("query", query), ("key", key), ("value", value))
     for name, tensor in named:
         if tensor.dim() < 2:
-            raise RuntimeError(f"lwpf_attention: {name} must have at least 2 dimensions, got shape {list(tensor.shape)}")
+            raise RuntimeError(
+                f"lwpf_attention: {name} must have at least 2 dimensions, got shape {list(tensor.shape)}"
+            )
         if not tensor.is_floating_point():
             raise RuntimeError(f"lwpf_attention: {name} must be of a floating dtype, got {tensor.dtype}")
-    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+    if not query.dtype == key.dtype == value.dtype and not _in_autocast(query.device.type):
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named)
         raise RuntimeError(f"lwpf_attention: query, key and value must have the same dtype, got {got}")
     if not query.device == key.device == value.device:
@@ -424,7 +466,8 @@ def check_inputs(
     if query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
         got = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named)
         raise RuntimeError(
-            "lwpf_attention: query (..., L, E), key (..., S, E) and value (..., S, Ev) must agree in E and S, got " + got
+            "lwpf_attention: query (..., L, E), key (..., S, E) and value (..., S, Ev) must agree in E and S, got "
+            + got
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"lwpf_attention: dropout_p must be a probability, got {dropout_p}")

@@ -25,7 +25,9 @@ class _Watcher:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
-            spec = find_spec(name, path, target) if finder is not self and find_spec is not None else None
+            spec: ModuleSpec | None = (
+                find_spec(name, path, target) if finder is not self and find_spec is not None else None
+            )
             if spec is not None:
                 self._report_after(spec)
                 return spec
@@ -57,14 +59,14 @@ def watch(names: Iterable[str], callback: Callable[[ModuleType], None]) -> None:
     _watcher.names |= set(names)
     _watcher.callback = callback
     if _watcher not in sys.meta_path:
-        sys.meta_path.insert(0, _watcher)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _watcher)
 
 
 def unwatch() -> None:
     """Ends all watching."""
     _watcher.names = set()
     if _watcher in sys.meta_path:
-        sys.meta_path.remove(_watcher)  # type: ignore[arg-type]
+        sys.meta_path.remove(_watcher)
 
 
 class _Raiser:
@@ -84,7 +86,7 @@ def arm(error: BaseException, names: Iterable[str]) -> None:
 
     An exception in a start-up file is printed and the script runs on; this is how a wrong request stops it.
     """
-    sys.meta_path.insert(0, _Raiser(error, names))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Raiser(error, names))
 
 
 def disarm() -> None:

@@ -49,7 +49,8 @@ def patch_model(
         SettingsError: A wrong value, a pattern that matches no attention module, or a model without any.
         LwpfError: As for :func:`lwpf_patch.apply`.
     """
-    settings = Settings(func_d, masking, backend, include, exclude, origin="patch_model({}=...)".format)  # type: ignore[arg-type]
+    origin = "patch_model({}=...)".format
+    settings = Settings(func_d, masking, backend, include, exclude, origin)  # type: ignore[arg-type]
     found = {name: site for name, module in model.named_modules() if (site := _site_of(type(module))) is not None}
     if not found:
         raise SettingsError(
@@ -130,17 +131,18 @@ def _patched_class(cls: type) -> type:
     owner = getattr(sys.modules[site.module], site.owner)
     if next(base for base in cls.__mro__ if method in base.__dict__) is not owner:
         raise ConflictError(
-            f"patch_model: {cls.__module__}.{cls.__qualname__} defines a {method} of its own over that of {site.name}, so "
-            "that it cannot be patched for one model alone; use lwpf_patch.apply()"
+            f"patch_model: {cls.__module__}.{cls.__qualname__} defines a {method} of its own over that of {site.name}, "
+            "so that it cannot be patched for one model alone; use lwpf_patch.apply()"
         )
     (located,) = registry.locate(sys.modules[site.module], [site])
     plain = located.function
     function = FunctionType(located.patched, plain.__globals__, method, plain.__defaults__, plain.__closure__)
     for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__doc__", "__module__"):
         setattr(function, name, copy.copy(getattr(plain, name)))
+
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # The subclass is made at run time: what is pickled is the class that it was made of.
-        reduced = super(patched_class, self).__reduce_ex__(protocol)
+        reduced: Any = super(patched_class, self).__reduce_ex__(protocol)
         return (_rebuild, (cls,), *reduced[2:]) if type(self) is patched_class else reduced
 
     namespace = {
@@ -151,10 +153,10 @@ def _patched_class(cls: type) -> type:
         "__doc__": cls.__doc__,
         "__reduce_ex__": reduce_ex,
     }
-    patched_class = type(cls.__name__, (cls,), namespace)
+    patched_class: Any = type(cls.__name__, (cls,), namespace)
     return patched_class
 
 
 def _rebuild(cls: type) -> Any:
-    patched_class = _patched_class(cls)
+    patched_class: Any = _patched_class(cls)
     return patched_class.__new__(patched_class)

@@ -4,8 +4,8 @@ A host is patched module by module: at once where a module is already imported, 
 the code object of a function, not the function: old instances, subclasses, names imported before and captured bound
 methods are all patched, and revert is exact.
 
-``func_d`` is a submodule of every instance, attached when the instance is made or unpickled, and to those that live when
-the patch comes. Nothing here imports torch before a host is there to be patched.
+``func_d`` is a submodule of every instance, attached when the instance is made or unpickled, and to those that live
+when the patch comes. Nothing here imports torch before a host is there to be patched.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Applied:
 _applied: dict[str, Applied] = {}
 
 
-# --- what users call ---------------------------------------------------------------------------------------------------
+# --- what users call ------------------------------------------------------------------------------------------------
 
 
 def apply(
@@ -200,6 +200,7 @@ def _host_status(host: Host) -> dict[str, Any]:
         "version": version,
         "state": "patched" if applied.sites else "waiting for its import",
         "called": reporting.was_used(host.name),
+        "modules": len(_living([site.owner for site in applied.sites])),
         "settings": applied.settings.describe(),
         # by name: a module that was reloaded has two classes of one name, both patched
         "sites": list(
@@ -211,7 +212,7 @@ def _host_status(host: Host) -> dict[str, Any]:
     }
 
 
-# --- patching and reverting --------------------------------------------------------------------------------------------
+# --- patching and reverting -----------------------------------------------------------------------------------------
 
 
 def _patch_loaded(applied: Applied) -> None:
@@ -243,11 +244,11 @@ def _check_complete(applied: Applied) -> None:
     called = sorted({site.site.owner for site in applied.sites})
     from . import backends
 
-    backend, why = backends.choose(applied.settings.backend)
+    backend, _ = backends.choose(applied.settings.backend)
     settings = applied.settings.describe()
     reporting.info(
         f"{applied.host.name} {_live_version(applied.host)}: {', '.join(called)} patched; func_d {settings['func_d']}, "
-        f"masking {settings['masking']}, backend {backend} ({why})"
+        f"masking {settings['masking']}, backend {backend}"
     )
 
 
@@ -272,8 +273,8 @@ def _patch_module(applied: Applied, module: ModuleType) -> None:
         _wrap_makers(site, func_d)
         if not site.known:
             reporting.warn(
-                f"{site.site.module}.{site.site.qualname} of {applied.host.name} {_live_version(applied.host)} is a version "
-                f"that lwpf_patch has not been tested with; its shape is known, and it is patched. `lwpf diff "
+                f"{site.site.module}.{site.site.qualname} of {applied.host.name} {_live_version(applied.host)} is a "
+                f"version that lwpf_patch has not been tested with; its shape is known, and it is patched. `lwpf diff "
                 f"{applied.host.name}` shows how"
             )
     _attach_to_living([site.owner for site in found], func_d)
@@ -293,7 +294,7 @@ def locate(module: ModuleType, sites: list[Site]) -> list[PatchedSite]:
         ConflictError: A function is not what the module's source says.
     """
     path = inspect.getsourcefile(module)
-    loader = getattr(module.__spec__, "loader", None)
+    loader: Any = getattr(module.__spec__, "loader", None)
     source = loader.get_source(module.__name__) if hasattr(loader, "get_source") else None
     if path is None or source is None:
         raise RewriteError(f"{module.__name__} cannot be patched: its source is not available")
@@ -309,9 +310,9 @@ def locate(module: ModuleType, sites: list[Site]) -> list[PatchedSite]:
         # type() and not isinstance(): a wrapt proxy claims to be a function and hands out the code of another one.
         if type(function) is not FunctionType or live != original or len(live.co_freevars) != len(new.co_freevars):
             raise ConflictError(
-                f"{site.module}.{site.qualname} is not the code of its source file {path}: it is {_describe(function)}. "
-                "lwpf_patch does not rewrite another patch: remove that one, apply lwpf_patch before it, or leave this "
-                "site out with exclude="
+                f"{site.module}.{site.qualname} is not the code of its source file {path}: it is "
+                f"{_describe(function)}. lwpf_patch does not rewrite another patch: remove that one, apply lwpf_patch "
+                "before it, or leave this site out with exclude="
             )
         found.append(PatchedSite(site, owner, function, live, new, site not in plan.unknown))
     return found
@@ -369,7 +370,7 @@ def forget_compiled() -> None:
         recursive.concrete_type_store.methods_compiled.clear()
 
 
-# --- func_d on the instances -------------------------------------------------------------------------------------------
+# --- func_d on the instances ----------------------------------------------------------------------------------------
 
 
 def prototype(host: Host, settings: Settings) -> FuncD:
@@ -436,7 +437,7 @@ def _detach_from_living(owners: list[type], host: str) -> None:
             del instance.func_d
 
 
-# --- at exit -----------------------------------------------------------------------------------------------------------
+# --- at exit --------------------------------------------------------------------------------------------------------
 
 
 @atexit.register
@@ -445,7 +446,8 @@ def _report_at_exit() -> None:
     for name, applied in _applied.items():
         if not applied.complete:
             reporting.warn(
-                f"{name} was asked to be patched, but this program never imported it: nothing ran with partial forgetting"
+                f"{name} was asked to be patched, but this program never imported it: nothing ran with partial "
+                "forgetting"
             )
         elif not reporting.was_used(name):
             owners = sorted({site.site.name for site in applied.sites})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("lwpf_patch")
 
 _used: set[str] = set()
 
 
-class _StderrUnlessConfigured(logging.StreamHandler):
+class _StderrUnlessConfigured(logging.StreamHandler[TextIO]):
     """Writes to stderr as long as the script has configured no logging of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -40,7 +41,7 @@ def is_main_process() -> bool:
 
 
 def is_helper_process() -> bool:
-    """Returns whether another program started this interpreter for its own purposes: a worker, a launcher, a compiler."""
+    """Returns whether another program started this interpreter for its own ends: a worker, a launcher, a compiler."""
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is not None and multiprocessing.parent_process() is not None:
         return True

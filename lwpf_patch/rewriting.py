@@ -1,7 +1,7 @@
 """Rewriting: find the anchors in a function's source, splice the edits in, compile, show the difference.
 
-The whole module is spliced and compiled, so that ``super()``, closures and defaults survive; only the code objects of the
-functions that were edited are taken from it. Splicing by position keeps formatting and comments.
+The whole module is spliced and compiled, so that ``super()``, closures and defaults survive; only the code objects of
+the functions that were edited are taken from it. Splicing by position keeps formatting and comments.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def _splices(function: Function, site: Site) -> list[Splice]:
     if not splices or len(splices) != anchors:
         missing = "no softmax over keys" if not anchors else "a softmax or attention call that no edit covers"
         raise RewriteError(
-            f"{site.module}.{site.qualname} cannot be patched: {function.where} has {missing}. Its source does not have "
-            "the shape that lwpf_patch knows; leave it out with exclude=, or install a version that is supported"
+            f"{site.module}.{site.qualname} cannot be patched: {function.where} has {missing}. Its source does not "
+            "have the shape that lwpf_patch knows; leave it out with exclude=, or install a version that is supported"
         )
     return splices
 

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import SettingsError, unknown_value
 
@@ -30,26 +30,40 @@ VARIABLES = {
 OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
 
 
-def _number_or(word: str) -> Callable[[str], float | str]:
-    def parse(text: str) -> float | str:
-        return word if text == word else float(text)
+class Option(NamedTuple):
+    """An option of a built-in forgetting function.
 
-    parse.__doc__ = f"a number or {word!r}"
-    return parse
+    Attributes:
+        word: The one word that it takes beside numbers, if any.
+        minimum: The least number that it takes.
+    """
+
+    word: str | None = None
+    minimum: float = -math.inf
+
+    def expected(self) -> str:
+        """Describes the values that it takes."""
+        number = "a number" if self.minimum == -math.inf else f"a number of at least {self.minimum:g}"
+        return f"{number} or {self.word!r}" if self.word else number
+
+    def read(self, text: str) -> float | str:
+        """Reads a value.
+
+        Raises:
+            ValueError: It does not take this one.
+        """
+        if text == self.word:
+            return text
+        value = float(text)
+        if not self.minimum <= value < math.inf:
+            raise ValueError(text)
+        return value
 
 
-def _deviation(text: str) -> float:
-    """a number of at least 0"""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError(text)
-    return value
-
-
-#: The built-in forgetting functions: for each, its options and how their text is read.
-FUNC_D_OPTIONS: dict[str, dict[str, Callable[[str], float | str]]] = {
+#: The built-in forgetting functions, each with its options.
+FUNC_D_OPTIONS: dict[str, dict[str, Option]] = {
     "relu": {},
-    "pfu": {"mu": _number_or("dmedian"), "bias": _number_or("mu"), "sigma": _deviation},
+    "pfu": {"mu": Option("dmedian"), "bias": Option("mu"), "sigma": Option(minimum=0)},
     "none": {},
 }
 _factories: dict[str, Callable[..., Any]] = {}
@@ -98,7 +112,9 @@ def parse_func_d(text: str, origin: str = "func_d") -> tuple[str, dict[str, floa
     if name not in FUNC_D_OPTIONS and name not in _factories:
         raise unknown_value("func_d", name, origin, [*FUNC_D_OPTIONS, *_factories])
     if colon and not rest.strip():
-        raise SettingsError(f"{text!r} (from {origin}): no option follows the colon; write {name!r} or 'name:option=value'")
+        raise SettingsError(
+            f"{text!r} (from {origin}): no option follows the colon; write {name!r} or 'name:option=value'"
+        )
     options: dict[str, float | str] = {}
     for item in rest.split(",") if rest.strip() else ():
         option, equals, value = (part.strip() for part in item.partition("="))
@@ -117,19 +133,16 @@ def _read_option(name: str, option: str, value: str, text: str, origin: str) -> 
             return float(value)
         except ValueError:
             return value
-    readers = FUNC_D_OPTIONS[name]
-    if not readers:
+    known = FUNC_D_OPTIONS[name]
+    if not known:
         raise SettingsError(f"option {option!r} in {text!r} (from {origin}): {name!r} takes no options")
-    if option not in readers:
-        raise unknown_value(f"option of {name}", option, origin, readers)
+    if option not in known:
+        raise unknown_value(f"option of {name}", option, origin, known)
     try:
-        read = readers[option](value)
-        if isinstance(read, float) and math.isnan(read):
-            raise ValueError(value)
+        return known[option].read(value)
     except ValueError:
-        expected = readers[option].__doc__
+        expected = known[option].expected()
         raise SettingsError(f"{option}={value!r} in {text!r} (from {origin}): {option} must be {expected}") from None
-    return read
 
 
 def _check_factory_option(name: str, option: str, origin: str) -> None:
@@ -173,8 +186,8 @@ class Settings:
             )
         elif not callable(self.func_d):
             raise SettingsError(
-                f"func_d {self.func_d!r} (from {self.origin('func_d')}) is neither text nor callable: pass text such as "
-                "'relu', or an object that maps scores to (D(s), D'(s))"
+                f"func_d {self.func_d!r} (from {self.origin('func_d')}) is neither text nor callable: pass text such "
+                "as 'relu', or an object that maps scores to (D(s), D'(s))"
             )
         if self.masking not in MASKINGS:
             raise unknown_value("masking", self.masking, self.origin("masking"), MASKINGS)
@@ -223,7 +236,9 @@ def check_hosts(names: Iterable[str], origin: str, known: Iterable[str]) -> tupl
     return names
 
 
-def from_environment(known_hosts: Iterable[str], environ: Mapping[str, str] = os.environ) -> tuple[tuple[str, ...], Settings]:
+def from_environment(
+    known_hosts: Iterable[str], environ: Mapping[str, str] = os.environ
+) -> tuple[tuple[str, ...], Settings]:
     """Reads a request from the environment.
 
     Args:
@@ -242,7 +257,7 @@ def from_environment(known_hosts: Iterable[str], environ: Mapping[str, str] = os
     for name in given:
         if name not in known_variables:
             raise unknown_value("variable", name, "the environment", known_variables)
-    values = {setting: given[name] for setting, name in VARIABLES.items() if name in given}
+    values: dict[str, Any] = {setting: given[name] for setting, name in VARIABLES.items() if name in given}
     if PATCH_VARIABLE not in given:
         if not values:
             return (), Settings()

@@ -35,7 +35,9 @@ def check(name: str, cls: type, func_d: str) -> None:
     parameters = cls.forward.__code__.co_varnames[: cls.forward.__code__.co_argcount]
     options = [{}]
     if "attn_mask" in parameters:
-        options.append({"attn_mask": torch.randn(7, 7, dtype=torch.float64).masked_fill(torch.rand(7, 7) < 0.2, -torch.inf)})
+        options.append(
+            {"attn_mask": torch.randn(7, 7, dtype=torch.float64).masked_fill(torch.rand(7, 7) < 0.2, -torch.inf)}
+        )
     if "is_causal" in parameters:
         options.append({"is_causal": True})
     if "rope" in parameters:
@@ -65,7 +67,9 @@ def main() -> None:
             check(name, cls, func_d)
     sites = lwpf_patch.status()["hosts"]["timm"]["sites"]
     assert {site["function"] for site in sites} == {f"{name}.forward" for name in plain}
-    assert all(site["known"] for site in sites), [lwpf_patch.registry.HOSTS["timm"].plans(lwpf_patch.settings.Settings())]
+    assert all(site["known"] for site in sites), [
+        lwpf_patch.registry.HOSTS["timm"].plans(lwpf_patch.settings.Settings())
+    ]
     x = torch.randn(2, 3, 32, 32)
     model = VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=3).eval()
     patched = model(x)

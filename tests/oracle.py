@@ -265,7 +265,7 @@ def _forget(
         return scores, indicator
     # Chosen one by one and not by a product: ReLU(-inf) is 0.
     zero = scores.new_zeros(())
-    return torch.stack([zero if n <= 0.0 else s for n, s in zip(numbers, scores.unbind(0))]), indicator
+    return torch.stack([zero if n <= 0.0 else s for n, s in zip(numbers, scores.unbind(0), strict=True)]), indicator
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -37,7 +37,18 @@ def test_run_with_every_option(python, tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
     (tmp_path / "package" / "train.py").write_text("import os, sys\nprint(sys.argv[1:])\n" + ATTEND)
-    options = ["--patch", "timm", "--func-d", "pfu:mu=0.1", "--masking", "paper", "--backend", "eager", "--include", "*"]
+    options = [
+        "--patch",
+        "timm",
+        "--func-d",
+        "pfu:mu=0.1",
+        "--masking",
+        "paper",
+        "--backend",
+        "eager",
+        "--include",
+        "*",
+    ]
     out = python("-m", "lwpf_patch", "run", *options, "-m", "package.train", "-x", "--patch", "no")
     assert "['-x', '--patch', 'no']" in out.stdout
     assert "PFU(mu=0.1, bias=mu, sigma=0.01, masking=paper, backend=eager)" in out.stdout
@@ -63,7 +74,7 @@ def test_run_passes_signals_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "no script: lwpf run [options] script.py"),
+        (["run"], "no script is given, and no module with -m"),
         (["run", "missing.py"], "there is no script 'missing.py' in"),
         (["run", "--patch", "tim", "x.py"], "unknown host 'tim' (from --patch): allowed are"),
         (["run", "--func-d", "reul", "x.py"], "unknown func_d 'reul' (from --func-d)"),
@@ -143,7 +154,10 @@ def test_status(python):
     assert "LWPF_PATCH=timm" in plain
     assert "timm.layers.attention.AttentionRope" in plain
     data = json.loads(python("-m", "lwpf_patch", "status", "--json").stdout)
-    assert [site["function"] for site in data["hosts"]["timm"]["sites"]] == ["Attention.forward", "AttentionRope.forward"]
+    assert [site["function"] for site in data["hosts"]["timm"]["sites"]] == [
+        "Attention.forward",
+        "AttentionRope.forward",
+    ]
     assert data["backend"]["name"] == "eager"
     assert data["hook"]
     wrong = python("-m", "lwpf_patch", "status", LWPF_PATCH="tim").stdout

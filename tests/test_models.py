@@ -88,11 +88,13 @@ def test_pickles_do_not_need_the_process_that_wrote_them(python, tmp_path):
     patch_model(model)
     file = tmp_path / "model.pt"
     torch.save({"model": model, "x": x, "y": model(x)}, file)
-    python(code=f"""
+    python(
+        code=f"""
 import torch
 saved = torch.load({str(file)!r}, weights_only=False)
 torch.testing.assert_close(saved["model"](saved["x"]), saved["y"])
-""")
+"""
+    )
 
 
 def test_what_cannot_be_patched():
@@ -100,7 +102,9 @@ def test_what_cannot_be_patched():
         def forward(self, x, **kwargs):
             return super().forward(x)
 
-    with pytest.raises(SettingsError, match="Linear has no attention module that can be patched; those are timm.layers"):
+    with pytest.raises(
+        SettingsError, match=r"Linear has no attention module that can be patched; those are timm.layers"
+    ):
         patch_model(torch.nn.Linear(2, 2))
     with pytest.raises(ConflictError, match=r"Override defines a forward of its own.*use lwpf_patch.apply\(\)"):
         patch_model(Override(12, num_heads=3))

@@ -248,7 +248,7 @@ def test_a_registered_func_d():
     query, key, value = tensors((5, 4), (6, 4), (6, 3))
     by_text = lwpf_attention(query, key, value, func_d="shift:by=0.25,kind=odd")
     assert torch.equal(by_text, lwpf_attention(query, key, value, func_d=Shift(0.25)))
-    with pytest.raises(lwpf_patch.SettingsError, match="unknown option of shift 'bi'.*did you mean 'by'"):
+    with pytest.raises(lwpf_patch.SettingsError, match=r"unknown option of shift 'bi'.*did you mean 'by'"):
         lwpf_attention(query, key, value, func_d="shift:bi=1")
     with pytest.raises(lwpf_patch.SettingsError, match="its factory raised TypeError"):
         lwpf_attention(query, key, value, func_d="shift")
@@ -258,7 +258,10 @@ def test_a_registered_func_d():
 
 
 WRONG = {
-    "dtype": (dict(key=torch.zeros(6, 4, dtype=torch.float64)), "same dtype, got query torch.float32, key torch.float64"),
+    "dtype": (
+        dict(key=torch.zeros(6, 4, dtype=torch.float64)),
+        "same dtype, got query torch.float32, key torch.float64",
+    ),
     "device": (dict(value=torch.zeros(6, 3, device="meta")), "same device, got query on cpu.*value on meta"),
     "width": (dict(key=torch.zeros(6, 5)), r"agree in E and S, got query \[5, 4\], key \[6, 5\]"),
     "length": (dict(value=torch.zeros(7, 3)), r"agree in E and S.*value \[7, 3\]"),

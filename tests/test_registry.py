@@ -165,7 +165,9 @@ def test_a_patch_of_someone_else_in_the_way(monkeypatch, plain_code, kind):
     else:
         monkeypatch.setattr(Attention, "forward", wrapt.FunctionWrapper(Attention.forward, _proxy))
     rope, init = AttentionRope.forward.__code__, Attention.__init__
-    with pytest.raises(ConflictError, match=r"Attention.forward is not the code of its source file .*attention.py: it is"):
+    with pytest.raises(
+        ConflictError, match=r"Attention.forward is not the code of its source file .*attention.py: it is"
+    ):
         lwpf_patch.apply("timm")
     assert AttentionRope.forward.__code__ is rope  # nothing half-patched
     assert Attention.__init__ is init
@@ -248,8 +250,12 @@ def test_status_is_plain_data():
         "timm.layers.attention.Attention",
         "timm.layers.attention.AttentionRope",
     ]
-    vit()(images())
-    assert lwpf_patch.status()["hosts"]["timm"]["called"] is True
+    before = status["modules"]
+    model = vit()
+    model(images())
+    after = lwpf_patch.status()["hosts"]["timm"]
+    assert after["called"] is True
+    assert after["modules"] == before + len(model.blocks)
 
 
 def test_threads_leave_one_patch_and_exact_code(plain_code):

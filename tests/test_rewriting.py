@@ -33,7 +33,7 @@ def test_the_two_lines():
     [
         "s = q @ k\ns = s.softmax(-1)\nreturn (s @ v).transpose(1, 2)\n",
         "if q.any():\n    s = q @ k\n    s = s.softmax(dim=-1)\n    o = s @ v\nelse:\n    o = v\nreturn o\n",
-        "for i in range(3):\n    s = (q @ k).clone()\n    s = s.softmax(dim=-1)\n    s = self.drop(s)\n    q = s @ v\nreturn q\n",
+        "for i in range(3):\n    s = q @ k\n    s = s.softmax(dim=-1)\n    s = self.drop(s)\n    q = s @ v\nreturn q\n",
     ],
 )
 def test_shapes_of_the_eager_form(body):
@@ -81,14 +81,16 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_shapes_are_refused_by_name(case):
     body, message = REFUSED[case]
-    with pytest.raises(RewriteError, match=r"host.layers.Layer.forward cannot be patched: .*host/layers.py:\d") as caught:
+    with pytest.raises(
+        RewriteError, match=r"host.layers.Layer.forward cannot be patched: .*host/layers.py:\d"
+    ) as caught:
         plan(body)
     assert message in str(caught.value)
 
 
 def test_a_site_that_is_missing_or_there_twice():
-    for source, what in (("class Layer: pass\n", "is not defined"),
-                         ("class Layer:\n  def forward(self): pass\n  def forward(self): pass\n", "defined 2 times")):  # fmt: skip
+    twice = "class Layer:\n    def forward(self): pass\n    def forward(self): pass\n"
+    for source, what in (("class Layer: pass\n", "is not defined"), (twice, "defined 2 times")):
         with pytest.raises(RewriteError, match=what):
             rewriting.plan("host/layers.py", source, [SITE])
 

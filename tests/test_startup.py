@@ -1,4 +1,4 @@
-"""The environment variable: no change to the script, in every kind of process; and what is said when nothing came of it."""
+"""The environment variable: no change to the script, in any kind of process; what is said if nothing came of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ print(getattr(model.blocks[0].attn, "func_d", None))
 
 
 def test_the_package_alone_imports_no_torch(python):
-    out = python("-c", "import sys, lwpf_patch; lwpf_patch.apply('timm'); lwpf_patch.status(); print('torch' in sys.modules)")
+    out = python(
+        "-c", "import sys, lwpf_patch; lwpf_patch.apply('timm'); lwpf_patch.status(); print('torch' in sys.modules)"
+    )
     assert out.stdout.strip() == "False"
 
 
@@ -135,13 +137,17 @@ def test_a_version_without_the_sites(python, tmp_path):
     (package / "__init__.py").write_text("from .layers import attention\n__version__ = '9.9'\n")
     (package / "layers" / "__init__.py").write_text("")
     (package / "layers" / "attention.py").write_text("class Attention:\n    def forward(self, x):\n        return x\n")
-    out = python("-c", "import timm; print('went on')", check=False, LWPF_PATCH="timm", PYTHONPATH=str(tmp_path / "fake"))
+    out = python(
+        "-c", "import timm; print('went on')", check=False, LWPF_PATCH="timm", PYTHONPATH=str(tmp_path / "fake")
+    )
     assert out.returncode == 1
     assert "went on" not in out.stdout
     assert "timm.layers.attention.Attention.forward cannot be patched" in out.stderr
     assert "attention.py:2 has no softmax over keys" in out.stderr
     (package / "layers" / "attention.py").write_text("")
-    out = python("-c", "import timm; print('went on')", check=False, LWPF_PATCH="timm", PYTHONPATH=str(tmp_path / "fake"))
+    out = python(
+        "-c", "import timm; print('went on')", check=False, LWPF_PATCH="timm", PYTHONPATH=str(tmp_path / "fake")
+    )
     assert out.returncode == 1
     assert "has no Attention.forward in timm.layers.attention or timm.models.vision_transformer" in out.stderr
 

@@ -40,7 +40,9 @@ def compare(module: nn.Module, x: torch.Tensor, options: dict, fused: bool, **mo
     expected = oracle.timm_attention(module, x, **options, excluded_below=torch.finfo(x.dtype).min / 2, **more)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     cotangent = torch.randn_like(ours)
-    for got, wanted in zip(gradients(ours, module, x, cotangent), gradients(expected, module, x, cotangent), strict=True):
+    for got, wanted in zip(
+        gradients(ours, module, x, cotangent), gradients(expected, module, x, cotangent), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
@@ -157,7 +159,7 @@ def test_none_is_the_unpatched_model_bit_for_bit(model_name, fused):
     assert torch.equal(model(x), plain)
 
 
-# --- what people do to models ------------------------------------------------------------------------------------------
+# --- what people do to models ---------------------------------------------------------------------------------------
 
 
 def scripted(model, x):
@@ -295,6 +297,12 @@ def test_bfloat16(mode, func_d, model_name, fused):
         narrow = attention(tokens.bfloat16() if mode == "pure" else tokens)
     wide = copy.deepcopy(attention).float()(tokens)
     assert (narrow.float() - wide).abs().mean() < 0.1 * wide.abs().mean()
+
+
+def test_the_meta_device():
+    lwpf_patch.apply("timm", func_d="pfu")
+    with torch.device("meta"):
+        assert vit()(images()).shape == (3, 5)
 
 
 def test_a_model_scripted_or_compiled_after_another_of_its_class_is_patched():

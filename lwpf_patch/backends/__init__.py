@@ -24,5 +24,5 @@ def choose(requested: str) -> tuple[str, str]:
     if requested not in BACKENDS:
         raise unknown_value("backend", requested, "backend", BACKENDS)
     if requested == "auto":
-        return "eager", "the only backend so far"
+        return "eager", "the readable reference; no other backend is in this version"
     return requested, "asked for"

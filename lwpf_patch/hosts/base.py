@@ -66,14 +66,14 @@ class Host:
             for pattern in getattr(settings, option):
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise SettingsError(
-                        f"{option} pattern {pattern!r} (from {settings.origin(option)}) matches no site of {self.name}; "
-                        f"its sites are {', '.join(names)}"
+                        f"{option} pattern {pattern!r} (from {settings.origin(option)}) matches no site of "
+                        f"{self.name}; its sites are {', '.join(names)}"
                     )
         left = tuple(site for site in self.sites if selects(settings, site.name))
         if not left:
             raise SettingsError(
-                f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} to "
-                f"be patched; its sites are {', '.join(names)}"
+                f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} "
+                f"to be patched; its sites are {', '.join(names)}"
             )
         return left
 
@@ -109,8 +109,8 @@ class Host:
             if qualname in wanted and qualname not in names:
                 places = " or ".join(site.module for site in self.sites if site.qualname == qualname)
                 raise RewriteError(
-                    f"{self.name} {self.version()} has no {qualname} in {places}: this version is not supported; nothing "
-                    "was patched"
+                    f"{self.name} {self.version()} has no {qualname} in {places}: this version is not supported; "
+                    "nothing was patched"
                 )
         if not names:
             raise RewriteError(f"{self.name} {self.version()} has none of the sites that were asked for")

@@ -24,7 +24,6 @@ from tqdm import tqdm
 SPLIT_SEED = 0
 TEST_FRACTION = 1 / 3
 WARM_UP_FRACTION = 0.1
-LABEL_SMOOTHING = 0.1
 
 
 def main() -> None:
@@ -49,8 +48,7 @@ def main() -> None:
             model.train()
             total = 0.0
             for indices in torch.randperm(len(train_images), generator=generator).split(options.batch_size):
-                logits = model(train_images[indices])
-                loss = F.cross_entropy(logits, train_labels[indices], label_smoothing=LABEL_SMOOTHING)
+                loss = F.cross_entropy(model(train_images[indices]), train_labels[indices])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -88,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--epochs", type=positive, default=40, help="passes over the training set (default: %(default)s)"
+        "--epochs", type=positive, default=30, help="passes over the training set (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=positive, default=64, help="images per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate after the warm-up (default: %(default)s)")

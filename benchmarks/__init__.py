@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks NAME``. Ratios within one run count, not seconds."""

@@ -1,0 +1,61 @@
+"""Every supported version of timm, in a child interpreter, against the oracle; and timm's own tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+#: Where `make test` puts the versions and the source of the newest, which carries its tests.
+VERSIONS = Path(sys.prefix) / "timm"
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
+    return {**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+
+
+@pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20"])
+def test_a_version_of_timm(version):
+    folder = VERSIONS / version
+    assert folder.is_dir(), f"timm {version} is not in {folder}; `make test` puts it there"
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "tests" / "check_version.py", version],
+        env=_environment(PYTHONPATH=str(folder)), capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("right: Attention")
+
+
+def _run_timm_tests(report: Path, arguments: list[str], **variables: str) -> dict[str, str]:
+    """Runs timm's own tests, and returns the outcome of each by its name."""
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments],
+        cwd=VERSIONS / "source", env=_environment(**variables), capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode in (0, 1), out.stdout + out.stderr
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        outcomes[case.get("name", "")] = outcome
+    return outcomes
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("models", ["test_vit", "vit_small_patch16_rope_224"])
+def test_timms_own_tests_pass_where_they_pass_unpatched(tmp_path, models):
+    source = VERSIONS / "source" / "tests" / "test_models.py"
+    assert source.is_file(), f"timm's tests are not in {source.parent}; `make test` puts them there"
+    # What downloads weights fails with and without the patch.
+    select = ["tests/test_models.py", "-k", f"{models} and not pretrained and not inference and not relpos"]
+    patched = _run_timm_tests(tmp_path / "patched.xml", select, LWPF_PATCH="timm")
+    assert list(patched.values()).count("passed") >= 10
+    failed = {name for name, outcome in patched.items() if outcome in ("failure", "error")}
+    if failed:
+        plain = _run_timm_tests(tmp_path / "plain.xml", select)
+        assert failed == {name for name in failed if plain[name] in ("failure", "error")}

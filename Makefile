@@ -1,6 +1,7 @@
 # make demo   trains a small vision transformer plain and with partial forgetting, and compares
 # make test   passes the tests
 # make lint   checks style and types
+# make hosts  installs hflayers and DeepRC, which are Git repositories; `make test` tries to and goes on without
 # Each builds the environment it needs in .venv, from a Python package index alone.
 
 PYTHON ?= python3
@@ -10,14 +11,23 @@ BIN := $(ENV)/bin
 TIMM_VERSIONS := 0.6.13 0.9.16 1.0.9 1.0.20
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint clean
+# A repository that cannot be reached shall say so and not wait for a password.
+export GIT_TERMINAL_PROMPT := 0
+
+.PHONY: demo test lint hosts try-hosts clean
 .DELETE_ON_ERROR:
 
 demo: $(ENV)/installed
 	$(BIN)/python recipes/digits/compare.py --output build/digits
 
-test: $(ENV)/installed $(TIMM_VERSIONS:%=$(ENV)/timm/%) $(ENV)/timm/source
+test: $(ENV)/installed $(TIMM_VERSIONS:%=$(ENV)/timm/%) $(ENV)/timm/source try-hosts
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+hosts: $(ENV)/hosts
+
+try-hosts: $(ENV)/installed
+	@$(MAKE) --no-print-directory $(ENV)/hosts || echo "hflayers and DeepRC could not be installed: their repositories \
+	cannot be reached from here. Their tests will be reported as skipped; LWPF_REQUIRE_HOSTS=1 makes that a failure."
 
 lint: $(ENV)/linters
 	$(BIN)/ruff check .
@@ -31,6 +41,11 @@ $(ENV)/installed: pyproject.toml
 	@echo "Building the environment in $(ENV); PyTorch is large, this takes some minutes."
 	$(PYTHON) -m venv $(ENV)
 	$(PIP) install -e '.[timm,plots,test]'
+	touch $@
+
+$(ENV)/hosts: $(ENV)/installed
+	$(PIP) install --upgrade 'pip>=25.1'
+	$(PIP) install --group hopfield --group deeprc
 	touch $@
 
 $(ENV)/linters: $(ENV)/installed

@@ -77,16 +77,23 @@ def lwpf_attention(
     )  # fmt: skip
 
 
-def partial_forgetting(scores: Tensor, *, func_d: Any) -> tuple[Tensor, Tensor]:
+def partial_forgetting(
+    scores: Tensor, *, func_d: Any, training: bool | None = None, dim: int = -1
+) -> tuple[Tensor, Tensor]:
     """The first of the paper's two lines: ``attn, mask = func_d(attn)``, before a softmax that is written out.
 
     Args:
         scores: (..., L, S), with masks already added.
         func_d: As for :func:`lwpf_attention`.
+        training: As for :func:`lwpf_attention`.
+        dim: The dimension of the keys, over which the softmax runs.
 
     Returns:
         D(scores), and the mask D'(scores) that multiplies the softmax.
     """
     if has_torch_function_unary(scores):
-        return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d)
-    return forgetting.make_func_d(func_d)(scores)
+        return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d, training=training, dim=dim)
+    module = forgetting.make_func_d(func_d)
+    if training is None:
+        training = module is func_d and module.training
+    return module(scores, training, dim)

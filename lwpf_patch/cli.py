@@ -42,6 +42,9 @@ forgetting functions (s: a score, a: the threshold; a forgotten key gives no val
             mu=dmedian   the median of all scores of a call, or a number
             bias=mu      what a forgotten score becomes: a itself, or a number
             sigma=0.01   in training the noise has standard deviation sigma**2
+          relu and pfu also take
+            empty=zero   a row that forgets everything gives 0; with empty=plain it
+                         forgets nothing instead
   none    forgets nothing
 
 masking:
@@ -136,6 +139,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help=f"{' or '.join(BACKENDS)} (default: auto)")
     parser.add_argument("--include", metavar="GLOBS", help="patch only sites that match one of these glob patterns")
     parser.add_argument("--exclude", metavar="GLOBS", help="leave alone sites that match one of these glob patterns")
+    parser.add_argument(
+        "--compat", metavar="0|1", help="whether to mend what a current environment breaks (default: 1)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -197,7 +203,8 @@ def _plain_status() -> dict[str, Any]:
                 for plan in plans
                 for site in plan.sites
             ]
-            hosts[name] = {"version": host.version(), "patchable": True, "sites": sites}
+            shims = [{"name": shim.name, "why": shim.why, "needed": shim.needed()} for shim in host.shims]
+            hosts[name] = {"version": host.version(), "patchable": True, "sites": sites, "shims": shims}
         except LwpfError as error:
             hosts[name] = {"patchable": False, "problem": str(error)}
     try:
@@ -247,12 +254,14 @@ def _status(options: argparse.Namespace) -> int:
         if not host["patchable"]:
             print(f"\n{name}: cannot be patched: {host['problem']}")
             continue
-        print(f"\n{name} {host['version']}: {len(host['sites'])} sites would be patched")
+        print(f"\n{name} {host['version']}: these would be patched")
         for site in host["sites"]:
             known = (
                 f"known, as in {site['known']}" if site["known"] else "not tested with this version; its shape is known"
             )
             print(f"  {site['name']:<45} {known}")
+        for shim in host["shims"]:
+            print(f"  shim: {shim['name']} ({'needed' if shim['needed'] else 'not needed here'}): {shim['why']}")
     return 0
 
 

@@ -41,11 +41,11 @@ class Function:
         for line in source.splitlines(keepends=True):
             self._line_starts.append(self._line_starts[-1] + len(line))
 
-    def start(self, node: ast.expr | ast.stmt) -> int:
+    def start(self, node: ast.expr | ast.stmt | ast.arg) -> int:
         """Returns the byte offset of a node's first character."""
         return self._line_starts[node.lineno - 1] + node.col_offset
 
-    def end(self, node: ast.expr | ast.stmt) -> int:
+    def end(self, node: ast.expr | ast.stmt | ast.arg) -> int:
         """Returns the byte offset behind a node's last character."""
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
@@ -62,6 +62,24 @@ class Function:
         if indent.strip():
             raise RewriteError(f"the statement at line {statement.lineno} of {self.where} does not begin its line")
         return Splice(line_start, line_start, f"{indent.decode()}{text}\n")
+
+    def new_argument(self, call: ast.Call, text: str) -> Splice:
+        """Returns the splice that adds an argument at the end of a call that has arguments already."""
+        end = max(self.end(node) for node in [*call.args, *(keyword.value for keyword in call.keywords)])
+        return Splice(end, end, f", {text}")
+
+    def new_keyword_parameter(self, text: str) -> Splice:
+        """Returns the splice that adds a parameter, by keyword only, to the function.
+
+        Raises:
+            RewriteError: It has such parameters already, or takes any number of arguments.
+        """
+        arguments = self.node.args
+        if arguments.vararg or arguments.kwonlyargs or arguments.kwarg or not arguments.args:
+            raise RewriteError(f"{self.where}: its parameters are not of a kind that can be added to")
+        last = arguments.defaults[-1] if arguments.defaults else arguments.args[-1]
+        end = self.end(last)
+        return Splice(end, end, f", *, {text}")
 
     def names(self) -> set[str]:
         """Returns every name and argument of the function."""
@@ -90,7 +108,23 @@ def _called_name(call: ast.Call) -> str | None:
     return call.func.id if isinstance(call.func, ast.Name) else None
 
 
-def sdpa_call(function: Function) -> list[Splice]:
+def attention(function: Function) -> list[Splice]:
+    """Softmax attention over the last dimension, fused or written out or both in branches.
+
+    Raises:
+        RewriteError: There is none, or some of it has another shape: nothing is patched by halves.
+    """
+    splices = [*sdpa_calls(function), *softmax_lines(function)]
+    # One splice for each SDPA call, two for each softmax: anything else would patch one branch and not the other.
+    anchors = len(function.calls(SDPA)) + 2 * len(function.calls(SOFTMAX))
+    if not anchors:
+        raise RewriteError(f"{function.where} has no softmax over keys")
+    if len(splices) != anchors:
+        raise RewriteError(f"{function.where} has a softmax or attention call that no edit covers")
+    return splices
+
+
+def sdpa_calls(function: Function) -> list[Splice]:
     """``F.scaled_dot_product_attention(...)`` becomes ``self.func_d.scaled_dot_product_attention(...)``."""
     return [
         Splice(function.start(call.func), function.end(call.func), f"self.func_d.{SDPA}")

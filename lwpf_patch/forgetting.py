@@ -38,9 +38,12 @@ class FuncD(nn.Module):
             no part in the denominator or the median, and a row with no key left gives 0. ``"paper"``: the official
             recipe to the letter, which lets hidden keys back into the denominator.
         backend: Which implementation computes :meth:`scaled_dot_product_attention`.
+        empty: What becomes of a row that would forget every key: ``"zero"``, as in the paper, gives 0 and no gradient
+            to the scores; ``"plain"`` forgets nothing of such a row.
     """
 
     masking: str
+    empty: str
     backend: str
     host: str
     attached: bool
@@ -49,6 +52,7 @@ class FuncD(nn.Module):
         super().__init__()
         self.masking = "exclude"
         self.backend = "auto"
+        self.empty = "zero"
         self.host = ""  # the host whose attention owns this one, empty outside of one
         self.attached = False  # whether apply() put it there, and revert() may take it away
 
@@ -69,24 +73,39 @@ class FuncD(nn.Module):
         """Computes D and D' as the official code does, for ``masking="paper"``; hidden keys are just low scores."""
         return self.forget(scores, None, training)
 
-    def forward(self, scores: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor, training: Optional[bool] = None, dim: int = -1) -> Tuple[Tensor, Tensor]:
         """Forgets part of the scores; what stands around a softmax over keys that is written out.
 
         Args:
             scores: (..., L, S), with masks already added.
+            training: Whether to draw noise; None: as ``self.training`` says.
+            dim: The dimension of the keys, over which the softmax runs.
 
         Returns:
             D(scores), and the mask D'(scores) that multiplies the softmax.
         """
         if not torch.jit.is_scripting():
             if has_torch_function_unary(scores):
-                return _dispatch_scores(self, scores)
+                return _dispatch_scores(self, scores, training, dim)
             _mark_used(self.host)
-        if self.masking == "paper":
-            return self.forget_as_published(scores, self.training)
-        excluded = scores <= eager.lowest(scores.dtype)
-        forgotten, mask = self.forget(scores, excluded, self.training)
-        return eager.exclude(forgotten, mask, excluded)
+        noisy = self.training if training is None else training
+        excluded = None if self.masking == "paper" else scores <= eager.lowest(scores.dtype)
+        return self._forget_rows(scores, excluded, noisy, self.masking, dim)
+
+    def _forget_rows(
+        self, scores: Tensor, excluded: Optional[Tensor], training: bool, masking: str, dim: int
+    ) -> Tuple[Tensor, Tensor]:
+        """Computes D and D' with all that has to be seen to around them: excluded keys, and rows left empty."""
+        if masking == "paper":
+            excluded = None
+            forgotten, mask = self.forget_as_published(scores, training)
+        else:
+            forgotten, mask = self.forget(scores, excluded, training)
+        if excluded is not None:
+            forgotten, mask = eager.exclude(forgotten, mask, excluded, dim)
+        if self.empty == "plain":
+            forgotten, mask = eager.keep_empty_rows(scores, forgotten, mask, excluded, dim)
+        return forgotten, mask
 
     def scaled_dot_product_attention(
         self,
@@ -171,12 +190,7 @@ class FuncD(nn.Module):
             key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
             value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
-        if masking == "paper":
-            forgotten, mask = self.forget_as_published(scores, training)
-        else:
-            forgotten, mask = self.forget(scores, excluded, training)
-            if excluded is not None:
-                forgotten, mask = eager.exclude(forgotten, mask, excluded)
+        forgotten, mask = self._forget_rows(scores, excluded, training, masking, -1)
         return eager.retrieve(forgotten, mask, value, dropout_p).to(dtype)
 
     def __prepare_scriptable__(self) -> "FuncD":
@@ -186,8 +200,9 @@ class FuncD(nn.Module):
 
     def extra_repr(self) -> str:
         """Shows the options, and those settings that are not the defaults."""
-        shown = [] if self.masking == "exclude" else [f"masking={self.masking}"]
-        return ", ".join([*self._options(), *shown, *([] if self.backend == "auto" else [f"backend={self.backend}"])])
+        defaults = {"empty": "zero", "masking": "exclude", "backend": "auto"}
+        changed = [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
+        return ", ".join([*self._options(), *changed])
 
     def _options(self) -> list[str]:
         return []
@@ -198,11 +213,23 @@ class ReLU(FuncD):
 
     A row whose scores are all at most 0 forgets everything: its output, and every gradient through it, is 0.
 
+    Args:
+        empty: ``"zero"``, or ``"plain"`` for rows that forget nothing where they would forget everything; see
+            :class:`FuncD`.
+
+    Raises:
+        SettingsError: A value that is neither.
+
     Example:
         >>> import torch, lwpf_patch
         >>> lwpf_patch.ReLU()(torch.tensor([[-1.0, 0.0, 2.0]]))
         (tensor([[0., 0., 2.]]), tensor([[False, False,  True]]))
     """
+
+    def __init__(self, empty: str = "zero") -> None:
+        super().__init__()
+        parse_func_d(f"relu:empty={empty}", "ReLU()")
+        self.empty = empty
 
     def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
         """Computes D and D'; see :meth:`FuncD.forget`."""
@@ -226,6 +253,7 @@ class PFU(FuncD):
             gradient flows. It couples the items of a batch, in evaluation too.
         bias: What a forgotten score becomes: a number, or ``"mu"``, the threshold itself.
         sigma: Square root of the noise's standard deviation (that is what the official code does).
+        empty: As for :class:`ReLU`.
 
     Raises:
         SettingsError: A value that is none of these.
@@ -234,9 +262,16 @@ class PFU(FuncD):
     _mu: Optional[float]
     _bias: Optional[float]
 
-    def __init__(self, bias: Union[float, str] = "mu", mu: Union[float, str] = "dmedian", sigma: float = 0.01) -> None:
+    def __init__(
+        self,
+        bias: Union[float, str] = "mu",
+        mu: Union[float, str] = "dmedian",
+        sigma: float = 0.01,
+        empty: str = "zero",
+    ) -> None:
         super().__init__()
-        _, options = parse_func_d(f"pfu:bias={bias},mu={mu},sigma={sigma}", "PFU()")
+        _, options = parse_func_d(f"pfu:bias={bias},mu={mu},sigma={sigma},empty={empty}", "PFU()")
+        self.empty = empty
         self._mu = None if options["mu"] == "dmedian" else float(options["mu"])
         self._bias = None if options["bias"] == "mu" else float(options["bias"])
         self.sigma = float(options["sigma"])
@@ -299,7 +334,7 @@ class NoForgetting(FuncD):
         """Returns the scores, all kept."""
         return scores, torch.ones_like(scores, dtype=torch.bool)
 
-    def forward(self, scores: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor, training: Optional[bool] = None, dim: int = -1) -> Tuple[Tensor, Tensor]:
         """Returns the very scores and a mask of one element that keeps everything."""
         if not torch.jit.is_scripting():
             _mark_used(self.host)
@@ -402,7 +437,7 @@ def _tracer(proxy: fx.Proxy) -> fx.Tracer:
     return proxy.tracer
 
 
-def _dispatch_scores(func_d: FuncD, scores: Any) -> Any:
+def _dispatch_scores(func_d: FuncD, scores: Any, training: Optional[bool], dim: int) -> Any:
     """Hands the call to a tensor-like argument; in a trace by torch.fx it becomes a call of that very module.
 
     So a traced model follows train() and eval().
@@ -410,8 +445,10 @@ def _dispatch_scores(func_d: FuncD, scores: Any) -> Any:
     from .attention import partial_forgetting
 
     if isinstance(scores, fx.Proxy):
-        return _tracer(scores).create_proxy("call_module", _tracer(scores).path_of_module(func_d), (scores,), {})
-    return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d)
+        return _tracer(scores).create_proxy(
+            "call_module", _tracer(scores).path_of_module(func_d), (scores, training, dim), {}
+        )
+    return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d, training=training, dim=dim)
 
 
 def _dispatch_attention(func_d: FuncD, query: Any, key: Any, value: Any, *options: Any) -> Any:

@@ -50,7 +50,7 @@ def patch_model(
         LwpfError: As for :func:`lwpf_patch.apply`.
     """
     origin = "patch_model({}=...)".format
-    settings = Settings(func_d, masking, backend, include, exclude, origin)  # type: ignore[arg-type]
+    settings = Settings(func_d, masking, backend, include, exclude, origin=origin)  # type: ignore[arg-type]
     found = {name: site for name, module in model.named_modules() if (site := _site_of(type(module))) is not None}
     if not found:
         raise SettingsError(
@@ -111,7 +111,7 @@ def _site_of(cls: type) -> tuple[Host, Site] | None:
     """Finds the site whose function a class inherits, or is."""
     for host in HOSTS.values():
         for site in host.sites:
-            owner = getattr(sys.modules.get(site.module), site.owner, None)
+            owner = getattr(sys.modules.get(site.module), site.owner, None) if site.owner else None
             if isinstance(owner, type) and issubclass(cls, owner) and owner.__module__ == site.module:
                 return host, site
     return None
@@ -126,7 +126,7 @@ def _patched_class(cls: type) -> type:
     """Makes the patched subclass of an attention class."""
     found = _site_of(cls)
     assert found is not None
-    _, site = found
+    host, site = found
     method = site.qualname.rpartition(".")[2]
     owner = getattr(sys.modules[site.module], site.owner)
     if next(base for base in cls.__mro__ if method in base.__dict__) is not owner:
@@ -134,11 +134,9 @@ def _patched_class(cls: type) -> type:
             f"patch_model: {cls.__module__}.{cls.__qualname__} defines a {method} of its own over that of {site.name}, "
             "so that it cannot be patched for one model alone; use lwpf_patch.apply()"
         )
-    (located,) = registry.locate(sys.modules[site.module], [site])
-    plain = located.function
-    function = FunctionType(located.patched, plain.__globals__, method, plain.__defaults__, plain.__closure__)
-    for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__doc__", "__module__"):
-        setattr(function, name, copy.copy(getattr(plain, name)))
+    # The functions that the method passes its func_d to; it finds them in globals of its own.
+    helpers = [_patched_function(other) for other in host.sites if not other.owner]
+    function = _patched_function(site, {helper.__name__: helper for helper in helpers})
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # The subclass is made at run time: what is pickled is the class that it was made of.
@@ -155,6 +153,17 @@ def _patched_class(cls: type) -> type:
     }
     patched_class: Any = type(cls.__name__, (cls,), namespace)
     return patched_class
+
+
+def _patched_function(site: Site, replaced: dict[str, Any] | None = None) -> FunctionType:
+    """Makes a function with a site's patched code beside the one that is there."""
+    (located,) = registry.locate(sys.modules[site.module], [site])
+    plain = located.function
+    namespace = {**plain.__globals__, **replaced} if replaced else plain.__globals__
+    function = FunctionType(located.patched, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
+    for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__doc__", "__module__"):
+        setattr(function, name, copy.copy(getattr(plain, name)))
+    return function
 
 
 def _rebuild(cls: type) -> Any:

@@ -23,6 +23,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import importing, reporting, rewriting
+from .compat import AppliedShim, Shim
 from .errors import ConflictError, LwpfError, RewriteError
 from .hosts import HOSTS, Host
 from .rewriting import Site
@@ -42,7 +43,7 @@ class PatchedSite:
 
     Attributes:
         site: The site.
-        owner: The class.
+        owner: The class; None for a function of a module.
         function: The function object whose code was swapped.
         original: The code that stood there.
         patched: The code that stands there now.
@@ -51,7 +52,7 @@ class PatchedSite:
     """
 
     site: Site
-    owner: type
+    owner: type | None
     function: FunctionType
     original: CodeType
     patched: CodeType
@@ -67,12 +68,14 @@ class Applied:
         host: The host.
         settings: How.
         sites: What has been patched of it so far.
-        complete: Whether its package has been imported to the end.
+        shims: The compatibility shims that are in place.
+        complete: Whether every site that was asked for has been found.
     """
 
     host: Host
     settings: Settings
     sites: list[PatchedSite] = field(default_factory=list)
+    shims: list[AppliedShim] = field(default_factory=list)
     complete: bool = False
 
 
@@ -90,6 +93,7 @@ def apply(
     backend: str = "auto",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    compat: bool = True,
 ) -> None:
     """Patches a host, now or when it is imported. Applying again with other settings replaces them.
 
@@ -103,6 +107,7 @@ def apply(
         backend: Which implementation of the operator computes.
         include: Glob patterns over site names such as ``"timm.layers.attention.Attention"``; default all.
         exclude: Glob patterns over site names to leave alone.
+        compat: Whether to mend what a current environment breaks in a host; ``lwpf status`` lists these shims.
 
     Raises:
         SettingsError: An unknown host, func_d, masking or backend, or a pattern that matches no site.
@@ -112,7 +117,7 @@ def apply(
     """
     names = split_list(host) if isinstance(host, str) else tuple(host)
     check_hosts(names, "apply()", HOSTS)
-    settings = Settings(func_d, masking, backend, include, exclude)  # type: ignore[arg-type]
+    settings = Settings(func_d, masking, backend, include, exclude, compat)  # type: ignore[arg-type]
     for name in names:
         request(name, settings)
 
@@ -200,7 +205,8 @@ def _host_status(host: Host) -> dict[str, Any]:
         "version": version,
         "state": "patched" if applied.sites else "waiting for its import",
         "called": reporting.was_used(host.name),
-        "modules": len(_living([site.owner for site in applied.sites])),
+        "shims": [{"name": shim.name, "why": shim.why, "state": _shim_state(applied, shim)} for shim in host.shims],
+        "modules": len(_living(_owners(applied.sites))),
         "settings": applied.settings.describe(),
         # by name: a module that was reloaded has two classes of one name, both patched
         "sites": list(
@@ -212,6 +218,14 @@ def _host_status(host: Host) -> dict[str, Any]:
     }
 
 
+def _shim_state(applied: Applied, shim: Shim) -> str:
+    if not applied.settings.compat:
+        return "refused"
+    if any(each.shim is shim for each in applied.shims):
+        return "applied"
+    return "not needed" if applied.complete else "waiting for its import"
+
+
 # --- patching and reverting -----------------------------------------------------------------------------------------
 
 
@@ -219,13 +233,12 @@ def _patch_loaded(applied: Applied) -> None:
     """Patches the modules of a host that are imported already, and watches for the others."""
     host = applied.host
     _applied[host.name] = applied
-    importing.watch({host.name, *host.modules()}, on_import)
+    importing.watch(host.modules(), on_import)
     for name in host.modules():
         module = sys.modules.get(name)
-        if module is not None:
+        if module is not None and not _is_initializing(module):
             _patch_module(applied, module)
-    if host.name in sys.modules and not _is_initializing(sys.modules[host.name]):
-        _check_complete(applied)
+    _check_complete(applied)
 
 
 def on_import(module: ModuleType) -> None:
@@ -234,33 +247,44 @@ def on_import(module: ModuleType) -> None:
         for applied in list(_applied.values()):
             if module.__name__ in applied.host.modules():
                 _patch_module(applied, module)
-            if module.__name__ == applied.host.name:
-                _check_complete(applied)
+                _check_complete(applied, module.__name__)
 
 
-def _check_complete(applied: Applied) -> None:
-    applied.host.check_found([site.site for site in applied.sites], applied.host.selected(applied.settings))
+def _check_complete(applied: Applied, just_imported: str = "") -> None:
+    """Sees whether all that was asked for has been found, and says so once it has.
+
+    Raises:
+        RewriteError: Something is in none of its places, all of which have been imported.
+    """
+    loaded = {name: sys.modules[name] for name in applied.host.modules() if name in sys.modules}
+    imported = {just_imported} | {name for name, module in loaded.items() if not _is_initializing(module)}
+    found = [site.site for site in applied.sites]
+    if applied.host.missing(found, applied.settings, imported) or applied.complete:
+        return
     applied.complete = True
-    called = sorted({site.site.owner for site in applied.sites})
+    places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
     from . import backends
 
     backend, _ = backends.choose(applied.settings.backend)
     settings = applied.settings.describe()
     reporting.info(
-        f"{applied.host.name} {_live_version(applied.host)}: {', '.join(called)} patched; func_d {settings['func_d']}, "
+        f"{applied.host.name} {_live_version(applied.host)}: {', '.join(places)} patched; func_d {settings['func_d']}, "
         f"masking {settings['masking']}, backend {backend}"
     )
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    return getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 def _live_version(host: Host) -> str:
     return getattr(sys.modules.get(host.name), "__version__", None) or host.version()
 
 
-def _is_initializing(module: ModuleType) -> bool:
-    return getattr(module.__spec__, "_initializing", False)
-
-
 def _patch_module(applied: Applied, module: ModuleType) -> None:
+    for shim in applied.host.shims if applied.settings.compat else ():
+        if module.__name__ in shim.modules and shim.needed():
+            applied.shims.append(AppliedShim.apply(shim, module))
     sites = [site for site in applied.host.selected(applied.settings) if site.module == module.__name__]
     sites = [site for site in sites if _is_defined_here(module, site)]
     if not sites:
@@ -268,22 +292,47 @@ def _patch_module(applied: Applied, module: ModuleType) -> None:
     found = locate(module, sites)  # raises before anything is changed
     func_d = prototype(applied.host, applied.settings)
     for site in found:
-        site.function.__code__ = site.patched
         applied.sites.append(site)
-        _wrap_makers(site, func_d)
+        _swap(site, func_d)
         if not site.known:
             reporting.warn(
                 f"{site.site.module}.{site.site.qualname} of {applied.host.name} {_live_version(applied.host)} is a "
                 f"version that lwpf_patch has not been tested with; its shape is known, and it is patched. `lwpf diff "
                 f"{applied.host.name}` shows how"
             )
-    _attach_to_living([site.owner for site in found], func_d)
+    _attach_to_living(_owners(found), func_d)
     forget_compiled()
 
 
+def _swap(site: PatchedSite, template: FuncD) -> None:
+    if site.owner is None:
+        # A function that is called without func_d, past the modules of its library, forgets as its host does.
+        site.function.__kwdefaults__ = {"func_d": template}
+    else:
+        _wrap_makers(site, site.owner, template)
+    site.function.__code__ = site.patched
+
+
+def _swap_back(site: PatchedSite) -> None:
+    site.function.__code__ = site.original
+    if site.owner is None:
+        site.function.__kwdefaults__ = None
+        return
+    for name, wrapper in site.wrappers.items():
+        original = wrapper.__wrapped__
+        if any(base.__dict__.get(name) is original for base in site.owner.__mro__[1:]):
+            delattr(site.owner, name)
+        else:
+            setattr(site.owner, name, original)
+
+
+def _owners(sites: list[PatchedSite]) -> list[type]:
+    return [site.owner for site in sites if site.owner is not None]
+
+
 def _is_defined_here(module: ModuleType, site: Site) -> bool:
-    owner = getattr(module, site.owner, None)
-    return isinstance(owner, type) and owner.__module__ == module.__name__
+    found = getattr(module, site.owner or site.qualname, None)
+    return getattr(found, "__module__", None) == module.__name__
 
 
 def locate(module: ModuleType, sites: list[Site]) -> list[PatchedSite]:
@@ -302,8 +351,8 @@ def locate(module: ModuleType, sites: list[Site]) -> list[PatchedSite]:
     codes = plan.compile()
     found = []
     for site in sites:
-        owner = getattr(module, site.owner)
-        function = owner.__dict__.get(site.qualname.rpartition(".")[2])
+        owner = getattr(module, site.owner) if site.owner else None
+        function = vars(owner or module).get(site.qualname.rpartition(".")[2])
         original, new = codes[site.qualname]
         ours = _patched_site(function)
         live = ours.original if ours else getattr(function, "__code__", None)
@@ -338,24 +387,20 @@ def _revert(applied: Applied) -> None:
                 f"{_describe(site.function)}. Remove that patch first; lwpf_patch does not undo it"
             )
         for name, wrapper in site.wrappers.items():
-            if site.owner.__dict__.get(name) is not wrapper:
+            if vars(site.owner).get(name) is not wrapper:
                 raise ConflictError(
                     f"{site.site.module}.{site.site.owner}.{name} was patched again after lwpf_patch, by "
-                    f"{_describe(site.owner.__dict__.get(name))}. Remove that patch first; lwpf_patch does not undo it"
+                    f"{_describe(vars(site.owner).get(name))}. Remove that patch first; lwpf_patch does not undo it"
                 )
     for site in applied.sites:
-        site.function.__code__ = site.original
-        for name, wrapper in site.wrappers.items():
-            original = wrapper.__wrapped__
-            if any(base.__dict__.get(name) is original for base in site.owner.__mro__[1:]):
-                delattr(site.owner, name)
-            else:
-                setattr(site.owner, name, original)
+        _swap_back(site)
+    for shim in reversed(applied.shims):
+        shim.undo()
     _applied.pop(applied.host.name, None)
     if not _applied:
         importing.unwatch()
     if applied.sites:
-        _detach_from_living([site.owner for site in applied.sites], applied.host.name)
+        _detach_from_living(_owners(applied.sites), applied.host.name)
         forget_compiled()
 
 
@@ -379,14 +424,18 @@ def prototype(host: Host, settings: Settings) -> FuncD:
 
     func_d = copy.deepcopy(forgetting.make_func_d(settings.func_d, settings.origin("func_d")))
     func_d.masking, func_d.backend, func_d.host = settings.masking, settings.backend, host.name
+    if host.forward_hook is not None:
+        func_d.register_forward_hook(host.forward_hook)
     return func_d
 
 
 def _attach(module: nn.Module, template: FuncD) -> None:
     """Gives an instance its func_d, unless it has one of its own."""
-    if "func_d" in module._modules:
+    existing = module._modules.get("func_d")
+    # One that apply() attached, in another process perhaps, gives way to what is asked for now; a user's own stays.
+    if existing is not None and not getattr(existing, "attached", False):
         return
-    if "func_d" in module.__dict__ or hasattr(type(module), "func_d"):
+    if existing is None and ("func_d" in module.__dict__ or hasattr(type(module), "func_d")):
         raise ConflictError(
             f"{type(module).__module__}.{type(module).__qualname__} has an attribute func_d of its own "
             f"({getattr(module, 'func_d', None)!r}); lwpf_patch needs that name: rename it, or exclude this class"
@@ -397,7 +446,7 @@ def _attach(module: nn.Module, template: FuncD) -> None:
     module.func_d = func_d
 
 
-def _wrap_makers(site: PatchedSite, template: FuncD) -> None:
+def _wrap_makers(site: PatchedSite, owner: type, template: FuncD) -> None:
     """Has every instance that is constructed, unpickled or copied from now on come with its func_d."""
     import wrapt
 
@@ -407,14 +456,14 @@ def _wrap_makers(site: PatchedSite, template: FuncD) -> None:
         return result
 
     for name in ("__init__", "__setstate__"):
-        site.wrappers[name] = wrapt.wrap_function_wrapper(site.owner, name, attach_after)
+        site.wrappers[name] = wrapt.wrap_function_wrapper(owner, name, attach_after)
 
 
 def attach_if_applied(module: nn.Module) -> None:
     """Gives an instance of a patched class the func_d of its host, if it has none."""
     with _lock:
         for applied in _applied.values():
-            if any(isinstance(module, site.owner) for site in applied.sites):
+            if isinstance(module, tuple(_owners(applied.sites))):
                 _attach(module, prototype(applied.host, applied.settings))
 
 
@@ -445,8 +494,11 @@ def _report_at_exit() -> None:
     """Says so when a request to patch had no effect on this run."""
     for name, applied in _applied.items():
         if not applied.complete:
+            wanted = (
+                "it" if name not in sys.modules else " or ".join(dict.fromkeys(s.module for s in applied.host.sites))
+            )
             reporting.warn(
-                f"{name} was asked to be patched, but this program never imported it: nothing ran with partial "
+                f"{name} was asked to be patched, but this program never imported {wanted}: nothing ran with partial "
                 "forgetting"
             )
         elif not reporting.was_used(name):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 
-from .edits import SDPA, SOFTMAX, Edit, Function, Splice
+from .edits import Edit, Function, Splice
 from .errors import RewriteError
 
 
@@ -27,23 +27,23 @@ class Site:
     Attributes:
         module: The module that defines it.
         qualname: Its name in the module, ``"Attention.forward"``.
-        edits: What turns it into attention with partial forgetting.
+        edit: What turns it into attention with partial forgetting.
         known: For each syntax tree that is known to be right to edit, by hash, the versions of the host that have it.
     """
 
     module: str
     qualname: str
-    edits: tuple[Edit, ...]
+    edit: Edit
     known: Mapping[str, str]
 
     @property
     def name(self) -> str:
-        """The name that users see and that include and exclude match: ``"timm.layers.attention.Attention"``."""
-        return f"{self.module}.{self.owner}"
+        """The name that users see and that patterns match, such as ``"timm.layers.attention.Attention"``."""
+        return f"{self.module}.{self.owner or self.qualname}"
 
     @property
     def owner(self) -> str:
-        """The class that the function belongs to."""
+        """The class that the function belongs to; empty for a function of the module, which gets func_d passed."""
         return self.qualname.rpartition(".")[0]
 
 
@@ -135,18 +135,12 @@ def plan(path: str, source: str, sites: Iterable[Site]) -> Plan:
 
 def _splices(function: Function, site: Site) -> list[Splice]:
     try:
-        splices = [splice for edit in site.edits for splice in edit(function)]
+        return site.edit(function)
     except RewriteError as error:
-        raise RewriteError(f"{site.module}.{site.qualname} cannot be patched: {error}") from None
-    # One splice for each SDPA call, two for each softmax: anything else would patch one branch and not the other.
-    anchors = len(function.calls(SDPA)) + 2 * len(function.calls(SOFTMAX))
-    if not splices or len(splices) != anchors:
-        missing = "no softmax over keys" if not anchors else "a softmax or attention call that no edit covers"
         raise RewriteError(
-            f"{site.module}.{site.qualname} cannot be patched: {function.where} has {missing}. Its source does not "
-            "have the shape that lwpf_patch knows; leave it out with exclude=, or install a version that is supported"
-        )
-    return splices
+            f"{site.module}.{site.qualname} cannot be patched: {error}. Its source does not have the shape that "
+            "lwpf_patch knows; leave it out with exclude=, or install a version that is supported"
+        ) from None
 
 
 def _definitions(tree: ast.AST, qualname: str) -> list[ast.FunctionDef]:

@@ -25,6 +25,7 @@ VARIABLES = {
     "backend": "LWPF_BACKEND",
     "include": "LWPF_INCLUDE",
     "exclude": "LWPF_EXCLUDE",
+    "compat": "LWPF_COMPAT",
 }
 #: Variables with our prefix that mean something elsewhere (the test suite).
 OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
@@ -34,17 +35,19 @@ class Option(NamedTuple):
     """An option of a built-in forgetting function.
 
     Attributes:
-        word: The one word that it takes beside numbers, if any.
-        minimum: The least number that it takes.
+        words: The words that it takes.
+        minimum: The least number that it takes; None: it takes no number.
     """
 
-    word: str | None = None
-    minimum: float = -math.inf
+    words: tuple[str, ...] = ()
+    minimum: float | None = -math.inf
 
     def expected(self) -> str:
         """Describes the values that it takes."""
-        number = "a number" if self.minimum == -math.inf else f"a number of at least {self.minimum:g}"
-        return f"{number} or {self.word!r}" if self.word else number
+        values = [repr(word) for word in self.words]
+        if self.minimum is not None:
+            values.insert(0, "a number" if self.minimum == -math.inf else f"a number of at least {self.minimum:g}")
+        return " or ".join(values)
 
     def read(self, text: str) -> float | str:
         """Reads a value.
@@ -52,18 +55,19 @@ class Option(NamedTuple):
         Raises:
             ValueError: It does not take this one.
         """
-        if text == self.word:
+        if text in self.words:
             return text
         value = float(text)
-        if not self.minimum <= value < math.inf:
+        if self.minimum is None or not self.minimum <= value < math.inf:
             raise ValueError(text)
         return value
 
 
+_EMPTY = Option(("zero", "plain"), minimum=None)
 #: The built-in forgetting functions, each with its options.
 FUNC_D_OPTIONS: dict[str, dict[str, Option]] = {
-    "relu": {},
-    "pfu": {"mu": Option("dmedian"), "bias": Option("mu"), "sigma": Option(minimum=0)},
+    "relu": {"empty": _EMPTY},
+    "pfu": {"mu": Option(("dmedian",)), "bias": Option(("mu",)), "sigma": Option(minimum=0), "empty": _EMPTY},
     "none": {},
 }
 _factories: dict[str, Callable[..., Any]] = {}
@@ -167,6 +171,7 @@ class Settings:
         backend: Which implementation of the operator computes.
         include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
         exclude: Glob patterns over the names of the sites to be left alone.
+        compat: Whether to mend what a current environment breaks in a host; as text ``"1"`` or ``"0"``.
     """
 
     func_d: Any = "relu"
@@ -174,6 +179,7 @@ class Settings:
     backend: str = "auto"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    compat: bool = True
     origin: Callable[[str], str] = field(default="apply({}=...)".format, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -193,6 +199,11 @@ class Settings:
             raise unknown_value("masking", self.masking, self.origin("masking"), MASKINGS)
         if self.backend not in BACKENDS:
             raise unknown_value("backend", self.backend, self.origin("backend"), BACKENDS)
+        compat: Any = self.compat
+        if not isinstance(compat, bool):
+            if compat not in ("0", "1"):
+                raise unknown_value("compat", compat, self.origin("compat"), ("0", "1"))
+            object.__setattr__(self, "compat", compat == "1")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, self._patterns(name, getattr(self, name)))
 
@@ -213,6 +224,7 @@ class Settings:
             "backend": self.backend,
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "compat": self.compat,
         }
 
 

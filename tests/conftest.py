@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,10 +13,21 @@ import pytest
 import torch
 
 import lwpf_patch
+from lwpf_patch.hosts import HOSTS
 
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # tests run side by side
+
+
+def require_host(name: str) -> None:
+    """Skips the tests of a module whose upstream package is not installed, or fails them if it must be."""
+    if importlib.util.find_spec(name) is not None:
+        return
+    message = f"{name} is not installed, so that its tests did not run: {HOSTS[name].install}"
+    if os.environ.get("LWPF_REQUIRE_HOSTS", "0") not in ("", "0"):
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message, allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +41,7 @@ def _unpatched() -> Iterator[None]:
 def python(tmp_path: Path):
     """Runs a child interpreter in an empty folder, with no variable of ours but the given ones."""
 
-    def run(*arguments: str, code: str = "", check: bool = True, input: str | None = None, **variables: str):
+    def run(*arguments, code="", check=True, input=None, cwd=tmp_path, **variables):
         if code:
             script = tmp_path / "script.py"
             script.write_text(code)
@@ -37,7 +49,7 @@ def python(tmp_path: Path):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
         environment |= {"OMP_NUM_THREADS": "1", **variables}
         result = subprocess.run(
-            [sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, input=input
+            [sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, input=input
         )
         assert not check or result.returncode == 0, result.stderr
         return result

@@ -105,17 +105,17 @@ def attention(
             mask = None if masks is None else masks[batch][i]
             hidden = _hidden(mask, i if is_causal else None, n_key, excluded_below if masking == "exclude" else None)
             present = [j for j in range(n_key) if masking == "paper" or not hidden[j]]
-            scores = scale * _dots(keys[batch][present], one_query)
+            scores = scale * dots(keys[batch][present], one_query)
             if mask is not None and mask.dtype != torch.bool:
                 scores = scores + mask[present].to(scores.dtype)
             if masking == "paper":
                 scores = scores + scores.new_tensor([-math.inf if hidden[j] else 0.0 for j in present])
             rows.append(_Row(batch, present, scores))
 
-    threshold, forgotten_value = _threshold(func_d, [row.scores for row in rows])
+    threshold, forgotten_value = resolve_threshold(func_d, [row.scores for row in rows])
     outputs = []
     for number, row in enumerate(rows):
-        forgotten, indicator = _forget(func_d, row.scores, threshold, forgotten_value)
+        forgotten, indicator = forget(func_d, row.scores, threshold, forgotten_value)
         # No key left: everything below is empty and sums to 0, in the backward pass too; only a maximum is missing.
         top = forgotten.detach().max() if row.keys else 0.0
         exponentials = (forgotten - top).exp()
@@ -200,7 +200,7 @@ def _flat(tensor: Tensor, lead: Sequence[int], matrix: Sequence[int]) -> tuple[T
     return tensor.expand(*lead, *matrix).reshape(math.prod(lead), *matrix).unbind(0)
 
 
-def _dots(keys: Tensor, one_query: Tensor) -> Tensor:
+def dots(keys: Tensor, one_query: Tensor) -> Tensor:
     """Dot products of the rows of keys with one query."""
     # Added up feature by feature in a fixed order: equal inputs then give bitwise equal scores wherever they stand,
     # which a matrix product does not promise, and ties are part of what is specified.
@@ -221,7 +221,7 @@ def _hidden(mask: Tensor | None, query: int | None, n_key: int, excluded_below: 
     return [out or (query is not None and j > query) for j, out in enumerate(hidden)]
 
 
-def _threshold(func_d: Forgetting, scores: list[Tensor]) -> tuple[float, Tensor | float]:
+def resolve_threshold(func_d: Forgetting, scores: list[Tensor]) -> tuple[float, Tensor | float]:
     """Returns the threshold as a number, and the value of a forgotten score with its gradient."""
     if func_d.kind != "pfu":
         return 0.0, 0.0
@@ -249,7 +249,7 @@ def _lower_median(scores: Tensor) -> tuple[float, Tensor | float]:
     return median, (tied - tied.detach()).mean()
 
 
-def _forget(
+def forget(
     func_d: Forgetting, scores: Tensor, threshold: float, forgotten_value: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Returns D(s) and D'(s) of one row."""

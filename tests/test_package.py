@@ -31,8 +31,8 @@ def test_public_names_are_documented(name):
 
 #: What a module may import of the package when it is loaded: only what stands further down this list.
 LAYERS = [
-    "__main__", "_startup", "cli", "models", "registry", "hosts", "rewriting", "edits", "attention", "forgetting",
-    "backends", "settings", "importing", "reporting", "errors",
+    "__main__", "_startup", "cli", "models", "registry", "hosts", "rewriting", "edits", "compat", "attention",
+    "forgetting", "backends", "settings", "importing", "reporting", "errors",
 ]  # fmt: skip
 
 

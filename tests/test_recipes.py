@@ -23,9 +23,9 @@ def test_digits(python, tmp_path):
 def test_a_failing_run_fails_the_comparison(python, tmp_path):
     out = python(
         "-c",
-        "import sys, runpy, pathlib; sys.argv = ['compare.py', '--quick']; "
+        "import sys, runpy, pathlib, dataclasses; sys.argv = ['compare.py', '--quick']; "
         f"module = runpy.run_path({str(ROOT / 'recipes' / 'digits' / 'compare.py')!r}); "
-        "module['train'].__globals__['TRAIN'] = pathlib.Path('missing.py'); module['main']()",
+        "module['main'](dataclasses.replace(module['RECIPE'], script=pathlib.Path('missing.py')))",
         check=False,
     )
     assert out.returncode == 1

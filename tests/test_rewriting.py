@@ -8,10 +8,10 @@ import textwrap
 import pytest
 
 from lwpf_patch import RewriteError, rewriting
-from lwpf_patch.edits import sdpa_call, softmax_lines
+from lwpf_patch.edits import attention
 from lwpf_patch.rewriting import Site
 
-SITE = Site("host.layers", "Layer.forward", (sdpa_call, softmax_lines), {})
+SITE = Site("host.layers", "Layer.forward", attention, {})
 
 
 def plan(body: str, header: str = "def forward(self, q, k, v):") -> rewriting.Plan:
@@ -135,3 +135,113 @@ def test_super_closures_and_defaults_survive():
     out, kept = layer.forward(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))
     assert out.tolist() == [[0, 0], [0, 0]]
     assert kept == [1]
+
+
+# --- functions of the shapes of hflayers and DeepRC, written for these tests ------------------------------
+
+LOOP = """
+def retrieve(q, k, v, steps=1, training=True):
+    xi = None
+    for _ in range(steps):
+        attn_output_weights = torch.bmm(q, k)
+        if xi is None:
+            xi = nn.functional.softmax(attn_output_weights, dim=-1)
+        else:
+            xi = 0.5 * xi + 0.5 * nn.functional.softmax(attn_output_weights, dim=-1)
+        q = torch.bmm(xi, k.transpose(1, 2))
+    attn_output_weights = nn.functional.dropout(xi, p=0.0, training=training)
+    attn_output = torch.bmm(attn_output_weights, v)
+    return attn_output
+"""
+
+BAGS = """
+class Bags:
+    def forward(self, emb_seqs, attention_weights):
+        for _ in range(1):
+            attention_weights = torch.softmax(attention_weights, dim=0)
+            emb_seqs_after_attention = emb_seqs * attention_weights
+        return emb_seqs_after_attention.sum(0)
+"""
+
+
+def _run(source: str, qualname: str, edit) -> tuple:
+    import torch
+
+    found = rewriting.plan("host.py", source, [Site("host", qualname, edit, {})])
+    plain, patched = {"torch": torch, "nn": torch.nn}, {"torch": torch, "nn": torch.nn}
+    exec(compile(source, "host.py", "exec", dont_inherit=True), plain)
+    exec(compile(found.patched, "patched.py", "exec", dont_inherit=True), patched)
+    return plain, patched, found
+
+
+def test_the_update_loop_of_hflayers():
+    import torch
+
+    from lwpf_patch import ReLU
+    from lwpf_patch.hosts.hflayers import forget_in_update_loop
+
+    plain, patched, _ = _run(LOOP, "retrieve", forget_in_update_loop)
+    q, k, v = torch.randn(2, 3, 4), torch.randn(2, 4, 5), torch.randn(2, 5, 4)
+    steps = []
+
+    def relu(scores, training):
+        steps.append(training)
+        return ReLU()(scores)
+
+    out = patched["retrieve"](q, k, v, 2, training=False, func_d=relu)
+    assert steps == [False, False]
+    xi = torch.bmm(q, k).relu().softmax(-1)
+    scores = torch.bmm(torch.bmm(xi, k.transpose(1, 2)), k)
+    xi = 0.5 * xi + 0.5 * scores.relu().softmax(-1)
+    torch.testing.assert_close(out, torch.bmm((scores > 0) * xi, v))
+    everything = patched["retrieve"](q, k, v, func_d=lambda scores, training: (scores, 1.0))
+    assert torch.equal(everything, plain["retrieve"](q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("if xi is None:", "if xi == None:", "no 'if xi is None:' with the softmax"),
+        (
+            "else:\n            xi = 0.5 * xi + 0.5 * nn.functional.softmax",
+            "else:\n            xi = max",
+            "in both arms",
+        ),
+        ("attn_output = torch.bmm(attn_output_weights, v)", "attn_output = attn_output_weights @ v", "right after the"),
+        ("training=True):", "training=True, **more):", "its parameters are not of a kind"),
+    ],
+)
+def test_other_update_loops_are_refused(old, new, message):
+    from lwpf_patch.hosts.hflayers import forget_in_update_loop
+
+    assert old in LOOP
+    with pytest.raises(RewriteError, match=r"host.retrieve cannot be patched: host.py:\d") as caught:
+        _run(LOOP.replace(old, new), "retrieve", forget_in_update_loop)
+    assert message in str(caught.value)
+
+
+def test_calls_get_the_func_d_of_their_module():
+    from lwpf_patch.hosts.hflayers import pass_func_d
+
+    call = "hopfield_core_forward(\n            1, a=2,  # kept\n        )\n"
+    source = f"class Core:\n    def forward(self):\n        return {call}"
+    _, _, found = _run(source, "Core.forward", pass_func_d)
+    assert "            1, a=2, func_d=self.func_d,  # kept\n        )\n" in found.patched
+    with pytest.raises(RewriteError, match="does not call hopfield_core_forward"):
+        _run("class Core:\n    def forward(self):\n        return 1\n", "Core.forward", pass_func_d)
+
+
+def test_the_bags_of_deeprc():
+    import torch
+
+    from lwpf_patch import ReLU
+    from lwpf_patch.hosts.deeprc import forget_in_bags
+
+    _, patched, _ = _run(BAGS, "Bags.forward", forget_in_bags)
+    embedded, scores = torch.randn(6, 4), torch.randn(6, 1)
+    bags = patched["Bags"]()
+    bags.func_d = ReLU()
+    weights = (scores > 0) * scores.relu().softmax(0)
+    torch.testing.assert_close(bags.forward(embedded, scores), (weights * embedded).sum(0))
+    with pytest.raises(RewriteError, match="no softmax of attention_weights over dim=0"):
+        _run(BAGS.replace("dim=0", "dim=1"), "Bags.forward", forget_in_bags)

@@ -80,11 +80,11 @@ if __name__ == "__main__":
 
 
 def test_under_torchrun(python, tmp_path):
-    (tmp_path / "train.py").write_text(USE.replace("print(", "import os; print(os.environ['RANK'], "))
+    (tmp_path / "train.py").write_text(USE)
     out = python(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", LWPF_PATCH="timm"
     )  # fmt: skip
-    assert sorted(out.stdout.split()) == ["0", "1", "ReLU()", "ReLU()"]
+    assert out.stdout.count("ReLU()") == 2
     assert out.stderr.count("patched; func_d") == 1  # rank 0 speaks
     assert "nothing ran" not in out.stderr
 

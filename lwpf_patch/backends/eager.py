@@ -54,7 +54,7 @@ def attention_scores(
     return scores + attn_mask.to(scores.dtype), attn_mask <= lowest(attn_mask.dtype)
 
 
-def exclude(forgotten: Tensor, mask: Tensor, excluded: Tensor) -> Tuple[Tensor, Tensor]:
+def exclude(forgotten: Tensor, mask: Tensor, excluded: Tensor, dim: int) -> Tuple[Tensor, Tensor]:
     """Keeps excluded keys out of the denominator (-inf) and out of the values (mask False).
 
     A row with no key left gets finite scores, so that its softmax is a number, its output 0 and its gradient 0.
@@ -63,13 +63,38 @@ def exclude(forgotten: Tensor, mask: Tensor, excluded: Tensor) -> Tuple[Tensor, 
         forgotten: D(s), (B, L, S).
         mask: D'(s), (B, L, S).
         excluded: Boolean, broadcastable to (B, L, S).
+        dim: The dimension of the keys.
 
     Returns:
         The two, corrected.
     """
-    empty = excluded.all(dim=-1, keepdim=True)
+    empty = excluded.all(dim=dim, keepdim=True)
     forgotten = forgotten.masked_fill(excluded, float("-inf")).masked_fill(empty, 0.0)
     return forgotten, mask.masked_fill(excluded, False)
+
+
+def keep_empty_rows(
+    scores: Tensor, forgotten: Tensor, mask: Tensor, excluded: Optional[Tensor], dim: int
+) -> Tuple[Tensor, Tensor]:
+    """Has the rows that would forget every key forget none.
+
+    Args:
+        scores: s, (B, L, S).
+        forgotten: D(s), (B, L, S).
+        mask: D'(s), (B, L, S).
+        excluded: Boolean, broadcastable to (B, L, S); None: no key is. A row with all keys excluded stays as it is.
+        dim: The dimension of the keys.
+
+    Returns:
+        The two, corrected.
+    """
+    rows = (mask != 0).any(dim=dim, keepdim=True).logical_not()
+    kept = torch.ones_like(mask)
+    if excluded is not None:
+        rows = rows & excluded.all(dim=dim, keepdim=True).logical_not()
+        kept = kept.masked_fill(excluded, False)
+        scores = scores.masked_fill(excluded, float("-inf"))
+    return torch.where(rows, scores, forgotten), torch.where(rows, kept, mask)
 
 
 def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float) -> Tensor:

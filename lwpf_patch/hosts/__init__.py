@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import timm
+from . import deeprc, hflayers, timm
 from .base import Host
 
-HOSTS: dict[str, Host] = {host.name: host for host in (timm.HOST,)}
+HOSTS: dict[str, Host] = {host.name: host for host in (timm.HOST, hflayers.HOST, deeprc.HOST)}
 
 __all__ = ["HOSTS", "Host"]

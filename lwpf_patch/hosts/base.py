@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from .. import rewriting
+from ..compat import Shim
 from ..errors import HostNotInstalledError, RewriteError, SettingsError
 from ..rewriting import Plan, Site
 from ..settings import Settings
@@ -24,12 +26,20 @@ class Host:
         install: How to install it.
         sites: Its sites. Those of the same qualified name are alternatives: where versions of the host have it.
         required: Qualified names that some site must provide in every version.
+        distribution: The name of what pip installs, if it is not the package's.
+        inseparable: Whether its sites work only together, so that none can be left out.
+        shims: What it needs to run in a current environment.
+        forward_hook: Called after every forward of a func_d that ``apply`` attached, as a hook of torch.
     """
 
     name: str
     install: str
     sites: tuple[Site, ...]
     required: tuple[str, ...]
+    distribution: str = ""
+    inseparable: bool = False
+    shims: tuple[Shim, ...] = ()
+    forward_hook: Callable[[Any, Any, Any], None] | None = None
 
     def root(self) -> Path:
         """Returns the folder of the package, without importing it.
@@ -44,16 +54,21 @@ class Host:
             )
         return Path(next(iter(spec.submodule_search_locations)))
 
+    def source(self, module: str) -> Path:
+        """Returns where the source of one of its modules would be."""
+        return self.root().joinpath(*module.split(".")[1:]).with_suffix(".py")
+
     def version(self) -> str:
         """Returns the installed version, ``"unknown"`` if it has none."""
         try:
-            return metadata.version(self.name)
+            return metadata.version(self.distribution or self.name)
         except metadata.PackageNotFoundError:
             return "unknown"
 
     def modules(self) -> list[str]:
-        """Returns the names of the modules that hold sites."""
-        return list(dict.fromkeys(site.module for site in self.sites))
+        """Returns the names of the modules that hold sites, or that need shims."""
+        modules = [site.module for site in self.sites] + [name for shim in self.shims for name in shim.modules]
+        return list(dict.fromkeys(modules))
 
     def selected(self, settings: Settings) -> tuple[Site, ...]:
         """Returns the sites that ``include`` and ``exclude`` leave.
@@ -75,6 +90,12 @@ class Host:
                 f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} "
                 f"to be patched; its sites are {', '.join(names)}"
             )
+        if self.inseparable and len(left) < len(self.sites):
+            raise SettingsError(
+                f"the sites of {self.name} work only together: include={list(settings.include)} and "
+                f"exclude={list(settings.exclude)} would leave some of {', '.join(names)} out; choose modules of a "
+                "model with patch_model(model, include=...) instead"
+            )
         return left
 
     def plans(self, settings: Settings) -> list[Plan]:
@@ -84,36 +105,43 @@ class Host:
             HostNotInstalledError: It is not installed.
             RewriteError: Its source does not have a shape that is known.
         """
-        root, plans = self.root(), []
+        plans = []
         selected = self.selected(settings)
         for module in self.modules():
-            path = root.joinpath(*module.split(".")[1:]).with_suffix(".py")
+            path = self.source(module)
             if not path.exists():
                 continue
             source = rewriting.read_source(path)
             sites = [site for site in selected if site.module == module and rewriting.has_site(source, site)]
             if sites:
                 plans.append(rewriting.plan(str(path), source, sites))
-        self.check_found([site for plan in plans for site in plan.sites], selected)
+        self.missing((site for plan in plans for site in plan.sites), settings, imported=self.modules())
         return plans
 
-    def check_found(self, found: Sequence[Site], selected: Sequence[Site]) -> None:
-        """Checks that the sites found in a version of the host are as many as every version has.
+    def missing(self, found: Iterable[Site], settings: Settings, imported: Container[str]) -> list[str]:
+        """Returns the modules that have yet to be imported before every site that was asked for is found.
+
+        Args:
+            found: The sites found so far.
+            settings: What was asked for.
+            imported: The names of the modules that have been imported, and so can bring no further site.
 
         Raises:
-            RewriteError: One that every version should have is nowhere.
+            RewriteError: A site that every version should have is in none of the places where it is known to be.
         """
         names = {site.qualname for site in found}
-        wanted = {site.qualname for site in selected}
-        for qualname in self.required:
-            if qualname in wanted and qualname not in names:
-                places = " or ".join(site.module for site in self.sites if site.qualname == qualname)
+        pending: list[str] = []
+        for qualname in {site.qualname for site in self.selected(settings)} - names:
+            places = [site.module for site in self.sites if site.qualname == qualname]
+            expected = [module for module in places if module not in imported and self.source(module).exists()]
+            if not expected and (qualname in self.required or not names):
                 raise RewriteError(
-                    f"{self.name} {self.version()} has no {qualname} in {places}: this version is not supported; "
-                    "nothing was patched"
+                    f"{self.name} {self.version()} has no {qualname} in {' or '.join(places)}: this version is not "
+                    "supported; nothing was patched"
                 )
-        if not names:
-            raise RewriteError(f"{self.name} {self.version()} has none of the sites that were asked for")
+            if qualname in self.required:
+                pending += expected
+        return pending
 
 
 def selects(settings: Settings, name: str) -> bool:

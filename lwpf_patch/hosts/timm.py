@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..edits import sdpa_call, softmax_lines
+from ..edits import attention
 from ..rewriting import Site
 from .base import Host
 
@@ -29,9 +29,9 @@ HOST = Host(
     name="timm",
     install="pip install timm",
     sites=(
-        Site("timm.layers.attention", "Attention.forward", (sdpa_call, softmax_lines), _ATTENTION),
-        Site("timm.models.vision_transformer", "Attention.forward", (sdpa_call, softmax_lines), _ATTENTION),
-        Site("timm.layers.attention", "AttentionRope.forward", (sdpa_call, softmax_lines), _ROPE),
+        Site("timm.layers.attention", "Attention.forward", attention, _ATTENTION),
+        Site("timm.models.vision_transformer", "Attention.forward", attention, _ATTENTION),
+        Site("timm.layers.attention", "AttentionRope.forward", attention, _ROPE),
     ),
     required=("Attention.forward",),
 )

@@ -1,0 +1,192 @@
+"""DeepRC: func_d on the attention activations of each bag of sequences."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import warnings
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from .. import reporting
+from ..compat import Replacement, Shim
+from ..edits import Function, Splice
+from ..errors import RewriteError
+from ..rewriting import Site
+from .base import Host
+
+
+def forget_in_bags(function: Function) -> list[Splice]:
+    """The paper's two lines around the softmax over the sequences of a bag.
+
+    Anchors: ``attention_weights = torch.softmax(attention_weights, dim=0)`` and, later in the same block, the product
+    of the embedded sequences with the weights.
+
+    Raises:
+        RewriteError: One of them is missing.
+    """
+    name = "attention_weights"
+    for block in function.blocks():
+        lines = {ast.unparse(statement): statement for statement in block}
+        softmax = lines.get(f"{name} = torch.softmax({name}, dim=0)")
+        weighing = lines.get(f"emb_seqs_after_attention = emb_seqs * {name}")
+        if softmax is not None and weighing is not None and softmax.lineno < weighing.lineno:
+            return [
+                function.line_before(softmax, f"{name}, xi_mask = self.func_d({name}, dim=0)"),
+                function.line_before(weighing, f"{name} = xi_mask * {name}"),
+            ]
+    raise RewriteError(f"{function.where}: no softmax of {name} over dim=0 whose result weighs emb_seqs")
+
+
+# --- what a current environment breaks in DeepRC 0.0.6 --------------------------------------------------------------
+
+_WITH_NUMPY = ("architectures", "dataset_converters", "dataset_readers", "task_definitions", "training")
+
+
+def _removed_from_numpy() -> dict[str, Any]:
+    np: Any = importlib.import_module("numpy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older versions of NumPy have the aliases, and warn
+        removed: dict[str, Any] = {
+            t.__name__: t for t in (int, float, bool, object, str, complex) if not hasattr(np, t.__name__)
+        }
+    if not hasattr(np.ndarray, "tostring"):
+        removed["chararray"] = type("chararray", (np.char.chararray,), {"tostring": np.ndarray.tobytes})
+    return removed
+
+
+class _NumpyAsItWas(ModuleType):
+    """NumPy, with what it no longer has."""
+
+    def __init__(self, removed: dict[str, Any]) -> None:
+        super().__init__("numpy")
+        self.__dict__.update(removed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("numpy"), name)
+
+
+class _PandasWithObjects(ModuleType):
+    """pandas, reading text into columns of Python objects as it did before version 3."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("pandas"), name)
+
+    def read_csv(self, *args: Any, **kwargs: Any) -> Any:
+        """Reads a file as ``pandas.read_csv`` does."""
+        pd: Any = importlib.import_module("pandas")
+        frame = pd.read_csv(*args, **kwargs)
+        return frame.astype({name: object for name, dtype in frame.dtypes.items() if isinstance(dtype, pd.StringDtype)})
+
+
+def _pandas_is_new() -> bool:
+    return int(metadata.version("pandas").partition(".")[0]) >= 3
+
+
+def _answer_yes(question: str = "") -> str:
+    """Asks as ``input`` does, and answers yes where nobody can."""
+    try:
+        return input(question)
+    except EOFError:
+        reporting.info(f"answered yes, since standard input is at its end: {question}")
+        return "y"
+
+
+def _accept_arrays(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    import torch
+
+    def loss(raw_outputs: torch.Tensor, targets: Any) -> Any:
+        return wrapped(raw_outputs, torch.as_tensor(targets, device=raw_outputs.device))
+
+    return loss(*args, **kwargs)
+
+
+def _regression_loss(module: ModuleType) -> list[Replacement]:
+    import wrapt
+
+    target = module.RegressionTarget
+    return [Replacement(target, "loss_function", wrapt.FunctionWrapper(target.loss_function, _accept_arrays))]
+
+
+SHIMS = (
+    Shim(
+        "numpy aliases",
+        "np.int, np.float and others were removed from NumPy",
+        modules=tuple(f"deeprc.{name}" for name in _WITH_NUMPY),
+        needed=lambda: bool(_removed_from_numpy()),
+        replacements=lambda module: [Replacement(module, "np", _NumpyAsItWas(_removed_from_numpy()))],
+    ),
+    Shim(
+        "pandas 3",
+        "columns of text are no longer arrays of objects, which cannot be compared as DeepRC does",
+        modules=("deeprc.dataset_converters", "deeprc.dataset_readers"),
+        needed=_pandas_is_new,
+        replacements=lambda module: [Replacement(module, "pd", _PandasWithObjects("pandas"))],
+    ),
+    Shim(
+        "regression scores",
+        "RegressionTarget.get_scores hands NumPy arrays to a loss of torch",
+        modules=("deeprc.task_definitions",),
+        needed=lambda: True,
+        replacements=_regression_loss,
+    ),
+    Shim(
+        "question at every run",
+        "make_dataloaders asks whether to convert its files, and fails where standard input is no terminal",
+        modules=("deeprc.dataset_readers",),
+        needed=lambda: True,
+        replacements=lambda module: [Replacement(module, "input", _answer_yes)],
+    ),
+)
+
+
+# --- dead starts ----------------------------------------------------------------------------------------------------
+
+_BAGS_BETWEEN_LOOKS = 32
+
+
+class _DeadBags:
+    """Counts the bags whose every score was forgotten: they give 0, and no gradient to the attention."""
+
+    def __init__(self) -> None:
+        self.bags = 0
+        self.dead: Any = 0
+        self.warned = False
+
+    def notice(self, func_d: Any, inputs: Any, output: Any) -> None:
+        """Takes note of a bag; a forward hook of func_d."""
+        import torch
+
+        if self.warned or torch.compiler.is_compiling():
+            return
+        self.bags += 1
+        self.dead = self.dead + (output[1] != 0).any().logical_not()  # stays on the device until it is looked at
+        if self.bags % _BAGS_BETWEEN_LOOKS == 0 and (dead := int(self.dead)):
+            self.warned = True
+            reporting.warn(
+                f"deeprc: {func_d} forgot every score in {dead} of the first {self.bags} bags "
+                f"({dead / self.bags:.0%}). Such a bag gives 0 and no gradient to the attention; if all are so, "
+                "training cannot leave this state. "
+                "Remedies: func_d 'relu:empty=plain' (a bag that would forget everything forgets nothing), 'pfu' "
+                "(whose median always keeps some), or another seed"
+            )
+
+
+_dead_bags = _DeadBags()
+
+
+def notice_dead_bags(func_d: Any, inputs: Any, output: Any) -> None:
+    """Counts dead bags, for the process; a function of a module, so that the models that hold it can be pickled."""
+    _dead_bags.notice(func_d, inputs, output)
+
+
+HOST = Host(
+    name="deeprc",
+    install='pip install "deeprc @ git+https://github.com/ml-jku/DeepRC" '
+    '"widis-lstm-tools @ git+https://github.com/widmi/widis-lstm-tools"',
+    sites=(Site("deeprc.architectures", "DeepRC.forward", forget_in_bags, {"ccf0b19bc1568c3b": "0.0.6"}),),
+    required=("DeepRC.forward",),
+    shims=SHIMS,
+    forward_hook=notice_dead_bags,
+)

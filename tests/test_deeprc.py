@@ -1,0 +1,222 @@
+"""DeepRC, patched, against the oracle; its unmodified examples; and the shims that let them run."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import require_host
+
+require_host("deeprc")
+
+import deeprc  # noqa: E402
+import numpy as np  # noqa: E402
+from deeprc.architectures import AttentionNetwork, DeepRC, OutputNetwork, SequenceEmbeddingCNN  # noqa: E402
+from oracle import Forgetting  # noqa: E402
+from oracle_deeprc import deeprc_forward  # noqa: E402
+
+import lwpf_patch  # noqa: E402
+from lwpf_patch.hosts import deeprc as host  # noqa: E402
+
+FUNC_DS = {
+    "relu": Forgetting("relu"),
+    "pfu:mu=0.02,bias=-0.2,sigma=0": Forgetting("pfu", 0.02, -0.2),
+    "pfu:sigma=0": Forgetting("pfu", "dmedian", "mu"),
+}
+BAGS = torch.tensor([7, 1, 12])
+
+
+def _model() -> DeepRC:
+    """A model whose scores are on both sides of 0; lwpf_patch is applied, so that it can be made at all."""
+    embedding = SequenceEmbeddingCNN(n_input_features=23, kernel_size=3, n_kernels=6, n_layers=1)
+    model = DeepRC(
+        max_seq_len=9, sequence_embedding_network=embedding, attention_network=AttentionNetwork(6, 1, 5),
+        output_network=OutputNetwork(6, 1, 1, 4), device=torch.device("cpu"), sequence_embedding_as_16_bit=False,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def _bags(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    total = int(BAGS.sum())
+    return torch.randn(total, 9, 23, dtype=dtype), torch.full((total,), 9), BAGS
+
+
+@pytest.mark.parametrize("func_d", FUNC_DS)
+def test_the_model_equals_the_oracle(func_d):
+    lwpf_patch.apply("deeprc", func_d=func_d)
+    model, inputs = _model(), _bags()
+    ours = model(*inputs)
+    expected = deeprc_forward(model, *inputs, func_d=FUNC_DS[func_d])
+    # DeepRC makes its scores in float32 whatever the model's dtype is.
+    torch.testing.assert_close(ours.double(), expected.double(), rtol=0, atol=1e-5)
+    got = torch.autograd.grad(ours.sum(), model.parameters(), retain_graph=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected.sum(), model.parameters(), materialize_grads=True)
+    for ours_grad, oracle_grad in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours_grad.double(), oracle_grad.double(), rtol=1e-4, atol=1e-5)
+
+
+class _In64(torch.Tensor):
+    """A float64 tensor that stays one when DeepRC, or the oracle, asks for float32."""
+
+    def to(self, *args, **kwargs):
+        return self.as_subclass(torch.Tensor)
+
+    def float(self):
+        return self.as_subclass(torch.Tensor)
+
+
+class _StayIn64(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args, **kwargs):
+        return self.network(*args, **kwargs).as_subclass(_In64)
+
+
+@pytest.mark.parametrize("masking", ["exclude", "paper"])
+@pytest.mark.parametrize("func_d", FUNC_DS)
+def test_in_float64_to_1e_12(func_d, masking):
+    lwpf_patch.apply("deeprc", func_d=func_d, masking=masking)
+    model, inputs = _model().double().eval(), _bags(torch.float64)
+    model.sequence_embedding = _StayIn64(model.sequence_embedding)
+    ours = model(*inputs)
+    expected = deeprc_forward(model, *inputs, func_d=FUNC_DS[func_d])
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    got = torch.autograd.grad(ours.sum(), model.parameters(), retain_graph=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected.sum(), model.parameters(), materialize_grads=True)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_revert_restores_the_very_code_and_the_modules():
+    code = DeepRC.forward.__code__
+    members = dict(vars(deeprc.architectures))
+    lwpf_patch.apply("deeprc", func_d="pfu:mu=-inf,bias=0,sigma=0")
+    model, inputs = _model(), _bags()
+    nothing = model(*inputs)
+    lwpf_patch.revert()
+    assert DeepRC.forward.__code__ is code
+    assert dict(vars(deeprc.architectures)) == members
+    assert "func_d" not in repr(model)
+    assert torch.equal(model(*inputs), nothing)
+
+
+def test_one_model_alone():
+    with lwpf_patch.patched("deeprc"):
+        model, inputs = _model(), _bags()
+        expected = model(*inputs)
+    plain = model(*inputs)
+    assert not torch.equal(plain, expected)
+    lwpf_patch.patch_model(model)
+    assert torch.equal(model(*inputs), expected)
+    lwpf_patch.unpatch_model(model)
+    assert torch.equal(model(*inputs), plain)
+
+
+def test_whole_models_load_with_and_without_the_patch(python, tmp_path):
+    inputs = _bags()
+    with lwpf_patch.patched("deeprc"):
+        patched = _model()
+        patched_data, relu = pickle.dumps(patched), patched(*inputs)
+    plain_data, plain = pickle.dumps(patched), patched(*inputs)
+    # Without the patch: both load, and are plain.
+    for data in (patched_data, plain_data):
+        assert torch.equal(pickle.loads(data)(*inputs), plain)
+    # With it: both load, and forget as this process asks for.
+    lwpf_patch.apply("deeprc")
+    for data in (patched_data, plain_data):
+        assert torch.equal(pickle.loads(data)(*inputs), relu)
+    lwpf_patch.apply("deeprc", func_d="pfu")
+    for data in (patched_data, plain_data):
+        assert isinstance(pickle.loads(data).func_d, lwpf_patch.PFU)
+    # Without the package: an error that names it.
+    (tmp_path / "model.pkl").write_bytes(patched_data)
+    code = "import sys, pickle; sys.modules['lwpf_patch'] = None; pickle.load(open('model.pkl', 'rb'))"
+    assert "lwpf_patch" in python("-c", code, check=False).stderr.splitlines()[-1]
+
+
+def test_dead_bags_are_warned_of_once_and_can_be_kept_alive(monkeypatch, caplog):
+    monkeypatch.setattr(host, "_dead_bags", host._DeadBags())
+    monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
+    lwpf_patch.apply("deeprc")
+    model, inputs = _model(), _bags()
+    last = model.attention_nn.attention_nn[-1]
+    torch.nn.init.constant_(last.bias, -1e3)
+    with caplog.at_level(logging.WARNING, "lwpf_patch"):
+        for _ in range(40):
+            output = model(*inputs)
+    (record,) = [r for r in caplog.records if "bags" in r.message]
+    assert "ReLU() forgot every score in 32 of the first 32 bags (100%)" in record.message
+    assert "'relu:empty=plain'" in record.message
+    gradients = torch.autograd.grad(output.sum(), model.attention_nn.parameters(), allow_unused=True)
+    assert all(g is None or not g.any() for g in gradients)
+
+    lwpf_patch.apply("deeprc", func_d="relu:empty=plain")
+    alive = model(*inputs)
+    lwpf_patch.apply("deeprc", func_d="none")
+    assert torch.equal(alive, model(*inputs))
+    lwpf_patch.apply("deeprc", func_d="relu:empty=plain")
+    gradients = torch.autograd.grad(model(*inputs).sum(), model.attention_nn.attention_nn[0].weight)
+    assert gradients[0].any()
+
+
+def test_shims_touch_nothing_but_deeprc():
+    def aliases() -> list[str]:
+        return [name for name in ("int", "float") if hasattr(np, name)]
+
+    before = aliases()
+    with pytest.raises(AttributeError):
+        deeprc.architectures.np.int  # noqa: B018
+    lwpf_patch.apply("deeprc")
+    assert deeprc.architectures.np.int is int
+    assert deeprc.architectures.np.ndarray is np.ndarray
+    assert aliases() == before
+    states = {shim["name"]: shim["state"] for shim in lwpf_patch.status()["hosts"]["deeprc"]["shims"]}
+    assert states["numpy aliases"] == "applied"
+    lwpf_patch.apply("deeprc", compat=False)
+    states = {shim["state"] for shim in lwpf_patch.status()["hosts"]["deeprc"]["shims"]}
+    assert states == {"refused"}
+    with pytest.raises(AttributeError):
+        deeprc.architectures.np.int  # noqa: B018
+    lwpf_patch.revert()
+    assert deeprc.architectures.np is np
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory) -> Path:
+    """DeepRC's examples and their data, which its wheel lacks, from the repository that it was installed from."""
+    folder = tmp_path_factory.mktemp("upstream")
+    url = "https://github.com/ml-jku/DeepRC"
+    clone = subprocess.run(["git", "clone", "-q", "--depth", "1", url, folder], capture_output=True, text=True)
+    if clone.returncode:
+        pytest.skip(f"DeepRC's repository, which holds the data of its examples, cannot be reached: {clone.stderr}")
+    return folder / "deeprc" / "examples"
+
+
+@pytest.mark.parametrize("example", ["single_task_cnn", "multitask_cnn", "multitask_lstm"])
+def test_its_unmodified_examples_run(python, upstream, example):
+    for converted in upstream.parent.glob("datasets/example_dataset/*.hdf5"):
+        converted.unlink()
+    out = python(
+        "-m", "lwpf_patch", "run", "--patch", "deeprc", "-m", f"deeprc.examples.example_{example}", "--device", "cpu",
+        "--n_updates", "2", "--evaluate_at", "2", input="", cwd=upstream,
+    )  # fmt: skip
+    assert "Test scores:" in out.stdout
+    assert "DeepRC patched; func_d relu" in out.stderr
+    assert "answered yes, since standard input is at its end" in out.stderr
+    assert "nothing ran" not in out.stderr
+
+
+def test_without_the_shims_the_example_fails_as_it_does_by_itself(python, upstream):
+    arguments = ("-m", "deeprc.examples.example_single_task_cnn", "--device", "cpu")
+    out = python(*arguments, check=False, input="", cwd=upstream, LWPF_PATCH="deeprc", LWPF_COMPAT="0")
+    assert out.returncode == 1
+    assert "AttributeError" in out.stderr or "EOFError" in out.stderr
+    assert "answered yes" not in out.stderr

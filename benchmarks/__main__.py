@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from . import startup
+from . import attention, startup
 
-BENCHMARKS = {"startup": startup}
+BENCHMARKS = {"attention": attention, "startup": startup}
 
 
 def main() -> None:

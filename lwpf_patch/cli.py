@@ -212,7 +212,6 @@ def _plain_status() -> dict[str, Any]:
         request: dict[str, Any] = {"hosts": list(requested), **settings.describe()} if requested else {}
     except LwpfError as error:
         request = {"problem": str(error)}
-    backend, why = backends.choose("auto")
     environment = {name: value for name, value in os.environ.items() if name.startswith("LWPF_")}
     return {
         "lwpf_patch": __version__,
@@ -221,7 +220,7 @@ def _plain_status() -> dict[str, Any]:
         "hook": [str(path) for path in _hook_files()],
         "environment": environment,
         "request": request,
-        "backend": {"name": backend, "why": why},
+        "backend": backends.describe(request.get("backend", "auto")),
         "hosts": hosts,
     }
 
@@ -249,7 +248,7 @@ def _status(options: argparse.Namespace) -> int:
     elif request:
         settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in request.items() if name != "hosts")
         print(f"request:       patch {', '.join(request['hosts'])}; {settings}")
-    print(f"backend:       {status['backend']['name']} ({status['backend']['why']})")
+    print(f"backend:       {status['backend']}")
     for name, host in status["hosts"].items():
         if not host["patchable"]:
             print(f"\n{name}: cannot be patched: {host['problem']}")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from . import backends, reporting
-from .backends import eager
+from .backends import cpu, eager
 from .errors import SettingsError
 from .settings import func_d_factory, parse_func_d, register_func_d
 
@@ -156,21 +156,24 @@ class FuncD(nn.Module):
         """Computes attention; every argument of :func:`lwpf_patch.lwpf_attention` is given."""
         if not torch.jit.is_scripting():
             _mark_used(self.host)
-            backends.choose(backend)
             check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
             device = query.device.type
             if _in_autocast(device):
                 dtype = torch.get_autocast_dtype(device)
                 query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
                 with torch.autocast(device, enabled=False):
-                    return self._attend_eagerly(
-                        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking
-                    )
-        return self._attend_eagerly(
+                    return _attend_by_backend(
+                        self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking,
+                        backend,
+                    )  # fmt: skip
+            return _attend_by_backend(
+                self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking, backend
+            )
+        return self.attend_eagerly(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking
         )
 
-    def _attend_eagerly(
+    def attend_eagerly(
         self,
         query: Tensor,
         key: Tensor,
@@ -183,15 +186,24 @@ class FuncD(nn.Module):
         training: bool,
         masking: str,
     ) -> Tensor:
+        """Computes attention with the scores in memory: the specification; see :meth:`attend`."""
         dtype = query.dtype
         if dtype == torch.float16 or dtype == torch.bfloat16:  # thresholds and exponentials need float32
             query, key, value = query.float(), key.float(), value.float()
         if enable_gqa:
-            key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
-            value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+            key, value = eager.repeat_heads(query, key), eager.repeat_heads(query, value)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
         forgotten, mask = self._forget_rows(scores, excluded, training, masking, -1)
         return eager.retrieve(forgotten, mask, value, dropout_p).to(dtype)
+
+    def threshold_form(self) -> Optional[Tuple[Optional[float], Optional[float], float]]:
+        """Returns what the fused backends compute with, for functions that keep the scores above a threshold.
+
+        Returns:
+            The threshold (None: the median), what a forgotten score becomes (None: the threshold), and the standard
+            deviation of the noise; None for any other function.
+        """
+        return None
 
     def __prepare_scriptable__(self) -> "FuncD":
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
@@ -239,6 +251,10 @@ class ReLU(FuncD):
         """Computes D and D' as the official code does."""
         forgotten = scores.relu()
         return forgotten, torch.heaviside(forgotten, torch.zeros_like(forgotten)).detach()
+
+    def threshold_form(self) -> Optional[Tuple[Optional[float], Optional[float], float]]:
+        """Returns the threshold 0; see :meth:`FuncD.threshold_form`."""
+        return 0.0, 0.0, 0.0
 
 
 class PFU(FuncD):
@@ -321,6 +337,10 @@ class PFU(FuncD):
         forgotten = threshold if bias is None else torch.full_like(threshold, bias)
         # The official code promotes half precision to float32 here, in training only; ours stays in the scores' dtype.
         return (mask * scores + (1.0 - mask) * forgotten).to(scores.dtype), mask.to(scores.dtype)
+
+    def threshold_form(self) -> Optional[Tuple[Optional[float], Optional[float], float]]:
+        """Returns the options; see :meth:`FuncD.threshold_form`."""
+        return self._mu, self._bias, self.sigma**2
 
     def _options(self) -> list[str]:
         mu, bias = ("dmedian" if self._mu is None else self._mu), ("mu" if self._bias is None else self._bias)
@@ -432,6 +452,32 @@ def make_func_d(func_d: Any, origin: str = "func_d") -> FuncD:
     )
 
 
+def _attend_by_backend(
+    func_d: FuncD,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    dropout_p: float,
+    is_causal: bool,
+    scale: Optional[float],
+    enable_gqa: bool,
+    training: bool,
+    masking: str,
+    backend: str,
+) -> Tensor:
+    form = func_d.threshold_form()
+    if backends.choose(backend, func_d, query, key, masking) == "eager" or form is None:
+        return func_d.attend_eagerly(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking
+        )
+    if enable_gqa:
+        key, value = eager.repeat_heads(query, key), eager.repeat_heads(query, value)
+    mu, bias, deviation = form
+    eps = torch.randn(1, dtype=torch.float32).squeeze(0) * deviation if training and deviation > 0.0 else None
+    return cpu.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, mu, bias, eps)
+
+
 def _tracer(proxy: fx.Proxy) -> fx.Tracer:
     assert isinstance(proxy.tracer, fx.Tracer), "a func_d can only be traced as part of a module"
     return proxy.tracer
@@ -514,5 +560,12 @@ def check_inputs(
         raise RuntimeError("lwpf_attention: attn_mask and is_causal=True exclude each other; put causality in the mask")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise RuntimeError(f"lwpf_attention: attn_mask must be boolean or floating, got {attn_mask.dtype}")
+    wanted = (query.size(-2), key.size(-2))
+    for size, extent in zip(reversed(attn_mask.shape), reversed(wanted), strict=False):
+        if size not in (1, extent):
+            raise RuntimeError(
+                f"lwpf_attention: attn_mask must be broadcastable to (..., L, S) = (..., {wanted[0]}, {wanted[1]}), "
+                f"got shape {list(attn_mask.shape)}"
+            )
     if attn_mask.device != query.device:
         raise RuntimeError(f"lwpf_attention: attn_mask is on {attn_mask.device}, query on {query.device}")

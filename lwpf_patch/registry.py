@@ -118,6 +118,9 @@ def apply(
     names = split_list(host) if isinstance(host, str) else tuple(host)
     check_hosts(names, "apply()", HOSTS)
     settings = Settings(func_d, masking, backend, include, exclude, compat)  # type: ignore[arg-type]
+    for name in names:  # all of them can be met before any of them is
+        HOSTS[name].selected(settings)
+        HOSTS[name].root()
     for name in names:
         request(name, settings)
 
@@ -263,13 +266,10 @@ def _check_complete(applied: Applied, just_imported: str = "") -> None:
         return
     applied.complete = True
     places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
-    from . import backends
-
-    backend, _ = backends.choose(applied.settings.backend)
     settings = applied.settings.describe()
     reporting.info(
         f"{applied.host.name} {_live_version(applied.host)}: {', '.join(places)} patched; func_d {settings['func_d']}, "
-        f"masking {settings['masking']}, backend {backend}"
+        f"masking {settings['masking']}, backend {settings['backend']}"
     )
 
 
@@ -491,7 +491,9 @@ def _detach_from_living(owners: list[type], host: str) -> None:
 
 @atexit.register
 def _report_at_exit() -> None:
-    """Says so when a request to patch had no effect on this run."""
+    """Says so when a request to patch had no effect on this run; one that ended with a traceback explains itself."""
+    if hasattr(sys, "last_type"):
+        return
     for name, applied in _applied.items():
         if not applied.complete:
             wanted = (

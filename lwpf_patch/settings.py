@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .errors import SettingsError, unknown_value
 
 MASKINGS = ("exclude", "paper")
-BACKENDS = ("auto", "eager")
+BACKENDS = ("auto", "cpu", "eager")
 
 PATCH_VARIABLE = "LWPF_PATCH"
 #: The environment variable of each setting.

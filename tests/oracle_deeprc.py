@@ -2,7 +2,8 @@
 
 It calls nothing of the package. The three networks of the DeepRC are called as they are, in the numeric types in which
 DeepRC calls them, so that the attention activations are bit by bit those of upstream: what is forgotten hangs on them.
-What stands between activations and output network is float64. Gradients are autograd's.
+What stands between activations and output network is float64. Gradients are autograd's. Where everything is forgotten,
+a parameter may have no gradient (None) where upstream's is zero.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """hflayers' HopfieldCore with partial forgetting, written out as the specification of the tests.
 
 It calls nothing of the package and nothing of hflayers, only reads the parameters and the options of a HopfieldCore.
-One head of one batch item at a time, one query row at a time, float64 only; gradients are autograd's.
+One head of one batch item at a time, one query row at a time, float64 only; gradients are autograd's. Where everything
+is forgotten, a parameter may have no gradient (None) where upstream's is zero.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from oracle import Forgetting
 from torch.nn import functional as F
 
 import lwpf_patch
-from lwpf_patch import PFU, ReLU, lwpf_attention
+from lwpf_patch import PFU, ReLU, backends, lwpf_attention
+from lwpf_patch.backends import cpu
 
 INF = float("inf")
 
@@ -22,6 +23,13 @@ FUNC_DS = {
     "pfu dmedian": (PFU(), Forgetting("pfu", "dmedian", "mu")),
     "pfu dmedian, bias constant": (PFU(mu="dmedian", bias=0.25), Forgetting("pfu", "dmedian", 0.25)),
 }
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request, monkeypatch):
+    """Every backend; that of the CPU with tiles so small that there are many."""
+    monkeypatch.setattr(cpu, "TILE", 64)
+    return request.param
 
 
 def _padding(shape):
@@ -69,24 +77,29 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def dropout_mask(shape: tuple[int, ...], p: float) -> torch.Tensor:
-    return F.dropout(torch.ones(shape, dtype=torch.float64), p, True) != 0
+def dropout_mask(query, key, mask, p, options) -> torch.Tensor:
+    """Reads which weights a call keeps, off its outputs for the unit vectors as values."""
+    unit = torch.eye(key.shape[-2], dtype=torch.float64).expand(*key.shape[:-1], key.shape[-2])
+    seed = torch.initial_seed()
+    kept = lwpf_attention(query, key, unit, mask, p, **options)
+    torch.manual_seed(seed)
+    return (kept != 0) | (lwpf_attention(query, key, unit, mask, **options) == 0)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("name", FUNC_DS)
-def test_exclude_equals_the_oracle(name, mask_name, dropout_p):
+def test_exclude_equals_the_oracle(name, mask_name, dropout_p, backend):
     func_d, forgetting = FUNC_DS[name]
     shape = (2, 3, 5, 6)
     query, key, value = tensors((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7))
     mask = MASKS[mask_name](shape)
     inputs = [query, key, value, *([mask] if mask is not None and mask.requires_grad else [])]
-    seed = int(torch.randint(2**31, ()))
-    torch.manual_seed(seed)
-    ours = lwpf_attention(query, key, value, mask, dropout_p, func_d=func_d, training=False)
-    torch.manual_seed(seed)
-    keep = dropout_mask(shape, dropout_p) if dropout_p else None
+    options = dict(func_d=func_d, training=False, backend=backend)
+    torch.manual_seed(int(torch.randint(2**31, ())))
+    keep = dropout_mask(query, key, mask, dropout_p, options) if dropout_p else None
+    torch.manual_seed(torch.initial_seed())
+    ours = lwpf_attention(query, key, value, mask, dropout_p, **options)
     sentinel = torch.finfo(torch.float64).min / 2
     expected = oracle.attention(
         query, key, value, func_d=forgetting, attn_mask=mask, dropout_keep=keep, dropout_p=dropout_p,
@@ -95,28 +108,40 @@ def test_exclude_equals_the_oracle(name, mask_name, dropout_p):
     compare(ours, expected, inputs)
 
 
+def test_dropout_drops_as_often_as_it_says(backend):
+    query, key = torch.randn(4, 60, 4, dtype=torch.float64), torch.randn(4, 70, 4, dtype=torch.float64)
+    options = dict(func_d=PFU(mu=-INF, bias=0, sigma=0), training=False, backend=backend)
+    torch.manual_seed(5)
+    kept = dropout_mask(query, key, None, 0.3, options)
+    assert abs(kept.double().mean() - 0.7) < 0.02
+    assert not torch.equal(kept[0], kept[1])
+    torch.manual_seed(5)
+    assert torch.equal(kept, dropout_mask(query, key, None, 0.3, options))
+
+
 @pytest.mark.parametrize("name", FUNC_DS)
 @pytest.mark.parametrize(
     ("query_shape", "key_shape"),
     [((5, 4), (6, 4)), ((3, 5, 4), (3, 6, 4)), ((1, 2, 5, 4), (3, 1, 6, 4)), ((7, 8), (7, 8))],
 )
-def test_shapes_scale_and_causality(name, query_shape, key_shape):
+def test_shapes_scale_and_causality(name, query_shape, key_shape, backend):
     func_d, forgetting = FUNC_DS[name]
     query, key, value = tensors(query_shape, key_shape, (*key_shape[:-1], 3))
     for scale, is_causal in itertools.product((None, 1.7), (False, True)):
-        ours = lwpf_attention(query, key, value, is_causal=is_causal, scale=scale, func_d=func_d, training=False)
+        options = dict(func_d=func_d, training=False, backend=backend)
+        ours = lwpf_attention(query, key, value, is_causal=is_causal, scale=scale, **options)
         expected = oracle.attention(query, key, value, func_d=forgetting, is_causal=is_causal, scale=scale)
         compare(ours, expected, [query, key, value])
 
 
 @pytest.mark.parametrize("name", [name for name in FUNC_DS if name.startswith("pfu")])
-@pytest.mark.parametrize("masking", ["exclude", "paper"])
-def test_the_noise_of_training(name, masking):
+@pytest.mark.parametrize(("masking", "backend"), [("exclude", "eager"), ("exclude", "cpu"), ("paper", "eager")])
+def test_the_noise_of_training(name, masking, backend):
     _, forgetting = FUNC_DS[name]
     func_d = PFU(mu=forgetting.mu, bias=forgetting.bias, sigma=0.9)
     query, key, value = tensors((2, 5, 4), (2, 6, 4), (2, 6, 3))
     torch.manual_seed(5)
-    ours = lwpf_attention(query, key, value, func_d=func_d, training=True, masking=masking)
+    ours = lwpf_attention(query, key, value, func_d=func_d, training=True, masking=masking, backend=backend)
     torch.manual_seed(5)
     eps = float(torch.randn(1) * 0.9**2)
     noisy = Forgetting("pfu", forgetting.mu, forgetting.bias, eps)
@@ -169,14 +194,15 @@ def test_a_median_with_ties_shares_its_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FUNC_DS)
-def test_half_precision_is_computed_in_float32(name, dtype):
+def test_half_precision_is_computed_in_float32(name, dtype, backend):
     func_d, _ = FUNC_DS[name]
     query, key, value = (t.detach().to(dtype) for t in tensors((2, 3, 17, 8), (2, 3, 17, 8), (2, 3, 17, 8)))
     hidden = torch.zeros(17, 17, dtype=dtype).masked_fill(torch.rand(17, 17) < 0.3, torch.finfo(dtype).min)
     for mask in (None, hidden, hidden == 0):
-        half = lwpf_attention(query, key, value, mask, func_d=func_d, training=False)
+        options = dict(func_d=func_d, training=False, backend=backend)
+        half = lwpf_attention(query, key, value, mask, **options)
         wide = None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)
-        single = lwpf_attention(query.float(), key.float(), value.float(), wide, func_d=func_d, training=False)
+        single = lwpf_attention(query.float(), key.float(), value.float(), wide, **options)
         assert half.dtype == dtype
         assert torch.equal(half, single.to(dtype))
 
@@ -190,9 +216,9 @@ def test_autocast_casts_as_it_does_for_sdpa():
     assert torch.equal(out, expected)
 
 
-def test_grouped_queries():
+def test_grouped_queries(backend):
     query, key, value = tensors((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4))
-    ours = lwpf_attention(query, key, value, func_d="relu", enable_gqa=True)
+    ours = lwpf_attention(query, key, value, func_d="relu", enable_gqa=True, backend=backend)
     repeated = [t.repeat_interleave(2, dim=1) for t in (key, value)]
     compare(ours, oracle.attention(query, *repeated, func_d=Forgetting("relu")), [query, key, value])
 
@@ -206,18 +232,19 @@ def test_forgetting_nothing_is_softmax_attention_bit_for_bit(mask_name):
         mask = mask.detach() if mask.dtype == torch.bool else mask.detach().float()
         scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask
     eager = scores.softmax(-1).nan_to_num(0) @ value
-    assert torch.equal(lwpf_attention(query, key, value, mask, func_d=PFU(mu=-INF, bias=0, sigma=0)), eager)
+    everything = PFU(mu=-INF, bias=0, sigma=0)
+    assert torch.equal(lwpf_attention(query, key, value, mask, func_d=everything, backend="eager"), eager)
     plain = F.scaled_dot_product_attention(query, key, value, mask)
     assert torch.equal(lwpf_attention(query, key, value, mask, func_d="none"), plain)
 
 
-def test_a_nan_is_not_hidden():
+def test_a_nan_is_not_hidden(backend):
     query, key, value = (t.detach() for t in tensors((1, 5, 4), (1, 6, 4), (1, 6, 3)))
     query[0, 2] = float("nan")
     mask = torch.rand(5, 6) < 0.8
     mask[:, 0] = True
     for func_d, attn_mask in itertools.product(("relu", "pfu", "pfu:mu=0.1"), (None, mask)):
-        out = lwpf_attention(query, key, value, attn_mask, func_d=func_d)
+        out = lwpf_attention(query, key, value, attn_mask, func_d=func_d, backend=backend)
         assert out[0, 2].isnan().all(), func_d
 
 
@@ -268,7 +295,10 @@ WRONG = {
     "dimensions": (dict(query=torch.zeros(4)), r"query must have at least 2 dimensions, got shape \[4\]"),
     "integer": (dict(query=torch.zeros(5, 4, dtype=torch.int64)), "query must be of a floating dtype, got torch.int64"),
     "mask dtype": (dict(attn_mask=torch.zeros(5, 6, dtype=torch.uint8)), "boolean or floating, got torch.uint8"),
-    "mask shape": (dict(attn_mask=torch.zeros(5, 7)), "size of tensor"),
+    "mask shape": (
+        dict(attn_mask=torch.zeros(5, 7)),
+        r"broadcastable to \(..., L, S\) = \(..., 5, 6\), got shape \[5, 7\]",
+    ),
     "both masks": (dict(attn_mask=torch.zeros(5, 6), is_causal=True), "exclude each other"),
     "dropout": (dict(dropout_p=1.5), "probability, got 1.5"),
 }
@@ -288,7 +318,7 @@ def test_wrong_tensors_raise_as_in_sdpa(case):
         (dict(func_d="rleu"), r"unknown func_d 'rleu' \(from lwpf_attention\(func_d=...\)\).*did you mean 'relu'"),
         (dict(func_d=3), "func_d 3 .* is neither text"),
         (dict(func_d="relu", masking="papr"), "unknown masking 'papr'.*did you mean 'paper'"),
-        (dict(func_d="relu", backend="cuda"), "unknown backend 'cuda'.*allowed are auto, eager"),
+        (dict(func_d="relu", backend="cuda"), "unknown backend 'cuda'.*allowed are auto, cpu, eager"),
     ],
 )
 def test_wrong_options(options, message):
@@ -306,9 +336,9 @@ def test_overriding_leaves_the_func_d_alone():
 
 @pytest.mark.parametrize("func_d", ["relu", "pfu", PFU(mu=0.1, bias=0.0)], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_graph_breaks(func_d, dynamic):
+def test_compiled_without_graph_breaks(func_d, dynamic, backend):
     def attend(query, key, value, mask):
-        return lwpf_attention(query, key, value, mask, func_d=func_d, training=False)
+        return lwpf_attention(query, key, value, mask, func_d=func_d, training=False, backend=backend)
 
     torch._dynamo.reset()  # the recompilations of the other cases would count
     compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -321,4 +351,156 @@ def test_compiled_without_graph_breaks(func_d, dynamic):
 def test_second_derivatives_of_the_eager_form():
     query, key, value = tensors((3, 2), (4, 2), (4, 2))
     for func_d in ("relu", "pfu:mu=0.1,bias=0"):
-        torch.autograd.gradgradcheck(lambda q, k, v, f=func_d: lwpf_attention(q, k, v, func_d=f), (query, key, value))
+        torch.autograd.gradgradcheck(
+            lambda q, k, v, f=func_d: lwpf_attention(q, k, v, func_d=f, backend="eager"), (query, key, value)
+        )
+
+
+# --- the backend of the CPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["normal", "whole numbers", "all 0", "mostly 0", "float64"])
+@pytest.mark.parametrize("mask_name", ["none", "boolean", "additive"])
+def test_the_median_is_exact(kind, mask_name, monkeypatch):
+    """Rank, value and number of equal scores, over sizes on both sides of a tile."""
+    monkeypatch.setattr(cpu, "TILE", 1 << 11)
+    for _ in range(20):
+        batch, length, keys = (int(torch.randint(1, high, ())) for high in (4, 90, 90))
+        query, key = torch.randn(batch, length, 4), torch.randn(batch, keys, 4)
+        if kind == "whole numbers":
+            query, key = query.round(), key.round()
+        elif kind == "all 0":
+            query = 0 * query
+        elif kind == "mostly 0":
+            query = query * (torch.rand(batch, length, 1) < 0.4)
+        elif kind == "float64":
+            query, key = query.double(), key.double()
+        mask = None
+        if mask_name == "boolean":
+            mask = torch.rand(1, 1, length, keys) < 0.6
+        elif mask_name == "additive":
+            mask = torch.randn(1, 1, length, keys, dtype=query.dtype).round()
+            mask = mask.masked_fill(torch.rand(mask.shape) < 0.3, -INF)
+        problem = cpu._Problem(query, key, mask, 1, False)
+        scores = []
+        for tile in problem.tiles():  # their very values: another product of matrices would round differently
+            part, excluded = problem.scores(tile)
+            scores.append(part.flatten() if excluded is None else part[~excluded.expand_as(part)])
+        scores = torch.cat(scores)
+        if len(scores) == 0:
+            continue
+        ties = torch.zeros(cpu.TIES + 1, dtype=torch.int64)
+        expected = sorted(scores.tolist())[(len(scores) - 1) // 2]
+        assert cpu._median(problem, ties) == expected
+        assert ties[0] == (scores == expected).sum()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_a_median_with_many_ties(masked):
+    """More scores are equal to the median than positions are noted; whole numbers, so that ties are exact."""
+    query, key, value = (torch.randint(-1, 2, (2, 20, 3)).double().requires_grad_() for _ in range(3))
+    mask = torch.rand(20, 20) < 0.8 if masked else None
+    options = dict(func_d=PFU(sigma=0), scale=1.0, training=False)
+    ours = lwpf_attention(query, key, value, mask, backend="cpu", **options)
+    expected = oracle.attention(
+        query, key, value, func_d=Forgetting("pfu", "dmedian", "mu"), attn_mask=mask, scale=1.0
+    )  # fmt: skip
+    compare(ours, expected, [query, key, value])
+
+
+def test_no_tensor_of_the_size_of_all_scores():
+    """Peak memory, by what torch allocates, in both passes and for the median."""
+    from torch.profiler import ProfilerActivity, profile
+
+    query, key, value = (torch.randn(1, 2, 1500, 16, requires_grad=True) for _ in range(3))
+    for func_d in ("relu", "pfu"):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            lwpf_attention(query, key, value, func_d=func_d, backend="cpu").sum().backward()
+        largest = max(event.cpu_memory_usage for event in profiled.events())
+        assert largest < 0.5 * 2 * 1500 * 1500 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(func_d=lambda s: (s, s > 0)), "is not of the form s > a"),
+        (dict(func_d="relu:empty=plain"), "empty='plain' needs a row's scores together"),
+        (dict(func_d="relu", masking="paper"), "masking 'paper' is computed as the official code does it"),
+    ],
+)
+def test_what_the_backend_of_the_cpu_cannot_do(options, reason, monkeypatch):
+    query, key, value = torch.randn(5, 4), torch.randn(6, 4), torch.randn(6, 3)
+    with pytest.raises(lwpf_patch.SettingsError, match=f"backend 'cpu' cannot do what is asked: .*{reason}"):
+        lwpf_attention(query, key, value, backend="cpu", **options)
+    monkeypatch.setattr(backends, "MANY_SCORES", 0)
+    automatic = lwpf_attention(query, key, value, backend="auto", **options)
+    assert torch.equal(automatic, lwpf_attention(query, key, value, backend="eager", **options))
+
+
+def test_auto_takes_the_backend_of_the_cpu_for_many_scores(monkeypatch):
+    query, key, value = torch.randn(2, 50, 4), torch.randn(2, 60, 4), torch.randn(2, 60, 3)
+    for many, expected in ((2 * 50 * 60, "cpu"), (2 * 50 * 60 + 1, "eager")):
+        monkeypatch.setattr(backends, "MANY_SCORES", many)
+        assert backends.choose("auto", ReLU(), query, key, "exclude") == expected
+        automatic = lwpf_attention(query, key, value, func_d="relu")
+        assert torch.equal(automatic, lwpf_attention(query, key, value, func_d="relu", backend=expected))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_compute_the_same_every_time(threads):
+    query, key, value = (torch.randn(8, 300, 8, requires_grad=True) for _ in range(3))
+    mask = torch.randn(300, 300, requires_grad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for _ in range(2):
+            out = lwpf_attention(query, key, value, mask, func_d=PFU(sigma=0), training=False, backend="cpu")
+            results.append([out, *torch.autograd.grad(out.square().sum(), [query, key, value, mask])])
+        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+        wide = [t.detach().double().requires_grad_() for t in (query, key, value)]
+        eager = lwpf_attention(*wide, mask.detach().double(), func_d=PFU(sigma=0), training=False, backend="eager")
+        torch.testing.assert_close(results[0][0].double(), eager, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_process_forked_after_the_threads_started_does_not_hang(python):
+    python(
+        code="""
+import multiprocessing, torch, lwpf_patch
+torch.set_num_threads(2)
+x = torch.randn(8, 300, 8)
+
+def work(queue):
+    queue.put(float(lwpf_patch.lwpf_attention(x, x, x, func_d="relu", backend="cpu").sum()))
+
+expected = float(lwpf_patch.lwpf_attention(x, x, x, func_d="relu", backend="cpu").sum())
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=work, args=(queue,))
+process.start()
+assert abs(queue.get(timeout=60) - expected) < 1e-3
+process.join()
+"""
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("func_d", ["relu", "pfu:sigma=0.5"])
+def test_opcheck(func_d, dropout_p):
+    query, key, value = (torch.randn(4, 9, 8, requires_grad=True) for _ in range(3))
+    mu, bias, _ = lwpf_patch.forgetting.make_func_d(func_d).threshold_form()
+    seed, eps = torch.tensor(3), torch.tensor(0.1)
+    mask = torch.randn(1, 1, 9, 9, requires_grad=True)
+    for m in (None, mask, mask > 0):
+        arguments = (query, key, value, m, 2, dropout_p, False, mu, bias, eps, seed)
+        torch.library.opcheck(torch.ops.lwpf_patch.cpu_attention, arguments)
+
+
+def test_there_is_no_second_derivative_by_the_cpu_backend():
+    query, key, value = tensors((3, 2), (4, 2), (4, 2))
+    out = lwpf_attention(query, key, value, func_d="relu", backend="cpu")
+    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no autograd formula was registered|does not require grad"):
+        torch.autograd.grad(grad.sum(), key)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -31,3 +33,24 @@ def test_a_failing_run_fails_the_comparison(python, tmp_path):
     assert out.returncode == 1
     assert "a plain run failed with exit code 2" in out.stderr
     assert sys.executable in out.stderr
+
+
+def test_immune_repertoire(python, tmp_path):
+    if importlib.util.find_spec("deeprc") is None:
+        pytest.skip("deeprc is not installed")
+    script = str(ROOT / "recipes" / "immune_repertoire" / "compare.py")
+    arguments = (script, "--quick", "--updates", "2", "--jobs", "2", "--output", "figures")
+    out = python(*arguments, check=False)
+    if "cannot clone" in out.stderr:
+        pytest.skip(out.stderr.strip().splitlines()[-1])
+    assert out.returncode == 0, out.stderr
+    variants = ("plain", "relu", "pfu", "relu, empty=plain")
+    for variant in variants:
+        assert f"\n{variant} " in out.stdout
+    assert out.stderr.count("patched; func_d") == len(variants)
+    figures = json.loads((tmp_path / "figures" / "immune_repertoire.json").read_text())
+    assert set(figures["runs"]) == set(variants)
+    (plain,) = figures["runs"]["plain"]
+    assert [entry["update"] for entry in plain["updates"]] == [1, 2]
+    assert plain["updates"][0]["train_roc_auc"] != 0.5  # the repertoires differ, see write_dataset
+    assert (tmp_path / "figures" / "immune_repertoire.png").stat().st_size > 10_000

@@ -31,7 +31,7 @@ def test_an_unmodified_script_is_patched(python):
     assert out.stdout.strip() == "ReLU()"
     (line,) = out.stderr.strip().splitlines()
     assert line.startswith("lwpf_patch: timm 1.")
-    assert "Attention, AttentionRope patched; func_d relu, masking exclude, backend eager" in line
+    assert "Attention, AttentionRope patched; func_d relu, masking exclude, backend auto" in line
 
 
 def test_the_settings_in_variables(python):
@@ -94,7 +94,7 @@ WRONG = [
     (dict(LWPF_PATCH="timm", LWPF_FUNC_D="reul"), "unknown func_d 'reul' (from LWPF_FUNC_D)", "did you mean 'relu'"),
     (dict(LWPF_PATCH="timm", LWPF_FUNC_D="pfu:mu=x"), "mu='x' in 'pfu:mu=x' (from LWPF_FUNC_D)", "or 'dmedian'"),
     (dict(LWPF_PATCH="timm", LWPF_MASKING="no"), "unknown masking 'no' (from LWPF_MASKING)", "exclude, paper"),
-    (dict(LWPF_PATCH="timm", LWPF_BACKEND="gpu"), "unknown backend 'gpu' (from LWPF_BACKEND)", "auto, eager"),
+    (dict(LWPF_PATCH="timm", LWPF_BACKEND="gpu"), "unknown backend 'gpu' (from LWPF_BACKEND)", "auto, cpu, eager"),
     (dict(LWPF_PATCH="timm", LWPF_INCLUDE="*swin*"), "include pattern '*swin*' (from LWPF_INCLUDE)", "its sites are"),
     (dict(LWPF_PACTH="timm"), "unknown variable 'LWPF_PACTH' (from the environment)", "did you mean 'LWPF_PATCH'"),
     (dict(LWPF_FUNC_D="relu"), "LWPF_FUNC_D is set but LWPF_PATCH is not", "unset LWPF_FUNC_D"),
@@ -168,6 +168,11 @@ def test_a_request_without_effect_is_reported_at_exit(python, code, message):
     out = python("-c", code, LWPF_PATCH="timm")
     assert message in out.stderr.splitlines()[-1]
     assert "nothing ran" not in python("-c", code, LWPF_PATCH="timm", RANK="1").stderr
+
+
+def test_nothing_is_reported_after_a_traceback(python):
+    out = python("-c", "import timm; 1 / 0", check=False, LWPF_PATCH="timm")
+    assert out.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
 @pytest.mark.parametrize("way", ["torch.compile(model, backend='eager')", "torch.jit.script(model)"])

@@ -82,7 +82,8 @@ def test_attention_equals_the_oracle(func_d, mask, fused):
 )
 @every_func_d
 def test_the_options_of_attention(func_d, options, fused):
-    lwpf_patch.apply("timm", func_d=func_d)
+    backend = "eager" if "attn_drop" in options else "auto"  # its dropout is that of torch.nn.functional
+    lwpf_patch.apply("timm", func_d=func_d, backend=backend)
     module = Attention(12, num_heads=3, **options).double()
     x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     compare(module, x, {}, fused, func_d=FUNC_DS[func_d])
@@ -101,7 +102,8 @@ def test_the_options_of_attention(func_d, options, fused):
 @pytest.mark.parametrize("mask", ["none", "boolean", "causal"])
 @every_func_d
 def test_attention_rope_equals_the_oracle(func_d, mask, options, fused):
-    lwpf_patch.apply("timm", func_d=func_d)
+    backend = "eager" if "attn_drop" in options else "auto"
+    lwpf_patch.apply("timm", func_d=func_d, backend=backend)
     module = AttentionRope(24, num_heads=3, **options).double()
     x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
     rotation = torch.randn(7 - module.num_prefix_tokens, 16, dtype=torch.float64)
@@ -139,7 +141,7 @@ def test_forgetting_nothing_is_the_unpatched_eager_model_bit_for_bit(model_name)
     set_fused(model, False)
     torch.manual_seed(0)
     plain = model(x)
-    with lwpf_patch.patched("timm", func_d=NOTHING):
+    with lwpf_patch.patched("timm", func_d=NOTHING, backend="eager"):
         for fused in (False, True):
             set_fused(model, fused)
             torch.manual_seed(0)

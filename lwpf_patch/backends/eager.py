@@ -21,6 +21,11 @@ def lowest(dtype: torch.dtype) -> float:
     return -1.69e38  # float32, and bfloat16 with the same exponents
 
 
+def repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
+    """Repeats the heads of keys or values for grouped queries, as many as the query has."""
+    return tensor.repeat_interleave(query.size(-3) // tensor.size(-3), -3)
+
+
 def attention_scores(
     query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool, scale: Optional[float]
 ) -> Tuple[Tensor, Optional[Tensor]]:

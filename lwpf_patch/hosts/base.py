@@ -131,7 +131,8 @@ class Host:
         """
         names = {site.qualname for site in found}
         pending: list[str] = []
-        for qualname in {site.qualname for site in self.selected(settings)} - names:
+        wanted = dict.fromkeys(site.qualname for site in self.selected(settings))
+        for qualname in sorted(wanted.keys() - names, key=lambda name: (name not in self.required, name)):
             places = [site.module for site in self.sites if site.qualname == qualname]
             expected = [module for module in places if module not in imported and self.source(module).exists()]
             if not expected and (qualname in self.required or not names):

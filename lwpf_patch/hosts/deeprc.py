@@ -144,6 +144,7 @@ SHIMS = (
 # --- dead starts ----------------------------------------------------------------------------------------------------
 
 _BAGS_BETWEEN_LOOKS = 32
+_WORTH_A_WARNING = 1 / 16  # the share of dead bags; single ones are a matter of chance
 
 
 class _DeadBags:
@@ -162,14 +163,14 @@ class _DeadBags:
             return
         self.bags += 1
         self.dead = self.dead + (output[1] != 0).any().logical_not()  # stays on the device until it is looked at
-        if self.bags % _BAGS_BETWEEN_LOOKS == 0 and (dead := int(self.dead)):
+        if self.bags % _BAGS_BETWEEN_LOOKS == 0 and (dead := int(self.dead)) >= _WORTH_A_WARNING * self.bags:
             self.warned = True
             reporting.warn(
                 f"deeprc: {func_d} forgot every score in {dead} of the first {self.bags} bags "
                 f"({dead / self.bags:.0%}). Such a bag gives 0 and no gradient to the attention; if all are so, "
                 "training cannot leave this state. "
                 "Remedies: func_d 'relu:empty=plain' (a bag that would forget everything forgets nothing), 'pfu' "
-                "(whose median always keeps some), or another seed"
+                "(which keeps the upper half of every bag of two or more), or another seed"
             )
 
 

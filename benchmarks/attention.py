@@ -190,7 +190,7 @@ def _print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     cells = [f"{q[1]:.2f} ({q[0]:.2f}, {q[2]:.2f})" for q in (row["forward_ratio"], row["both_ratio"])]
     memory = ""
     if "peak_bytes" in row:
-        memory = f"{row['peak_bytes'] / 2**20:.0f} MB {row['peak_bytes'] / base['peak_bytes']:.2f}"
+        memory = f"{row['peak_bytes'] / 2**20:.0f} MB {row['peak_bytes'] / max(base['peak_bytes'], 1):.2f}"
     print(f"{row['variant']:<26}{cells[0]:>24}{cells[1]:>24}{memory:>16}", flush=True)
 
 

@@ -248,6 +248,25 @@ def test_a_nan_is_not_hidden(backend):
         assert out[0, 2].isnan().all(), func_d
 
 
+@pytest.mark.parametrize("mask_name", ["none", "boolean", "empty rows", "additive with -inf"])
+@pytest.mark.parametrize("name", ["relu", "pfu:mu=0.1,bias=-0.2,sigma=0"])
+def test_rows_that_would_forget_everything_can_forget_nothing(name, mask_name):
+    forgetting = Forgetting("relu") if name == "relu" else Forgetting("pfu", 0.1, -0.2)
+    query, key, value = tensors((2, 9, 4), (2, 6, 4), (2, 6, 3))
+    with torch.no_grad():  # whole rows below the threshold, others not
+        key.abs_()
+        query[:, ::2] = -query[:, ::2].abs()
+    mask = MASKS[mask_name]((2, 9, 6))
+    empty = name.replace(":", ":empty=plain,") if ":" in name else f"{name}:empty=plain"
+    ours = lwpf_attention(query, key, value, mask, func_d=empty)
+    some = oracle.attention(query, key, value, func_d=forgetting, attn_mask=mask)
+    none = oracle.attention(query, key, value, func_d=Forgetting("none"), attn_mask=mask)
+    kept = oracle.attention(query, key, torch.ones_like(value), func_d=forgetting, attn_mask=mask) > 0
+    assert kept.any()
+    assert not kept.all()
+    compare(ours, torch.where(kept, some, none), [query, key, value])
+
+
 def test_a_func_d_of_ones_own():
     def soft(scores):
         return scores.clamp(min=0.5), scores > 0.5

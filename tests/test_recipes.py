@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, require_host
 
 
 def test_digits(python, tmp_path):
@@ -20,6 +19,17 @@ def test_digits(python, tmp_path):
     figures = json.loads((tmp_path / "figures" / "digits.json").read_text())
     assert set(figures["runs"]) == {"plain", "relu", "pfu"}
     assert (tmp_path / "figures" / "digits.png").stat().st_size > 10_000
+
+
+def test_bit_pattern(python, tmp_path):
+    require_host("hflayers")
+    recipe = ROOT / "recipes" / "bit_pattern"
+    assert "lwpf" not in (recipe / "train.py").read_text().lower()
+    out = python(str(recipe / "compare.py"), "--quick", "--epochs", "1", "--output", "figures")
+    assert out.stderr.count("patched; func_d") == 2
+    figures = json.loads((tmp_path / "figures" / "bit_pattern.json").read_text())
+    assert set(figures["runs"]) == {"plain", "relu", "pfu"}
+    assert (tmp_path / "figures" / "bit_pattern.png").stat().st_size > 10_000
 
 
 def test_a_failing_run_fails_the_comparison(python, tmp_path):
@@ -36,8 +46,7 @@ def test_a_failing_run_fails_the_comparison(python, tmp_path):
 
 
 def test_immune_repertoire(python, tmp_path):
-    if importlib.util.find_spec("deeprc") is None:
-        pytest.skip("deeprc is not installed")
+    require_host("deeprc")
     script = str(ROOT / "recipes" / "immune_repertoire" / "compare.py")
     arguments = (script, "--quick", "--updates", "2", "--jobs", "2", "--output", "figures")
     out = python(*arguments, check=False)

@@ -177,6 +177,7 @@ def patched(host: str, **settings: Any) -> Iterator[None]:
     Raises:
         LwpfError: As for :func:`apply`.
     """
+    check_hosts([host], "patched()", HOSTS)
     before = _applied.get(host)
     apply(host, **settings)
     try:
@@ -226,7 +227,7 @@ def _shim_state(applied: Applied, shim: Shim) -> str:
         return "refused"
     if any(each.shim is shim for each in applied.shims):
         return "applied"
-    return "not needed" if applied.complete else "waiting for its import"
+    return "waiting for its import" if shim.needed() else "not needed"
 
 
 # --- patching and reverting -----------------------------------------------------------------------------------------
@@ -492,7 +493,7 @@ def _detach_from_living(owners: list[type], host: str) -> None:
 @atexit.register
 def _report_at_exit() -> None:
     """Says so when a request to patch had no effect on this run; one that ended with a traceback explains itself."""
-    if hasattr(sys, "last_type"):
+    if hasattr(sys, "last_type") and not hasattr(sys, "ps1"):  # an interactive session goes on after one
         return
     for name, applied in _applied.items():
         if not applied.complete:

@@ -24,7 +24,11 @@ def require_host(name: str) -> None:
     """Skips the tests of a module whose upstream package is not installed, or fails them if it must be."""
     if importlib.util.find_spec(name) is not None:
         return
-    message = f"{name} is not installed, so that its tests did not run: {HOSTS[name].install}"
+    skip_for_host(f"{name} is not installed, so that its tests did not run: {HOSTS[name].install}")
+
+
+def skip_for_host(message: str) -> None:
+    """Skips a test that an upstream package or repository is missing for, or fails it if they must be there."""
     if os.environ.get("LWPF_REQUIRE_HOSTS", "0") not in ("", "0"):
         pytest.fail(message, pytrace=False)
     pytest.skip(message, allow_module_level=True)

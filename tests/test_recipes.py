@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-import pytest
-from conftest import ROOT, require_host
+from conftest import ROOT, require_host, skip_for_host
 
 
 def test_digits(python, tmp_path):
@@ -51,7 +50,7 @@ def test_immune_repertoire(python, tmp_path):
     arguments = (script, "--quick", "--updates", "2", "--jobs", "2", "--output", "figures")
     out = python(*arguments, check=False)
     if "cannot clone" in out.stderr:
-        pytest.skip(out.stderr.strip().splitlines()[-1])
+        skip_for_host(out.stderr.strip().splitlines()[-1])
     assert out.returncode == 0, out.stderr
     variants = ("plain", "relu", "pfu", "relu, empty=plain")
     for variant in variants:

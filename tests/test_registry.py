@@ -145,6 +145,8 @@ def test_wrong_requests_change_nothing(plain_code, arguments, options, message):
         assert Attention.forward.__code__ is code
     with pytest.raises(SettingsError, match="unknown host 'tom'"):
         lwpf_patch.revert("tom")
+    with pytest.raises(SettingsError, match="unknown host 'timm,hflayers'"), lwpf_patch.patched("timm,hflayers"):
+        pass
 
 
 def test_an_option_that_does_not_exist_is_a_type_error():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..forgetting import FuncD
 
 
-#: From so many scores on, "auto" takes the backend of the CPU. Below, the eager one is as fast, and its memory small.
+#: From so many scores on, "auto" takes the backend of the CPU. Below, with several threads, the eager one is faster.
 MANY_SCORES = 1 << 22
 
 

@@ -164,8 +164,6 @@ def _memory_in_child(options: argparse.Namespace, text: str, name: str) -> int:
 
 def _peak_memory(options: argparse.Namespace, name: str) -> int:
     """Returns the bytes that one forward and backward pass adds at its peak."""
-    import resource
-
     import torch
 
     function = variants()[name]
@@ -177,9 +175,16 @@ def _peak_memory(options: argparse.Namespace, name: str) -> int:
         before = torch.cuda.memory_allocated()
         torch.autograd.grad(function(*inputs), inputs, cotangent)
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew, below that of the imports
+    before = _resident("VmRSS")
     torch.autograd.grad(function(*inputs), inputs, cotangent)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _resident("VmHWM") - before
+
+
+def _resident(which: str) -> int:
+    """Returns the bytes of this process that are in memory (VmRSS), or were at most (VmHWM)."""
+    (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(f"{which}:"))
+    return int(line.split()[1]) * 1024
 
 
 def _print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -1,247 +1,355 @@
-"""One attention layer: time and memory of plain attention, the hand-edited forms and ours, over the length.
+"""One attention layer: time and memory of SDPA, FlexAttention, the hand-edited forms and ours, over the length.
 
-All variants run in turn within one process, repeat after repeat, so that drift of the machine hits all alike; what
-counts are the ratios to eager softmax attention, repeat by repeat, as medians with quartiles. Peak memory is measured
-in a process of its own for each variant, and is what one forward and backward pass adds.
+SDPA stands there backend by backend; LwPF by hand is what one would write into a library's source, as it is and under
+torch.compile; FlexAttention takes LwPF-ReLU in two passes; ours is lwpf_attention, with whatever backend "auto" picks
+or --backend names, as it is and under torch.compile. Forward alone and forward with backward are timed in turn within
+one process; what counts are the ratios to the base, repeat by repeat. Peak memory is what one forward and backward
+pass adds; on CUDA, activation memory is what is held between the two, the output included.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-BASE = "eager softmax"
+from . import reporting
+from .reporting import Row, say
+
+if TYPE_CHECKING:
+    from .measuring import Subject
+
+#: The defaults of each device.
+BASES = {"cpu": "eager softmax", "cuda": "SDPA flash"}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+SHAPES = {
+    "cpu": ["8,6,197,64", "8,6,1024,64", "1,6,4096,64"],
+    "cuda": ["256,12,197,64", "8,12,4096,64", "8,12,4096,128"],
+}
+REPEATS = {"cpu": 15, "cuda": 30}
+QUICK_SHAPES = ["1,2,64,32"]
+
+PASSES = {"forward": "forward", "both": "forward + backward"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute attention.
+
+    Attributes:
+        function: Maps query, key and value, each (B, H, N, E), to the output.
+        func_d: The forgetting function that it computes with.
+        compiled: Whether it runs under torch.compile.
+        backend: Of our operator; empty for anything else.
+    """
+
+    function: Callable[..., Any]
+    func_d: str = "none"
+    compiled: bool = False
+    backend: str = ""
+
+    def runnable(self) -> Callable[..., Any]:
+        """Returns the function, compiled if it is to be."""
+        import torch
+
+        if not self.compiled:
+            return self.function
+        # For each shape its own program, and a break of the graph is a failure: the fairest to all.
+        return torch.compile(self.function, fullgraph=True, dynamic=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
+    reporting.add_measuring_arguments(parser, REPEATS)
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    parser.add_argument("--dtype", choices=dtypes, help=reporting.defaults(DTYPES))
+    shapes = reporting.defaults({device: " ".join(texts) for device, texts in SHAPES.items()})
     parser.add_argument(
-        "--shapes",
-        nargs="+",
-        default=["8,6,197,64", "8,6,1024,64", "1,6,4096,64"],
-        metavar="B,H,N,E",
-        help="batch, heads, sequence length and width of a head (default: %(default)s)",
+        "--shapes", nargs="+", metavar="B,H,N,E", help=f"batch, heads, sequence length and width of a head ({shapes})"
     )
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants, and the base of the ratios")
-    parser.add_argument("--repeats", type=int, default=15, help="repeats of each variant (default: 15)")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    parser.add_argument("--output", type=Path, help="write NAME.json, NAME.csv and NAME.png", metavar="NAME")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the child that measures one variant
-
-
-def variants() -> dict[str, Callable[..., Any]]:
-    """Returns what is compared, by name."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-    from lwpf_patch import PFU, lwpf_attention
-
-    def eager(q: Any, k: Any, v: Any) -> Any:
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-
-    def by_hand(q: Any, k: Any, v: Any, threshold: Callable[[Any], Any]) -> Any:
-        s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        a = threshold(s)
-        mask = (s > a).to(s.dtype).detach()
-        s = mask * s + (1 - mask) * a
-        return (mask * s.softmax(-1)) @ v
-
-    def relu_by_hand(q: Any, k: Any, v: Any) -> Any:
-        return by_hand(q, k, v, lambda s: 0.0)
-
-    def dmedian_by_hand(q: Any, k: Any, v: Any) -> Any:
-        return by_hand(q, k, v, lambda s: s.median())
-
-    def sdpa_by(backend: SDPBackend) -> Callable[..., Any]:
-        def run(q: Any, k: Any, v: Any) -> Any:
-            with sdpa_kernel(backend):
-                return sdpa(q, k, v)
-
-        return run
-
-    median = PFU(sigma=0)
-    return {
-        BASE: eager,
-        "SDPA math": sdpa_by(SDPBackend.MATH),
-        "SDPA flash": sdpa_by(SDPBackend.FLASH_ATTENTION),
-        "ReLU by hand": relu_by_hand,
-        "ReLU by hand, compiled": torch.compile(relu_by_hand),
-        "dmedian by hand": dmedian_by_hand,
-        "ReLU, ours": lambda q, k, v: lwpf_attention(q, k, v, func_d="relu"),
-        "dmedian, ours": lambda q, k, v: lwpf_attention(q, k, v, func_d=median, training=False),
-    }
+    parser.add_argument("--base", metavar="VARIANT", help=f"what ratios are taken to ({reporting.defaults(BASES)})")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints a table and writes what was asked for."""
-    import torch
+    from . import measuring
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    measuring.settle(options, REPEATS)
+    options.dtype = options.dtype or DTYPES[options.device]
+    options.shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES[options.device])
+    options.base = options.base or BASES[options.device]
     if options.memory_of:
-        print(json.dumps(_peak_memory(options, options.memory_of)))
+        variant = variants(options.backend)[options.memory_of]
+        measuring.print_memory(_subject(variant, *_inputs(options, options.shapes[0])), options.device)
         return
-    rows: list[dict[str, Any]] = []
-    for text in options.shapes:
-        times = _times(options, text)
-        for name, passes in times.items():
-            row: dict[str, Any] = {"shape": text, "length": int(text.split(",")[2]), "variant": name}
-            for which, seconds in passes.items():
-                ratios = [own / base for own, base in zip(seconds, times[BASE][which], strict=True)]
-                row[f"{which}_ratio"] = statistics.quantiles(ratios, n=4)
-                row[f"{which}_seconds"] = statistics.median(seconds)
-            if not options.no_memory:
-                row["peak_bytes"] = _memory_in_child(options, text, name)
-            rows.append(row)
-            _print_row(row, rows)
-    if options.output:
-        _write(options, rows)
+    known, left_out = available(options.device, options.backend)
+    for name, why in left_out.items():
+        say(f"left out: {name}: {why}")
+    chosen = measuring.chosen(options, options.base, known)
+
+    def plot(rows: list[Row], figure: Any) -> None:
+        _plot(rows, figure, options.base)
+
+    rows: list[Row] = []
+    for shape in options.shapes:
+        say(f"B,H,N,E = {shape}")
+        rows += (own := _measure(options, shape, chosen))
+        print(f"\nB,H,N,E = {shape}, {options.dtype}; ratios to {options.base!r} (quartiles)")
+        print(reporting.table(*measuring.lines_of(own, PASSES, options.device)))
+        print(*measuring.failures_of(own), sep="\n", flush=True)
+        # After every shape, so that a run that is cut short has not measured in vain.
+        reporting.write(options, rows, device=options.device, plot=plot, left_out=left_out)
 
 
-def _inputs(options: argparse.Namespace, text: str) -> tuple[list[Any], Any]:
-    import torch
+def variants(backend: str = "auto") -> dict[str, Variant]:
+    """Returns all that is compared, by name.
 
-    shape = tuple(int(part) for part in text.split(","))
-    made = {"device": options.device, "dtype": getattr(torch, options.dtype)}
-    torch.manual_seed(0)
-    return [torch.randn(shape, **made, requires_grad=True) for _ in range(3)], torch.randn(shape, **made)
+    Args:
+        backend: Of our operator.
+    """
+    from torch.nn.attention import SDPBackend
 
+    from lwpf_patch import lwpf_attention
 
-def _chosen(options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
-    return {n: f for n, f in variants().items() if not options.only or n in options.only or n == BASE}
+    median = "pfu:mu=dmedian,bias=mu,sigma=0"
 
+    def ours(func_d: str, compiled: bool = False) -> Variant:
+        from lwpf_patch.forgetting import make_func_d
 
-def _times(options: argparse.Namespace, text: str) -> dict[str, dict[str, list[float]]]:
-    """Times every variant, forward alone and forward and backward."""
-    import torch
+        module = make_func_d(func_d)  # as in a patched layer, which has one
 
-    inputs, cotangent = _inputs(options, text)
-    detached = [tensor.detach() for tensor in inputs]
-    chosen = _chosen(options)
+        def function(q: Any, k: Any, v: Any) -> Any:
+            return lwpf_attention(q, k, v, func_d=module, training=False, backend=backend)
 
-    def both(function: Callable[..., Any]) -> None:
-        torch.autograd.grad(function(*inputs), inputs, cotangent)
+        return Variant(function, func_d, compiled, backend)
 
-    def clock(work: Callable[[], Any]) -> float:
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in chosen}
-    for repeat in range(options.repeats + 2):  # the first two warm up
-        for name, function in chosen.items():
-            forward = clock(lambda function=function: function(*detached))  # type: ignore[misc]
-            backward = clock(lambda function=function: both(function))  # type: ignore[misc]
-            if repeat > 1:
-                times[name]["forward"].append(forward)
-                times[name]["both"].append(backward)
-    return times
-
-
-def _memory_in_child(options: argparse.Namespace, text: str, name: str) -> int:
-    command = [sys.executable, "-m", "benchmarks", "attention", "--device", options.device, "--dtype", options.dtype]
-    out = subprocess.run([*command, "--shapes", text, "--memory-of", name], capture_output=True, text=True, check=True)
-    return int(out.stdout)
-
-
-def _peak_memory(options: argparse.Namespace, name: str) -> int:
-    """Returns the bytes that one forward and backward pass adds at its peak."""
-    import torch
-
-    function = variants()[name]
-    small, cotangent = _inputs(options, "1,1,64,64")
-    torch.autograd.grad(function(*small), small, cotangent)  # libraries and compilers have what they need
-    inputs, cotangent = _inputs(options, options.shapes[0])
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        torch.autograd.grad(function(*inputs), inputs, cotangent)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew, below that of the imports
-    before = _resident("VmRSS")
-    torch.autograd.grad(function(*inputs), inputs, cotangent)
-    return _resident("VmHWM") - before
-
-
-def _resident(which: str) -> int:
-    """Returns the bytes of this process that are in memory (VmRSS), or were at most (VmHWM)."""
-    (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(f"{which}:"))
-    return int(line.split()[1]) * 1024
-
-
-def _print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    if row["variant"] == BASE:
-        print(f"\nB,H,N,E = {row['shape']}; ratios to {BASE} (quartiles)")
-        print(f"{'variant':<26}{'forward':>24}{'forward + backward':>24}{'peak memory':>16}")
-    base = next(r for r in rows if r["shape"] == row["shape"] and r["variant"] == BASE)
-    cells = [f"{q[1]:.2f} ({q[0]:.2f}, {q[2]:.2f})" for q in (row["forward_ratio"], row["both_ratio"])]
-    memory = ""
-    if "peak_bytes" in row:
-        memory = f"{row['peak_bytes'] / 2**20:.0f} MB {row['peak_bytes'] / max(base['peak_bytes'], 1):.2f}"
-    print(f"{row['variant']:<26}{cells[0]:>24}{cells[1]:>24}{memory:>16}", flush=True)
-
-
-def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    import torch
-
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    cuda = options.device == "cuda"
-    machine = {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "processor_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dtype": options.dtype,
-        "repeats": options.repeats,
+    return {
+        "eager softmax": Variant(_softmax),
+        "SDPA math": Variant(_sdpa_by(SDPBackend.MATH)),
+        "SDPA flash": Variant(_sdpa_by(SDPBackend.FLASH_ATTENTION)),
+        "SDPA efficient": Variant(_sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
+        "SDPA cudnn": Variant(_sdpa_by(SDPBackend.CUDNN_ATTENTION)),
+        "ReLU, FlexAttention": Variant(_relu_by_flex_attention, "relu", compiled=True),
+        "ReLU by hand": Variant(_relu_by_hand, "relu"),
+        "dmedian by hand": Variant(_dmedian_by_hand, median),
+        "ReLU by hand, compiled": Variant(_relu_by_hand, "relu", compiled=True),
+        "dmedian by hand, compiled": Variant(_dmedian_by_hand, median, compiled=True),
+        "ReLU, ours": ours("relu"),
+        "dmedian, ours": ours(median),
+        "ReLU, ours, compiled": ours("relu", compiled=True),
+        "dmedian, ours, compiled": ours(median, compiled=True),
     }
-    options.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    with options.output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["shape", "variant", "forward_ratio", "both_ratio", "forward_seconds", "both_seconds", "peak"])
-        for row in rows:
-            seconds = (row["forward_seconds"], row["both_seconds"])
-            ratios = (row["forward_ratio"][1], row["both_ratio"][1])
-            writer.writerow([row["shape"], row["variant"], *ratios, *seconds, row.get("peak_bytes", "")])
-    _plot(options, rows)
 
 
-def _plot(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from matplotlib.figure import Figure
+def available(device: str, backend: str = "auto") -> tuple[dict[str, Variant], dict[str, str]]:
+    """Returns the variants that a device has, and those that it lacks with the reason.
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == name]
-        lengths = [row["length"] for row in own]
-        style = {"marker": "o", "linewidth": 2.2 if "ours" in name else 1.2, "label": name}
-        left.plot(lengths, [row["both_ratio"][1] for row in own], **style)
-        if "peak_bytes" in own[0]:
-            right.plot(lengths, [max(row["peak_bytes"], 1) / 2**20 for row in own], **style)
-    left.set(title=f"Forward and backward, against {BASE}", xlabel="sequence length", ylabel="ratio of times")
-    right.set(title="Peak memory", xlabel="sequence length", ylabel="MB", yscale="log")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.axhline(1, color="black", linewidth=0.8)
-    left.legend(fontsize=8)
-    figure.savefig(options.output.with_suffix(".png"), dpi=150)
+    A variant is lacking if it computes in no dtype at all; one that cannot do what is measured is not, it fails.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        backend: Of our operator.
+    """
+    known = variants(backend)
+    lacking = {}
+    for name in known:
+        why = _why_no_sdpa(known[name], device) if name.startswith("SDPA") else ""
+        if name == "ReLU, FlexAttention":
+            why = _why_no_flex_attention()
+        if why:
+            lacking[name] = why
+    return {name: variant for name, variant in known.items() if name not in lacking}, lacking
+
+
+def _softmax(q: Any, k: Any, v: Any) -> Any:
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def _by_hand(q: Any, k: Any, v: Any, threshold: Callable[[Any], Any]) -> Any:
+    s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    a = threshold(s)
+    mask = (s > a).to(s.dtype).detach()
+    s = mask * s + (1 - mask) * a
+    return (mask * s.softmax(-1)) @ v
+
+
+def _relu_by_hand(q: Any, k: Any, v: Any) -> Any:
+    return _by_hand(q, k, v, lambda s: 0.0)
+
+
+def _dmedian_by_hand(q: Any, k: Any, v: Any) -> Any:
+    return _by_hand(q, k, v, lambda s: s.median())
+
+
+def _sdpa_by(backend: Any) -> Callable[..., Any]:
+    from torch.nn.attention import sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def function(q: Any, k: Any, v: Any) -> Any:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v)
+
+    return function
+
+
+def _relu_by_flex_attention(q: Any, k: Any, v: Any) -> Any:
+    """LwPF-ReLU: attention to the kept keys, and a second pass that counts the forgotten ones of each row.
+
+    With Z' the sum of exp(s) over the kept keys and nF the number of forgotten ones, each of which adds exp(0) to the
+    denominator, the output is out' Z' / (Z' + nF) = out' sigmoid(log Z' - log nF).
+    """
+    import torch
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    def kept(s: Any, *where: Any) -> Any:
+        return torch.where(s > 0, s, -float("inf"))
+
+    def forgotten(s: Any, *where: Any) -> Any:
+        return torch.where(s > 0, -float("inf"), 0.0)
+
+    lse = AuxRequest(lse=True)
+    out, aux = flex_attention(q, k, v, score_mod=kept, return_aux=lse)
+    # The count has no gradient, and only its log-sum-exp is used: values as narrow as there may be.
+    q, k, v = q.detach(), k.detach(), v[..., :16].detach()
+    _, count = flex_attention(q, k, v, score_mod=forgotten, return_aux=lse)
+    return out * torch.sigmoid(aux.lse - count.lse).unsqueeze(-1).to(out.dtype)
+
+
+def _why_no_sdpa(variant: Variant, device: str) -> str:
+    import warnings
+
+    import torch
+
+    why = ""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tiny = torch.zeros(1, 1, 64, 64, dtype=dtype, device=device)
+        try:
+            with warnings.catch_warnings():  # each kernel warns of why it was not taken
+                warnings.simplefilter("ignore")
+                variant.function(tiny, tiny, tiny)
+            return ""
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+    return why
+
+
+def _why_no_flex_attention() -> str:
+    try:
+        from torch.nn.attention.flex_attention import AuxRequest  # noqa: F401
+    except ImportError:
+        return "it needs PyTorch 2.9 or later"
+    return ""
+
+
+def _inputs(options: argparse.Namespace, shape: str) -> tuple[list[Any], Any]:
+    import torch
+
+    sizes = tuple(int(part) for part in shape.split(","))
+    made: dict[str, Any] = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    torch.manual_seed(0)
+    return [torch.randn(sizes, **made, requires_grad=True) for _ in range(3)], torch.randn(sizes, **made)
+
+
+def _subject(variant: Variant, inputs: list[Any], cotangent: Any) -> Subject:
+    import torch
+
+    from .measuring import Subject
+
+    function = variant.runnable()
+    detached = [tensor.detach() for tensor in inputs]
+
+    def forward() -> Any:
+        return function(*inputs)
+
+    def backward(out: Any) -> Any:
+        return torch.autograd.grad(out, inputs, cotangent)
+
+    return Subject(forward, backward, {"forward": lambda: function(*detached), "both": lambda: backward(forward())})
+
+
+def _measure(options: argparse.Namespace, shape: str, chosen: dict[str, Variant]) -> list[Row]:
+    import torch
+
+    from . import measuring
+
+    torch.compiler.reset()  # every shape compiles anew: no limit on how often, and no program for changing shapes
+    inputs, cotangent = _inputs(options, shape)
+    subjects = {name: _subject(variant, inputs, cotangent) for name, variant in chosen.items()}
+    rows = measuring.compare(options, subjects, options.base, "--shapes", shape)
+    batch, heads, length, width = (int(part) for part in shape.split(","))
+    what = {"shape": shape, "batch": batch, "heads": heads, "length": length, "width": width, "dtype": options.dtype}
+    for number, row in enumerate(rows):
+        variant = chosen[row["variant"]]
+        rows[number] = {**what, "func_d": variant.func_d, "backend": _backend_of(variant, inputs), **row}
+    return rows
+
+
+def _backend_of(variant: Variant, inputs: list[Any]) -> str:
+    """Returns the backend of our operator that computes a variant, empty for what is not ours."""
+    from lwpf_patch import SettingsError, backends
+    from lwpf_patch.forgetting import make_func_d
+
+    if not variant.backend:
+        return ""
+    query, key, _ = inputs
+    try:
+        return backends.choose(variant.backend, make_func_d(variant.func_d), query, key, "exclude")[0]
+    except SettingsError:
+        return variant.backend  # it cannot, as the row says
+
+
+def _plot(rows: list[Row], figure: Any, base: str) -> None:
+    """Draws time and memory over the length; a row of panels for each width of a head."""
+    from matplotlib.ticker import LogFormatter  # which writes 2 and not 2 x 10^0
+
+    figures = {
+        "forward_ratio": "Forward, time",
+        "both_ratio": "Forward + backward, time",
+        "peak_ratio": "Peak memory",
+        "activation_ratio": "Activation memory",
+    }
+    figures = {key: title for key, title in figures.items() if any(key in row for row in rows)}
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    figure.set_size_inches(4.2 * len(figures) + 3, 4 * len(widths) + 0.6)
+    panels = figure.subplots(len(widths), len(figures), squeeze=False)
+    for width, line in zip(widths, panels, strict=True):
+        for (key, title), axes in zip(figures.items(), line, strict=True):
+            for number, name in enumerate(names):
+                own = [row for row in rows if row["width"] == width and row["variant"] == name and key in row]
+                _draw_line(axes, sorted(own, key=lambda row: row["length"]), key, name, number)
+            axes.set(title=f"{title} (E = {width})", xlabel="sequence length N", ylabel=f"ratio to {base}")
+            lengths = sorted({row["length"] for row in rows if row["width"] == width})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lengths, map(str, lengths))
+            axes.minorticks_off()
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.grid(True, alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+    found = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
+    named = {name: found[name] for name in names if name in found}
+    figure.legend(named.values(), named, loc="outside right center", fontsize=8)
+
+
+def _draw_line(axes: Any, rows: list[Row], key: str, name: str, number: int) -> None:
+    if not rows:
+        return
+    lengths = [row["length"] for row in rows]
+    style = {
+        "color": f"C{number % 10}",
+        "linestyle": "--" if "compiled" in name else "-",
+        "linewidth": 2.4 if "ours" in name else 1.2,
+        "marker": "os^Dv"[number // 3 % 5],
+        "markersize": 4,
+        "label": name,
+    }
+    if key in ("peak_ratio", "activation_ratio"):
+        axes.plot(lengths, [max(row[key], 1e-4) for row in rows], **style)
+        return
+    low, median, high = zip(*(row[key] for row in rows), strict=True)
+    axes.plot(lengths, median, **style)
+    axes.fill_between(lengths, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -1,4 +1,4 @@
-"""Learning with partial forgetting (LwPF) for the attention of unmodified libraries.
+"""Learning with partial forgetting (LwPF) and U-Hop for the attention of unmodified libraries.
 
     import lwpf_patch
     lwpf_patch.apply("timm")
@@ -16,8 +16,11 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "registry": ("apply", "revert", "patched", "status"),
     "models": ("patch_model", "unpatch_model"),
+    "folding": ("fold",),
     "attention": ("lwpf_attention", "partial_forgetting"),
+    "retrieval": ("retrieve",),
     "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU"),
+    "separation": ("FeatureMap", "separation_loss"),
     "settings": ("register_func_d",),
     "errors": ("ConflictError", "HostNotInstalledError", "LwpfError", "RewriteError", "SettingsError"),
 }
@@ -33,6 +36,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .errors import LwpfError as LwpfError
     from .errors import RewriteError as RewriteError
     from .errors import SettingsError as SettingsError
+    from .folding import fold as fold
     from .forgetting import PFU as PFU
     from .forgetting import FuncD as FuncD
     from .forgetting import NoForgetting as NoForgetting
@@ -43,6 +47,9 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .registry import patched as patched
     from .registry import revert as revert
     from .registry import status as status
+    from .retrieval import retrieve as retrieve
+    from .separation import FeatureMap as FeatureMap
+    from .separation import separation_loss as separation_loss
     from .settings import register_func_d as register_func_d
 
 

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from . import forgetting
 from .errors import unknown_value
-from .settings import BACKENDS, MASKINGS
+from .settings import BACKENDS, MASKINGS, parse_sep
 
 
 def lwpf_attention(
@@ -26,6 +26,7 @@ def lwpf_attention(
     masking: str | None = None,
     backend: str | None = None,
     enable_gqa: bool = False,
+    sep: str | float = "softmax",
 ) -> Tensor:
     """Attention with partial forgetting (Ota et al., AISTATS 2023), with the signature of SDPA.
 
@@ -33,7 +34,8 @@ def lwpf_attention(
 
     Computes ``s = scale * q k^T (+ mask)``, ``(D, D') = func_d(s)``, ``w = dropout(softmax(D))`` and returns
     ``(D' * w) v``: a forgotten key keeps its part of the denominator but gives no value. Half precision is computed in
-    float32; under autocast the inputs are cast as for SDPA. There is no double backward for other backends than eager.
+    float32; under autocast the inputs are cast as for SDPA. There is no double backward for other backends than eager,
+    nor for other normalisations than the softmax.
 
     Args:
         query: (..., L, E).
@@ -50,19 +52,23 @@ def lwpf_attention(
         masking: ``"exclude"`` or ``"paper"``; None: the func_d's own, which is ``"exclude"`` by default.
         backend: Which implementation computes; None: the func_d's own, which is ``"auto"`` by default.
         enable_gqa: Whether several query heads share a key and value head, as in SDPA.
+        sep: The normalisation in place of the softmax (Wu et al., ICML 2024): ``"softmax"``, ``"sparsemax"``,
+            ``"entmax15"``, or alpha from 1 to 2. Others than the softmax need the package ``entmax`` and the backend
+            ``"eager"``, which ``"auto"`` takes then.
 
     Returns:
         The output, (..., L, Ev), of the query's dtype.
 
     Raises:
-        SettingsError: An unknown func_d, masking or backend.
+        SettingsError: An unknown func_d, masking, backend or sep, a backend that cannot do what is asked, or no
+            ``entmax``.
         RuntimeError: Shapes, dtypes or devices that do not go together.
     """
     if has_torch_function((query, key, value)):
         return handle_torch_function(
             lwpf_attention, (query, key, value), query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
             is_causal=is_causal, scale=scale, func_d=func_d, training=training, masking=masking, backend=backend,
-            enable_gqa=enable_gqa,
+            enable_gqa=enable_gqa, sep=sep,
         )  # fmt: skip
     if masking is not None and masking not in MASKINGS:
         raise unknown_value("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
@@ -73,7 +79,7 @@ def lwpf_attention(
         training = module is func_d and module.training
     return module.attend(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking or module.masking,
-        backend or module.backend,
+        backend or module.backend, parse_sep(sep, "lwpf_attention(sep=...)"),
     )  # fmt: skip
 
 

@@ -47,6 +47,16 @@ forgetting functions (s: a score, a: the threshold; a forgotten key gives no val
                          forgets nothing instead
   none    forgets nothing
 
+U-Hop (Φ: a feature map per head, the identity until Stage I):
+  --uhop on, or some of these options, with their defaults:
+    iters=100      steps of gradient descent of Stage I
+    t=2, lr=0.1    of the separation loss, and the rate of the descent
+    loss=average   average or maximum
+    samples=256    keys of a batch that are separated, for each layer and head
+    every=N        again every N steps of the optimizer; by default once, after the first
+    until=10*N     but after no step beyond this one
+    train=true     whether the task's loss trains Φ afterwards
+
 masking:
   exclude keys hidden by a mask have no part in the softmax, the median and the values
   paper   as in the official code, which lets them back into the softmax
@@ -54,6 +64,7 @@ masking:
 examples:
   lwpf run train.py --model vit_small_patch16_224
   lwpf run --func-d pfu:mu=dmedian,bias=mu,sigma=0.01 train.py
+  lwpf run --uhop iters=100,every=500 train.py
   lwpf run --patch timm -m torch.distributed.run --nproc-per-node 8 train.py
 """
 
@@ -84,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lwpf",
-        description="Learning with partial forgetting (LwPF) for the attention of unmodified libraries.",
+        description="Learning with partial forgetting (LwPF) and U-Hop for the attention of unmodified libraries.",
     )
     parser.add_argument("--version", action="version", version=f"lwpf_patch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -110,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("host", help=", ".join(HOSTS))
     diff.add_argument("--include", action="append", help="only sites that match this glob pattern")
     diff.add_argument("--exclude", action="append", help="no sites that match this glob pattern")
+    diff.add_argument("--uhop", help="with U-Hop's feature map: 'on', or its options")
     diff.add_argument(
         "--color",
         choices=("auto", "always", "never"),
@@ -133,10 +145,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--func-d",
         metavar="FUNC_D",
         help=f"forgetting function: {', '.join(FUNC_D_OPTIONS)}, with options as in pfu:mu=dmedian,bias=mu,sigma=0.01 "
-        "(default: relu)",
+        "(default: relu, or none with --uhop)",
     )
     parser.add_argument("--masking", help=f"{' or '.join(MASKINGS)} (default: exclude)")
     parser.add_argument("--backend", help=f"{' or '.join(BACKENDS)} (default: auto)")
+    parser.add_argument(
+        "--uhop",
+        metavar="OPTIONS",
+        help="U-Hop, with the options of its Stage I as in iters=100,t=2,lr=0.1, or 'on' (default: off). With it the "
+        "default of --func-d is none",
+    )
     parser.add_argument("--include", metavar="GLOBS", help="patch only sites that match one of these glob patterns")
     parser.add_argument("--exclude", metavar="GLOBS", help="leave alone sites that match one of these glob patterns")
     parser.add_argument(
@@ -146,14 +164,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     target = options.target[1:] if options.target[:1] == ["--"] else options.target
-    if not target:
-        options.parser.error("no script is given, and no module with -m")
     environment = dict(os.environ)
     options_of = {setting: f"--{setting.replace('_', '-')}" for setting in VARIABLES}
     given = {setting: value for setting in VARIABLES if (value := getattr(options, setting)) is not None}
     origins = {setting: options_of[setting] if setting in given else VARIABLES[setting] for setting in VARIABLES}
     inherited = {s: os.environ[v] for s, v in VARIABLES.items() if s not in given and os.environ.get(v, "").strip()}
     settings = Settings(**{**inherited, **given}, origin=origins.__getitem__)
+    if not target:
+        options.parser.error("no script is given, and no module with -m")
     hosts = options.patch or os.environ.get(PATCH_VARIABLE, "").strip() or "timm"
     for host in check_hosts(split_list(hosts), "--patch" if options.patch else PATCH_VARIABLE, HOSTS):
         HOSTS[host].selected(settings)
@@ -188,10 +206,16 @@ def _require_hook() -> None:
 
 
 def _plain_status() -> dict[str, Any]:
+    try:
+        requested, settings = from_environment(HOSTS)
+        request: dict[str, Any] = {"hosts": list(requested), **settings.describe()} if requested else {}
+    except LwpfError as error:
+        settings = Settings()
+        request = {"problem": str(error)}
     hosts = {}
     for name, host in HOSTS.items():
         try:
-            plans = host.plans(Settings())
+            plans = host.plans(Settings(uhop=settings.uhop))
             sites = [
                 {
                     "name": site.name,
@@ -207,11 +231,6 @@ def _plain_status() -> dict[str, Any]:
             hosts[name] = {"version": host.version(), "patchable": True, "sites": sites, "shims": shims}
         except LwpfError as error:
             hosts[name] = {"patchable": False, "problem": str(error)}
-    try:
-        requested, settings = from_environment(HOSTS)
-        request: dict[str, Any] = {"hosts": list(requested), **settings.describe()} if requested else {}
-    except LwpfError as error:
-        request = {"problem": str(error)}
     environment = {name: value for name, value in os.environ.items() if name.startswith("LWPF_")}
     return {
         "lwpf_patch": __version__,
@@ -223,6 +242,15 @@ def _plain_status() -> dict[str, Any]:
         "backend": backends.describe(request.get("backend", "auto")),
         "hosts": hosts,
     }
+
+
+def _words(request: dict[str, Any]) -> str:
+    """Puts the settings of a request into words: those that are always of interest, and those that are no defaults."""
+    usual = Settings().describe()
+    always = ("func_d", "masking", "backend")
+    shown = {name: request[name] for name in usual if name in always or request[name] != usual[name]}
+    lists = {name: ",".join(value) if isinstance(value, list) else value for name, value in shown.items()}
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in lists.items())
 
 
 def _version(package: str) -> str | None:
@@ -246,8 +274,7 @@ def _status(options: argparse.Namespace) -> int:
     if "problem" in request:
         print(f"request:       WRONG: {request['problem']}")
     elif request:
-        settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in request.items() if name != "hosts")
-        print(f"request:       patch {', '.join(request['hosts'])}; {settings}")
+        print(f"request:       patch {', '.join(request['hosts'])}; {_words(request)}")
     print(f"backend:       {status['backend']}")
     for name, host in status["hosts"].items():
         if not host["patchable"]:
@@ -266,7 +293,7 @@ def _status(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     (name,) = check_hosts([options.host], "lwpf diff", HOSTS)
-    settings = Settings(include=options.include, exclude=options.exclude, origin="--{}".format)
+    settings = Settings(include=options.include, exclude=options.exclude, uhop=options.uhop, origin="--{}".format)
     diff = "".join(plan.diff() for plan in HOSTS[name].plans(settings))
     automatic = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if options.color == "always" or (options.color == "auto" and automatic):

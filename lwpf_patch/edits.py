@@ -30,11 +30,13 @@ class Function:
 
     Attributes:
         node: Its syntax tree.
+        uhop: Whether U-Hop's feature map shall come in, beside func_d.
         where: ``file:line``, for messages.
     """
 
-    def __init__(self, node: ast.FunctionDef, source: bytes, path: str) -> None:
+    def __init__(self, node: ast.FunctionDef, source: bytes, path: str, uhop: bool = False) -> None:
         self.node = node
+        self.uhop = uhop
         self.where = f"{path}:{node.lineno}"
         self._source = source
         self._line_starts = [0]
@@ -121,7 +123,40 @@ def attention(function: Function) -> list[Splice]:
         raise RewriteError(f"{function.where} has no softmax over keys")
     if len(splices) != anchors:
         raise RewriteError(f"{function.where} has a softmax or attention call that no edit covers")
-    return splices
+    return [*splices, *map_query(function)] if function.uhop else splices
+
+
+def map_query(function: Function) -> list[Splice]:
+    """``q = self.feature_map(q, k)``, a line of its own before the scores are made, whichever branch makes them.
+
+    Anchor: the first statement of the function that holds ``scaled_dot_product_attention(q, k, ...)`` or
+    ``q @ k.transpose(-2, -1)``, always of the same two names.
+
+    Raises:
+        RewriteError: There is none, or the names differ.
+    """
+    for statement in function.node.body:
+        names = {pair for node in ast.walk(statement) if (pair := _scored(node)) is not None}
+        if len(names) == 1:
+            ((query, key),) = names
+            return [function.line_before(statement, f"{query} = self.feature_map({query}, {key})")]
+        if names:
+            raise RewriteError(f"{function.where}: its branches make scores of different names: {sorted(names)}")
+    raise RewriteError(f"{function.where}: there is no product of query and key to put a feature map before")
+
+
+def _scored(node: ast.AST) -> tuple[str, str] | None:
+    """Returns the names of query and key where an expression makes scores of them."""
+    match node:
+        case ast.Call(args=[ast.Name(id=query), ast.Name(id=key), *_]) if _called_name(node) == SDPA:
+            return query, key
+        case ast.BinOp(
+            left=ast.Name(id=query),
+            op=ast.MatMult(),
+            right=ast.Call(func=ast.Attribute(value=ast.Name(id=key), attr="transpose")),
+        ):
+            return query, key
+    return None
 
 
 def sdpa_calls(function: Function) -> list[Splice]:

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from . import backends, reporting
-from .backends import cpu, eager
+from .backends import cpu, eager, triton
 from .errors import SettingsError
 from .settings import func_d_factory, parse_func_d, register_func_d
 
 # While torch.compile traces, the note is made once, at tracing, and leaves neither a node nor a guard.
 _constant: Any = torch.compiler.assume_constant_result
 _mark_used: Callable[[str], bool] = _constant(reporting.mark_used)
+_note_backend: Callable[[str, str, str], bool] = _constant(reporting.note_backend)
 
 __all__ = ["PFU", "FuncD", "NoForgetting", "ReLU", "make_func_d", "register_func_d"]
 
@@ -152,6 +153,7 @@ class FuncD(nn.Module):
         training: bool,
         masking: str,
         backend: str,
+        alpha: float = 1.0,
     ) -> Tensor:
         """Computes attention; every argument of :func:`lwpf_patch.lwpf_attention` is given."""
         if not torch.jit.is_scripting():
@@ -164,13 +166,14 @@ class FuncD(nn.Module):
                 with torch.autocast(device, enabled=False):
                     return _attend_by_backend(
                         self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking,
-                        backend,
+                        backend, alpha,
                     )  # fmt: skip
             return _attend_by_backend(
-                self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking, backend
-            )
+                self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking,
+                backend, alpha,
+            )  # fmt: skip
         return self.attend_eagerly(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking, alpha
         )
 
     def attend_eagerly(
@@ -185,6 +188,7 @@ class FuncD(nn.Module):
         enable_gqa: bool,
         training: bool,
         masking: str,
+        alpha: float = 1.0,
     ) -> Tensor:
         """Computes attention with the scores in memory: the specification; see :meth:`attend`."""
         dtype = query.dtype
@@ -194,7 +198,7 @@ class FuncD(nn.Module):
             key, value = eager.repeat_heads(query, key), eager.repeat_heads(query, value)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
         forgotten, mask = self._forget_rows(scores, excluded, training, masking, -1)
-        return eager.retrieve(forgotten, mask, value, dropout_p).to(dtype)
+        return eager.retrieve(forgotten, mask, value, dropout_p, alpha).to(dtype)
 
     def threshold_form(self) -> Optional[Tuple[Optional[float], Optional[float], float]]:
         """Returns what the fused backends compute with, for functions that keep the scores above a threshold.
@@ -373,9 +377,15 @@ class NoForgetting(FuncD):
         training: bool,
         masking: str,
         backend: str,
+        alpha: float = 1.0,
     ) -> Tensor:
-        """Calls ``torch.nn.functional.scaled_dot_product_attention``."""
+        """Calls ``torch.nn.functional.scaled_dot_product_attention``, which has the softmax only."""
         if not torch.jit.is_scripting():
+            if alpha != 1.0:
+                return FuncD.attend(
+                    self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking,
+                    backend, alpha,
+                )  # fmt: skip
             _mark_used(self.host)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -465,16 +475,23 @@ def _attend_by_backend(
     training: bool,
     masking: str,
     backend: str,
+    alpha: float,
 ) -> Tensor:
     form = func_d.threshold_form()
-    if backends.choose(backend, func_d, query, key, masking) == "eager" or form is None:
+    chosen, why = backends.choose(backend, func_d, query, key, masking, value, alpha)
+    _note_backend(func_d.host, chosen, why)
+    if chosen == "eager" or form is None:
         return func_d.attend_eagerly(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking, alpha
         )
+    mu, bias, deviation = form
+    eps = None
+    if training and deviation > 0.0:
+        eps = torch.randn(1, dtype=torch.float32, device=query.device).squeeze(0) * deviation
+    if chosen == "triton":
+        return triton.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, mu, bias, eps, enable_gqa)
     if enable_gqa:
         key, value = eager.repeat_heads(query, key), eager.repeat_heads(query, value)
-    mu, bias, deviation = form
-    eps = torch.randn(1, dtype=torch.float32).squeeze(0) * deviation if training and deviation > 0.0 else None
     return cpu.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, mu, bias, eps)
 
 

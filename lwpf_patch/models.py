@@ -13,20 +13,23 @@ from typing import Any
 from torch import nn
 
 from . import registry
+from .attaching import func_d_prototype, is_trained, make_feature_map, warn_of_loss
 from .errors import ConflictError, SettingsError
 from .hosts import HOSTS, Host
 from .rewriting import Site
 from .settings import Settings
+from .uhop import HostFeatureMap
 
 
 def patch_model(
     model: nn.Module,
     *,
-    func_d: Any = "relu",
+    func_d: Any = None,
     masking: str = "exclude",
     backend: str = "auto",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    uhop: Any = None,
 ) -> list[str]:
     """Patches the attention of one model; its classes and every other model stay as they are.
 
@@ -41,6 +44,7 @@ def patch_model(
         include: Glob patterns over the names of the model's modules (``model.named_modules()``), such as
             ``"blocks.1?.attn"``; default all.
         exclude: Glob patterns over the names of modules to leave alone.
+        uhop: As for :func:`lwpf_patch.apply`. Make the optimizer afterwards: it has to know the new parameters.
 
     Returns:
         The names of the modules that were patched.
@@ -50,21 +54,34 @@ def patch_model(
         LwpfError: As for :func:`lwpf_patch.apply`.
     """
     origin = "patch_model({}=...)".format
-    settings = Settings(func_d, masking, backend, include, exclude, origin=origin)  # type: ignore[arg-type]
-    found = {name: site for name, module in model.named_modules() if (site := _site_of(type(module))) is not None}
+    settings = Settings(func_d, masking, backend, include, exclude, uhop=uhop, origin=origin)  # type: ignore[arg-type]
+    sites = {name: site_of(type(module)) for name, module in model.named_modules()}
+    found = {name: site for name, site in sites.items() if site is not None and site[1] in site[0].wanted(settings)}
     if not found:
         raise SettingsError(
             f"patch_model: {type(model).__name__} has no attention module that can be patched; those are "
             + ", ".join(site.name for host in HOSTS.values() for site in host.sites)
         )
     chosen = _choose(found, settings)
-    classes = {name: _patched_class(_plain_class(type(model.get_submodule(name)))) for name in chosen}
+    uses_map = settings.uhop is not None
+    if uses_map and not any(found[name][1].map_size for name in chosen):
+        raise SettingsError(
+            f"uhop={settings.uhop} (from patch_model(uhop=...)): include and exclude leave no module that has a "
+            f"feature map; those are {', '.join(name for name, (_, site) in found.items() if site.map_size)}"
+        )
+    classes = {name: _patched_class(_plain_class(type(model.get_submodule(name))), uses_map) for name in chosen}
+    parts = {name: _parts(model.get_submodule(name), *found[name], settings) for name in chosen}
+    lost = 0
     for name, patched_class in classes.items():
         module = model.get_submodule(name)
-        own = registry.prototype(found[name][0], settings)
-        own.train(module.training)
         module.__class__ = patched_class
-        module.func_d = own
+        for part in ("func_d", "feature_map"):
+            if part in parts[name]:
+                setattr(module, part, parts[name][part])
+            elif part in module._modules:
+                lost += is_trained(module._modules[part])
+                delattr(module, part)
+    warn_of_loss(lost, ", ".join(dict.fromkeys(found[name][0].name for name in chosen)))
     registry.forget_compiled()
     return chosen
 
@@ -79,13 +96,36 @@ def unpatch_model(model: nn.Module) -> list[str]:
         The names of the modules concerned.
     """
     names = [name for name, module in model.named_modules() if _plain_class(type(module)) is not type(module)]
+    lost = 0
     for name in names:
         module = model.get_submodule(name)
-        del module.func_d
+        for part in ("func_d", "feature_map"):
+            if part in module._modules:
+                lost += is_trained(module._modules[part])
+                delattr(module, part)
         module.__class__ = _plain_class(type(module))
         registry.attach_if_applied(module)
+    warn_of_loss(lost, type(model).__name__)
     registry.forget_compiled()
     return names
+
+
+def _parts(module: nn.Module, host: Host, site: Site, settings: Settings) -> dict[str, nn.Module]:
+    """Makes what a module shall own; a feature map that it has already is kept, with what it has learnt."""
+    parts: dict[str, nn.Module] = {}
+    if site.func_d:
+        parts["func_d"] = func_d_prototype(host, settings)
+    if settings.uhop is not None and site.map_size is not None:
+        existing: Any = module._modules.get("feature_map")
+        if isinstance(existing, HostFeatureMap):
+            existing.adopt(settings.uhop)
+            existing.attached = False
+            parts["feature_map"] = existing
+        else:
+            parts["feature_map"] = make_feature_map(module, site, host, settings)
+    for part in parts.values():
+        part.train(module.training)
+    return parts
 
 
 def _choose(found: dict[str, Any], settings: Settings) -> list[str]:
@@ -107,7 +147,7 @@ def _choose(found: dict[str, Any], settings: Settings) -> list[str]:
     return chosen
 
 
-def _site_of(cls: type) -> tuple[Host, Site] | None:
+def site_of(cls: type) -> tuple[Host, Site] | None:
     """Finds the site whose function a class inherits, or is."""
     for host in HOSTS.values():
         for site in host.sites:
@@ -122,9 +162,9 @@ def _plain_class(cls: type) -> type:
 
 
 @functools.cache
-def _patched_class(cls: type) -> type:
-    """Makes the patched subclass of an attention class."""
-    found = _site_of(cls)
+def _patched_class(cls: type, uhop: bool) -> type:
+    """Makes the patched subclass of an attention class, with U-Hop's feature map in its code or without."""
+    found = site_of(cls)
     assert found is not None
     host, site = found
     method = site.qualname.rpartition(".")[2]
@@ -135,13 +175,13 @@ def _patched_class(cls: type) -> type:
             "so that it cannot be patched for one model alone; use lwpf_patch.apply()"
         )
     # The functions that the method passes its func_d to; it finds them in globals of its own.
-    helpers = [_patched_function(other) for other in host.sites if not other.owner]
-    function = _patched_function(site, {helper.__name__: helper for helper in helpers})
+    helpers = [_patched_function(other, uhop) for other in host.sites if not other.owner]
+    function = _patched_function(site, uhop, {helper.__name__: helper for helper in helpers})
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # The subclass is made at run time: what is pickled is the class that it was made of.
         reduced: Any = super(patched_class, self).__reduce_ex__(protocol)
-        return (_rebuild, (cls,), *reduced[2:]) if type(self) is patched_class else reduced
+        return (_rebuild, (cls, uhop), *reduced[2:]) if type(self) is patched_class else reduced
 
     namespace = {
         method: function,
@@ -155,9 +195,9 @@ def _patched_class(cls: type) -> type:
     return patched_class
 
 
-def _patched_function(site: Site, replaced: dict[str, Any] | None = None) -> FunctionType:
+def _patched_function(site: Site, uhop: bool, replaced: dict[str, Any] | None = None) -> FunctionType:
     """Makes a function with a site's patched code beside the one that is there."""
-    (located,) = registry.locate(sys.modules[site.module], [site])
+    (located,) = registry.locate(sys.modules[site.module], [site], uhop)
     plain = located.function
     namespace = {**plain.__globals__, **replaced} if replaced else plain.__globals__
     function = FunctionType(located.patched, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
@@ -166,6 +206,6 @@ def _patched_function(site: Site, replaced: dict[str, Any] | None = None) -> Fun
     return function
 
 
-def _rebuild(cls: type) -> Any:
-    patched_class: Any = _patched_class(cls)
+def _rebuild(cls: type, uhop: bool = False) -> Any:
+    patched_class: Any = _patched_class(cls, uhop)
     return patched_class.__new__(patched_class)

@@ -4,16 +4,14 @@ A host is patched module by module: at once where a module is already imported, 
 the code object of a function, not the function: old instances, subclasses, names imported before and captured bound
 methods are all patched, and revert is exact.
 
-``func_d`` is a submodule of every instance, attached when the instance is made or unpickled, and to those that live
-when the patch comes. Nothing here imports torch before a host is there to be patched.
+What the patched code calls are submodules of every instance; :mod:`lwpf_patch.attaching` puts them there. Nothing here
+imports torch before a host is there to be patched.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
-import gc
 import inspect
 import sys
 import threading
@@ -23,6 +21,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import importing, reporting, rewriting
+from .attaching import Attachments, attach_to_living, detach_from_living, func_d_prototype, living
 from .compat import AppliedShim, Shim
 from .errors import ConflictError, LwpfError, RewriteError
 from .hosts import HOSTS, Host
@@ -31,8 +30,6 @@ from .settings import Settings, check_hosts, split_list
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from .forgetting import FuncD
 
 _lock = threading.RLock()
 
@@ -88,12 +85,13 @@ _applied: dict[str, Applied] = {}
 def apply(
     host: str | Iterable[str],
     *,
-    func_d: Any = "relu",
+    func_d: Any = None,
     masking: str = "exclude",
     backend: str = "auto",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     compat: bool = True,
+    uhop: Any = None,
 ) -> None:
     """Patches a host, now or when it is imported. Applying again with other settings replaces them.
 
@@ -101,23 +99,26 @@ def apply(
         host: A host's name, such as ``"timm"``, or several.
         func_d: The forgetting function: text such as ``"relu"`` or ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``, a
             :class:`lwpf_patch.FuncD`, or a callable that maps scores to ``(D(s), D'(s))``. Each attention module gets a
-            copy of its own.
+            copy of its own. Default: ``"relu"``, or ``"none"`` with ``uhop``.
         masking: ``"exclude"`` keeps keys that a mask hides out of everything; ``"paper"`` is the official recipe, which
             lets them back into the denominator.
         backend: Which implementation of the operator computes.
         include: Glob patterns over site names such as ``"timm.layers.attention.Attention"``; default all.
         exclude: Glob patterns over site names to leave alone.
         compat: Whether to mend what a current environment breaks in a host; ``lwpf status`` lists these shims.
+        uhop: U-Hop (Wu et al., ICML 2024): each attention module gets a feature map, and Stage I separates its keys
+            after the first step of the optimizer. Text such as ``"iters=100,t=2,lr=0.1"``, or ``"on"``; apply it before
+            the optimizer is made. None: no U-Hop.
 
     Raises:
-        SettingsError: An unknown host, func_d, masking or backend, or a pattern that matches no site.
+        SettingsError: An unknown host, func_d, masking, backend or option of uhop, or a pattern that matches no site.
         HostNotInstalledError: The host is not installed.
         RewriteError: A function of the host has a shape that is not known.
         ConflictError: Someone else has patched a function that would be patched.
     """
     names = split_list(host) if isinstance(host, str) else tuple(host)
     check_hosts(names, "apply()", HOSTS)
-    settings = Settings(func_d, masking, backend, include, exclude, compat)  # type: ignore[arg-type]
+    settings = Settings(func_d, masking, backend, include, exclude, compat, uhop)  # type: ignore[arg-type]
     for name in names:  # all of them can be met before any of them is
         HOSTS[name].selected(settings)
         HOSTS[name].root()
@@ -132,21 +133,22 @@ def request(name: str, settings: Settings) -> None:
         host.selected(settings)
         host.root()
         if not isinstance(settings.func_d, str) or "torch" in sys.modules:
-            prototype(host, settings)  # raises for a wrong one
+            func_d_prototype(host, settings)  # raises for a wrong one
         before = _applied.get(name)
         if before is not None and before.settings == settings:
             return
         if before is not None:
-            _revert(before)
+            _revert(before, keep_maps=settings.uhop is not None)
         applied = Applied(host, settings)
         try:
             _patch_loaded(applied)
         except BaseException:
-            _revert(applied)
+            _revert(applied, keep_maps=before is not None and before.settings.uhop is not None)
             if before is not None:
                 _patch_loaded(Applied(host, before.settings))
             raise
-        reporting.forget_use(name)
+        if before is None:
+            reporting.forget_use(name)
 
 
 def revert(host: str | None = None) -> None:
@@ -209,8 +211,10 @@ def _host_status(host: Host) -> dict[str, Any]:
         "version": version,
         "state": "patched" if applied.sites else "waiting for its import",
         "called": reporting.was_used(host.name),
+        "backends": reporting.backends_of(host.name),
         "shims": [{"name": shim.name, "why": shim.why, "state": _shim_state(applied, shim)} for shim in host.shims],
-        "modules": len(_living(_owners(applied.sites))),
+        "modules": len(living(_owners(applied.sites))),
+        "feature_maps": _feature_maps(host.name) if applied.settings.uhop is not None else None,
         "settings": applied.settings.describe(),
         # by name: a module that was reloaded has two classes of one name, both patched
         "sites": list(
@@ -220,6 +224,11 @@ def _host_status(host: Host) -> dict[str, Any]:
             }.values()
         ),
     }
+
+
+def _feature_maps(host: str) -> dict[str, int]:
+    uhop = sys.modules.get(f"{__package__}.uhop")  # which imports torch
+    return uhop.summary(host) if uhop is not None else {"modules": 0, "separated": 0}
 
 
 def _shim_state(applied: Applied, shim: Shim) -> str:
@@ -268,9 +277,10 @@ def _check_complete(applied: Applied, just_imported: str = "") -> None:
     applied.complete = True
     places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
     settings = applied.settings.describe()
+    uhop = f", uhop {settings['uhop']}" if settings["uhop"] else ""
     reporting.info(
         f"{applied.host.name} {_live_version(applied.host)}: {', '.join(places)} patched; func_d {settings['func_d']}, "
-        f"masking {settings['masking']}, backend {settings['backend']}"
+        f"masking {settings['masking']}, backend {settings['backend']}{uhop}"
     )
 
 
@@ -290,27 +300,31 @@ def _patch_module(applied: Applied, module: ModuleType) -> None:
     sites = [site for site in sites if _is_defined_here(module, site)]
     if not sites:
         return
-    found = locate(module, sites)  # raises before anything is changed
-    func_d = prototype(applied.host, applied.settings)
+    found = locate(module, sites, applied.settings.uhop is not None)  # raises before anything is changed
+    attachments = Attachments(applied.host, applied.settings)
     for site in found:
         applied.sites.append(site)
-        _swap(site, func_d)
+        _swap(site, attachments)
         if not site.known:
             reporting.warn(
                 f"{site.site.module}.{site.site.qualname} of {applied.host.name} {_live_version(applied.host)} is a "
                 f"version that lwpf_patch has not been tested with; its shape is known, and it is patched. `lwpf diff "
                 f"{applied.host.name}` shows how"
             )
-    _attach_to_living(_owners(found), func_d)
+    attach_to_living(attachments, _owned(found))
     forget_compiled()
 
 
-def _swap(site: PatchedSite, template: FuncD) -> None:
+def _swap(site: PatchedSite, attachments: Attachments) -> None:
     if site.owner is None:
         # A function that is called without func_d, past the modules of its library, forgets as its host does.
-        site.function.__kwdefaults__ = {"func_d": template}
+        site.function.__kwdefaults__ = {"func_d": attachments.func_d}
+        if attachments.settings.uhop is not None:
+            from .uhop import without_module
+
+            site.function.__kwdefaults__["feature_map"] = without_module
     else:
-        _wrap_makers(site, site.owner, template)
+        _wrap_makers(site, site.owner, attachments)
     site.function.__code__ = site.patched
 
 
@@ -327,8 +341,12 @@ def _swap_back(site: PatchedSite) -> None:
             setattr(site.owner, name, original)
 
 
+def _owned(sites: list[PatchedSite]) -> list[tuple[type, Site]]:
+    return [(site.owner, site.site) for site in sites if site.owner is not None]
+
+
 def _owners(sites: list[PatchedSite]) -> list[type]:
-    return [site.owner for site in sites if site.owner is not None]
+    return [owner for owner, _ in _owned(sites)]
 
 
 def _is_defined_here(module: ModuleType, site: Site) -> bool:
@@ -336,7 +354,7 @@ def _is_defined_here(module: ModuleType, site: Site) -> bool:
     return getattr(found, "__module__", None) == module.__name__
 
 
-def locate(module: ModuleType, sites: list[Site]) -> list[PatchedSite]:
+def locate(module: ModuleType, sites: list[Site], uhop: bool = False) -> list[PatchedSite]:
     """Finds the functions of some sites and their patched code, and checks that nothing stands in the way.
 
     Raises:
@@ -348,7 +366,7 @@ def locate(module: ModuleType, sites: list[Site]) -> list[PatchedSite]:
     source = loader.get_source(module.__name__) if hasattr(loader, "get_source") else None
     if path is None or source is None:
         raise RewriteError(f"{module.__name__} cannot be patched: its source is not available")
-    plan = rewriting.plan(path, source, sites)
+    plan = rewriting.plan(path, source, sites, uhop)
     codes = plan.compile()
     found = []
     for site in sites:
@@ -380,7 +398,7 @@ def _describe(function: object) -> str:
     return f"{getattr(function, '__qualname__', function)!r} of module {module}{where} ({type(function).__name__})"
 
 
-def _revert(applied: Applied) -> None:
+def _revert(applied: Applied, keep_maps: bool = False) -> None:
     for site in applied.sites:
         if site.function.__code__ is not site.patched:
             raise ConflictError(
@@ -401,7 +419,7 @@ def _revert(applied: Applied) -> None:
     if not _applied:
         importing.unwatch()
     if applied.sites:
-        _detach_from_living(_owners(applied.sites), applied.host.name)
+        detach_from_living(_owners(applied.sites), applied.host.name, keep_maps)
         forget_compiled()
 
 
@@ -416,44 +434,13 @@ def forget_compiled() -> None:
         recursive.concrete_type_store.methods_compiled.clear()
 
 
-# --- func_d on the instances ----------------------------------------------------------------------------------------
-
-
-def prototype(host: Host, settings: Settings) -> FuncD:
-    """Makes the func_d of which every instance gets a copy."""
-    from . import forgetting
-
-    func_d = copy.deepcopy(forgetting.make_func_d(settings.func_d, settings.origin("func_d")))
-    func_d.masking, func_d.backend, func_d.host = settings.masking, settings.backend, host.name
-    if host.forward_hook is not None:
-        func_d.register_forward_hook(host.forward_hook)
-    return func_d
-
-
-def _attach(module: nn.Module, template: FuncD) -> None:
-    """Gives an instance its func_d, unless it has one of its own."""
-    existing = module._modules.get("func_d")
-    # One that apply() attached, in another process perhaps, gives way to what is asked for now; a user's own stays.
-    if existing is not None and not getattr(existing, "attached", False):
-        return
-    if existing is None and ("func_d" in module.__dict__ or hasattr(type(module), "func_d")):
-        raise ConflictError(
-            f"{type(module).__module__}.{type(module).__qualname__} has an attribute func_d of its own "
-            f"({getattr(module, 'func_d', None)!r}); lwpf_patch needs that name: rename it, or exclude this class"
-        )
-    func_d = copy.deepcopy(template)
-    func_d.attached = True
-    func_d.train(module.training)
-    module.func_d = func_d
-
-
-def _wrap_makers(site: PatchedSite, owner: type, template: FuncD) -> None:
-    """Has every instance that is constructed, unpickled or copied from now on come with its func_d."""
+def _wrap_makers(site: PatchedSite, owner: type, attachments: Attachments) -> None:
+    """Has every instance that is constructed, unpickled or copied from now on come with what it needs."""
     import wrapt
 
     def attach_after(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
-        _attach(instance, template)
+        attachments.attach(instance, site.site)
         return result
 
     for name in ("__init__", "__setstate__"):
@@ -461,30 +448,12 @@ def _wrap_makers(site: PatchedSite, owner: type, template: FuncD) -> None:
 
 
 def attach_if_applied(module: nn.Module) -> None:
-    """Gives an instance of a patched class the func_d of its host, if it has none."""
+    """Gives an instance of a patched class what its host's instances have."""
     with _lock:
         for applied in _applied.values():
-            if isinstance(module, tuple(_owners(applied.sites))):
-                _attach(module, prototype(applied.host, applied.settings))
-
-
-def _living(owners: list[type]) -> list[Any]:
-    classes = tuple(owners)
-    # type() and not isinstance(): proxies of lazily imported modules answer for __class__ by importing.
-    return [obj for obj in gc.get_objects() if issubclass(type(obj), classes)]
-
-
-def _attach_to_living(owners: list[type], template: FuncD) -> None:
-    for instance in _living(owners):
-        if "_modules" in instance.__dict__:
-            _attach(instance, template)
-
-
-def _detach_from_living(owners: list[type], host: str) -> None:
-    for instance in _living(owners):
-        func_d = instance.__dict__.get("_modules", {}).get("func_d")
-        if getattr(func_d, "attached", False) and func_d.host == host:
-            del instance.func_d
+            for owner, site in _owned(applied.sites):
+                if isinstance(module, owner):
+                    Attachments(applied.host, applied.settings).attach(module, site)
 
 
 # --- at exit --------------------------------------------------------------------------------------------------------
@@ -510,3 +479,8 @@ def _report_at_exit() -> None:
                 f"{name} was patched, but no patched forward was ever called: nothing ran with partial forgetting. The "
                 f"model uses none of {', '.join(owners)}"
             )
+        elif applied.settings.uhop is not None:
+            from . import uhop
+
+            if message := uhop.report(name):
+                reporting.warn(message)

@@ -10,6 +10,7 @@ from typing import TextIO
 logger = logging.getLogger("lwpf_patch")
 
 _used: set[str] = set()
+_backends: set[tuple[str, str, str]] = set()
 
 
 class _StderrUnlessConfigured(logging.StreamHandler[TextIO]):
@@ -68,6 +69,23 @@ def mark_used(host: str) -> bool:
     return True
 
 
+def note_backend(host: str, backend: str, why: str) -> bool:
+    """Notes which backend computes the attention of a host, and says so when it is a new one, or for a new reason."""
+    if host and (host, backend, why) not in _backends:
+        _backends.add((host, backend, why))
+        info(f"{host}: attention is computed by backend {backend}: {why}")
+    return True
+
+
+def backends_of(host: str) -> dict[str, list[str]]:
+    """Returns the backends that have computed attention of a host, each with the reasons for it."""
+    found: dict[str, list[str]] = {}
+    for name, backend, why in sorted(_backends):
+        if name == host:
+            found.setdefault(backend, []).append(why)
+    return found
+
+
 def was_used(host: str) -> bool:
     """Returns whether a patched forward of a host was called since it was last asked to forget."""
     return host in _used
@@ -76,3 +94,4 @@ def was_used(host: str) -> bool:
 def forget_use(host: str) -> None:
     """Starts anew for a host."""
     _used.discard(host)
+    _backends.difference_update([noted for noted in _backends if noted[0] == host])

@@ -11,10 +11,11 @@ import difflib
 import hashlib
 import linecache
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 from .edits import Edit, Function, Splice
 from .errors import RewriteError
@@ -29,12 +30,20 @@ class Site:
         qualname: Its name in the module, ``"Attention.forward"``.
         edit: What turns it into attention with partial forgetting.
         known: For each syntax tree that is known to be right to edit, by hash, the versions of the host that have it.
+        func_d: Whether its modules get a func_d.
+        map_size: Where its modules get a feature map if U-Hop is asked for: what returns, for a module, the number of
+            heads (None: there are none) and of features of each; or raises a SettingsError that says why it has none.
+        fold: Writes the matrix of a feature map into the projections of a module of a model, or raises a RewriteError
+            that says what stands between.
     """
 
     module: str
     qualname: str
     edit: Edit
     known: Mapping[str, str]
+    func_d: bool = True
+    map_size: Callable[[Any], tuple[int | None, int]] | None = None
+    fold: Callable[[Any, Any, Any], None] | None = None
 
     @property
     def name(self) -> str:
@@ -104,13 +113,14 @@ def has_site(source: str, site: Site) -> bool:
     return bool(_definitions(ast.parse(source), site.qualname))
 
 
-def plan(path: str, source: str, sites: Iterable[Site]) -> Plan:
+def plan(path: str, source: str, sites: Iterable[Site], uhop: bool = False) -> Plan:
     """Plans the edits of some sites of one module; all of them or, when one anchor is missing, none.
 
     Args:
         path: The file of the source.
         source: The module's source.
         sites: The sites, all in this module.
+        uhop: Whether U-Hop's feature map shall come in.
 
     Returns:
         The plan.
@@ -126,7 +136,7 @@ def plan(path: str, source: str, sites: Iterable[Site]) -> Plan:
     for site in sites:
         node = _definition(tree, site, path)
         hashes[site.qualname] = tree_hash(node)
-        splices += _splices(Function(node, encoded, path), site)
+        splices += _splices(Function(node, encoded, path, uhop), site)
     for splice in sorted(splices, key=lambda splice: splice.start, reverse=True):
         encoded = encoded[: splice.start] + splice.text.encode() + encoded[splice.end :]
     unknown = tuple(site for site in sites if hashes[site.qualname] not in site.known)

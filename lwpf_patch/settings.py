@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from .errors import SettingsError, unknown_value
 
 MASKINGS = ("exclude", "paper")
-BACKENDS = ("auto", "cpu", "eager")
+BACKENDS = ("auto", "cpu", "eager", "triton")
+#: The normalisations of U-Hop that have a name, each with its alpha.
+SEPS = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 
 PATCH_VARIABLE = "LWPF_PATCH"
 #: The environment variable of each setting.
@@ -25,6 +27,7 @@ VARIABLES = {
     "backend": "LWPF_BACKEND",
     "include": "LWPF_INCLUDE",
     "exclude": "LWPF_EXCLUDE",
+    "uhop": "LWPF_UHOP",
     "compat": "LWPF_COMPAT",
 }
 #: Variables with our prefix that mean something elsewhere (the test suite).
@@ -32,21 +35,27 @@ OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
 
 
 class Option(NamedTuple):
-    """An option of a built-in forgetting function.
+    """An option of a built-in forgetting function, or of U-Hop.
 
     Attributes:
         words: The words that it takes.
         minimum: The least number that it takes; None: it takes no number.
+        whole: Whether a number must be a whole one.
+        exclusive: Whether a number must be above the minimum.
     """
 
     words: tuple[str, ...] = ()
     minimum: float | None = -math.inf
+    whole: bool = False
+    exclusive: bool = False
 
     def expected(self) -> str:
         """Describes the values that it takes."""
         values = [repr(word) for word in self.words]
         if self.minimum is not None:
-            values.insert(0, "a number" if self.minimum == -math.inf else f"a number of at least {self.minimum:g}")
+            number = "a whole number" if self.whole else "a number"
+            bound = "above" if self.exclusive else "of at least"
+            values.insert(0, number if self.minimum == -math.inf else f"{number} {bound} {self.minimum:g}")
         return " or ".join(values)
 
     def read(self, text: str) -> float | str:
@@ -57,8 +66,8 @@ class Option(NamedTuple):
         """
         if text in self.words:
             return text
-        value = float(text)
-        if self.minimum is None or not self.minimum <= value < math.inf:
+        value: float = int(text) if self.whole else float(text)
+        if self.minimum is None or not self.minimum <= value < math.inf or (self.exclusive and value == self.minimum):
             raise ValueError(text)
         return value
 
@@ -119,15 +128,45 @@ def parse_func_d(text: str, origin: str = "func_d") -> tuple[str, dict[str, floa
         raise SettingsError(
             f"{text!r} (from {origin}): no option follows the colon; write {name!r} or 'name:option=value'"
         )
-    options: dict[str, float | str] = {}
+    pairs = _pairs(rest, text, origin)
+    return name, {option: _read_option(name, option, value, text, origin) for option, value in pairs.items()}
+
+
+def _pairs(rest: str, text: str, origin: str) -> dict[str, str]:
+    """Reads ``option=value,option=value``, which is the rest of a text."""
+    pairs: dict[str, str] = {}
     for item in rest.split(",") if rest.strip() else ():
         option, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not option or not value:
             raise SettingsError(f"{item!r} in {text!r} (from {origin}) is not of the form option=value")
-        if option in options:
+        if option in pairs:
             raise SettingsError(f"option {option!r} stands twice in {text!r} (from {origin})")
-        options[option] = _read_option(name, option, value, text, origin)
-    return name, options
+        pairs[option] = value
+    return pairs
+
+
+def parse_sep(sep: Any, origin: str = "sep") -> float:
+    """Reads what the user gave as ``sep``, the normalisation of the scores.
+
+    Args:
+        sep: ``"softmax"``, ``"entmax15"``, ``"sparsemax"``, or alpha itself, from 1 (softmax) to 2 (sparsemax).
+        origin: Where it came from, for the error messages.
+
+    Returns:
+        alpha.
+
+    Raises:
+        SettingsError: It is neither.
+    """
+    if isinstance(sep, str) and sep.strip() in SEPS:
+        return SEPS[sep.strip()]
+    try:
+        alpha = float(sep)
+    except (TypeError, ValueError):
+        raise unknown_value("sep", sep, origin, [*SEPS, "a number from 1 to 2"]) from None
+    if not 1.0 <= alpha <= 2.0:
+        raise SettingsError(f"sep {sep!r} (from {origin}): alpha must be a number from 1 (softmax) to 2 (sparsemax)")
+    return alpha
 
 
 def _read_option(name: str, option: str, value: str, text: str, origin: str) -> float | str:
@@ -140,6 +179,12 @@ def _read_option(name: str, option: str, value: str, text: str, origin: str) -> 
     known = FUNC_D_OPTIONS[name]
     if not known:
         raise SettingsError(f"option {option!r} in {text!r} (from {origin}): {name!r} takes no options")
+    return _read_known_option(name, known, option, value, text, origin)
+
+
+def _read_known_option(
+    name: str, known: Mapping[str, Option], option: str, value: str, text: str, origin: str
+) -> float | str:
     if option not in known:
         raise unknown_value(f"option of {name}", option, origin, known)
     try:
@@ -161,12 +206,107 @@ def _check_factory_option(name: str, option: str, origin: str) -> None:
         raise unknown_value(f"option of {name}", option, origin, allowed)
 
 
+UHOP_OPTIONS = {
+    "iters": Option(minimum=1, whole=True),
+    "t": Option(minimum=0, exclusive=True),
+    "lr": Option(minimum=0, exclusive=True),
+    "loss": Option(("average", "maximum"), minimum=None),
+    "samples": Option(minimum=2, whole=True),
+    "every": Option(minimum=1, whole=True),
+    "until": Option(minimum=1, whole=True),
+    "train": Option(("true", "false"), minimum=None),
+}
+
+
+@dataclass(frozen=True)
+class UHop:
+    """U-Hop's Stage I in training: when it runs, and how (Wu et al., ICML 2024).
+
+    Attributes:
+        iters: The steps of gradient descent of one Stage I.
+        t: How fast a pair of patterns counts for less with its distance.
+        lr: The rate of the descent.
+        loss: ``"average"`` or ``"maximum"``; see :func:`lwpf_patch.separation_loss`.
+        samples: How many keys of a batch Stage I separates, for each layer and head.
+        every: Stage I runs again every so many steps of the optimizer; 0: once, after the first.
+        until: The last step after which it may run again.
+        train: Whether the task's loss trains the feature map after Stage I.
+    """
+
+    iters: int = 100
+    t: float = 2.0
+    lr: float = 0.1
+    loss: str = "average"
+    samples: int = 256
+    every: int = 0
+    until: int = 0
+    train: bool = True
+
+    def __str__(self) -> str:
+        again = f",every={self.every},until={self.until}" if self.every else ""
+        return (
+            f"iters={self.iters},t={self.t:g},lr={self.lr:g},loss={self.loss},samples={self.samples}{again},"
+            f"train={str(self.train).lower()}"
+        )
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether Stage I runs after a step of the optimizer, the first of which is 1."""
+        return step == 1 or (1 < step <= self.last and (step - 1) % self.every == 0)
+
+    @property
+    def last(self) -> int:
+        """The step after which Stage I runs for the last time."""
+        return 1 + (self.until - 1) // self.every * self.every if self.every and self.until else 1
+
+
+def parse_uhop(value: Any, origin: str = "uhop") -> UHop | None:
+    """Reads what the user gave as ``uhop``.
+
+    Args:
+        value: Text such as ``"iters=100,t=2,lr=0.1"``, ``"on"`` (or True) for the defaults, ``"off"`` (or False, None)
+            for no U-Hop, or a :class:`UHop`.
+        origin: Where it came from, for the error messages.
+
+    Returns:
+        What was asked for; None: no U-Hop.
+
+    Raises:
+        SettingsError: An unknown option, or a value that the option does not take.
+    """
+    if value is None or isinstance(value, UHop):
+        return value
+    if isinstance(value, bool):
+        return UHop() if value else None
+    if not isinstance(value, str):
+        raise SettingsError(f"uhop {value!r} (from {origin}) is not text: write 'iters=100,t=2,lr=0.1', or 'on'")
+    text = value.strip()
+    if text.lower() in ("", "off", "false", "0"):
+        return None
+    on = text.lower() in ("on", "true", "1")
+    if not on and "=" not in text:
+        raise SettingsError(
+            f"uhop {text!r} (from {origin}): write 'on', 'off', or options as in 'iters=100,t=2,lr=0.1'"
+        )
+    pairs = {} if on else _pairs(text, text, origin)
+    options: dict[str, Any] = {
+        option: _read_known_option("uhop", UHOP_OPTIONS, option, given, text, origin) for option, given in pairs.items()
+    }
+    if "train" in options:
+        options["train"] = options["train"] == "true"
+    if "until" in options and "every" not in options:
+        raise SettingsError(f"until={options['until']} in {text!r} (from {origin}) needs every=, how often until then")
+    if "every" in options:
+        options.setdefault("until", 10 * options["every"])  # the official bilevel code: each of the first ten epochs
+    return UHop(**options)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the sites of a host are patched.
 
     Attributes:
-        func_d: The forgetting function: its text form, or an object.
+        func_d: The forgetting function: its text form, or an object. None: ReLU, or ``"none"`` with U-Hop.
+        uhop: U-Hop's Stage I, in its text form; None: no U-Hop.
         masking: ``"exclude"`` keeps keys hidden by a mask out of everything; ``"paper"`` is the official recipe.
         backend: Which implementation of the operator computes.
         include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
@@ -174,15 +314,19 @@ class Settings:
         compat: Whether to mend what a current environment breaks in a host; as text ``"1"`` or ``"0"``.
     """
 
-    func_d: Any = "relu"
+    func_d: Any = None
     masking: str = "exclude"
     backend: str = "auto"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     compat: bool = True
+    uhop: Any = None
     origin: Callable[[str], str] = field(default="apply({}=...)".format, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "uhop", parse_uhop(self.uhop, self.origin("uhop")))
+        if self.func_d is None:
+            object.__setattr__(self, "func_d", "relu" if self.uhop is None else "none")
         if isinstance(self.func_d, str):
             parse_func_d(self.func_d, self.origin("func_d"))
         elif isinstance(self.func_d, type):
@@ -222,6 +366,7 @@ class Settings:
             "func_d": self.func_d if isinstance(self.func_d, str) else repr(self.func_d),
             "masking": self.masking,
             "backend": self.backend,
+            "uhop": None if self.uhop is None else str(self.uhop),
             "include": list(self.include),
             "exclude": list(self.exclude),
             "compat": self.compat,

@@ -68,6 +68,7 @@ def attention(
     dropout_p: float = 0.0,
     masking: str = "exclude",
     excluded_below: float | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
     """Scaled dot-product attention whose scores are partially forgotten.
 
@@ -83,6 +84,7 @@ def attention(
         dropout_p: The rate: kept weights are divided by 1 - p.
         masking: "exclude" takes excluded keys out; "paper" puts them in as scores of -inf, as the official code does.
         excluded_below: Additive entries <= this exclude their key too. Of no effect in "paper".
+        alpha: The normalisation is that of `entmax`; 1 is the softmax.
 
     Returns:
         Shape (..., L, Ev).
@@ -126,6 +128,8 @@ def attention(
         top = forgotten.detach().max() if row.keys else 0.0
         exponentials = (forgotten - top).exp()
         weights = exponentials / exponentials.sum()
+        if alpha != 1.0 and row.keys:
+            weights = entmax(forgotten, alpha)
         if keeps is not None:
             keep = keeps[row.batch][number % n_query].tolist()
             # No division when nothing is kept, so that p = 1 gives 0 and not 0 * inf.
@@ -295,3 +299,40 @@ def _rotate(module: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
     prefix = getattr(module, "num_prefix_tokens", 0)
     rotated = apply_rot_embed_cat(x[..., prefix:, :], rope, **layout)
     return torch.cat([x[..., :prefix, :], rotated.to(x.dtype)], dim=-2)
+
+
+def separation_loss(patterns: Tensor, t: float, kind: str) -> Tensor:
+    """The separation loss of patterns (M, d): one row of pairs at a time, from differences."""
+    directions = patterns / patterns.square().sum(1, keepdim=True).sqrt()
+    rows = []
+    for u in range(len(directions)):
+        others = torch.cat([directions[:u], directions[u + 1 :]])
+        rows.append(-t * (directions[u] - others).square().sum(1))
+    exponents = torch.cat(rows)
+    if kind == "maximum":
+        return exponents.amax()
+    return exponents.logsumexp(0) - math.log(len(exponents))
+
+
+def entmax(scores: Tensor, alpha: float) -> Tensor:
+    """Sep_alpha of one row (S,) of finite scores, with its derivative.
+
+    Weights are max(0, (alpha - 1) s - tau) ** (1 / (alpha - 1)). The threshold tau is found by halving, to the last
+    digit, and refined by one step of Newton that also gives it its gradient: d(sum of the weights) = 0.
+    """
+    if alpha == 1:
+        exponentials = (scores - scores.detach().max()).exp()
+        return exponentials / exponentials.sum()
+    power = 1 / (alpha - 1)
+    numbers = (alpha - 1) * scores
+    plain = numbers.detach()
+    low, high = plain.max() - 1, plain.max()  # the sum of the weights is at least 1, and 0
+    for _ in range(80):
+        middle = (low + high) / 2
+        enough = (plain - middle).clamp(min=0).pow(power).sum() >= 1
+        low, high = (middle, high) if enough else (low, middle)
+    kept = torch.nonzero(plain > low).flatten()
+    base = numbers[kept] - low
+    slope = power * base.detach() ** (power - 1)
+    tau = (base.pow(power).sum() - 1) / slope.sum()
+    return torch.zeros_like(scores).index_put((kept,), (base - tau).pow(power))

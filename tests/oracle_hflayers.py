@@ -61,6 +61,7 @@ def hopfield_core(
     dropout_keep: Tensor | None = None,
     masking: str = "exclude",
     eps_per_step: Sequence[float] | None = None,
+    feature_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What a HopfieldCore gives whose scores are partially forgotten in every update iteration.
 
@@ -82,6 +83,7 @@ def hopfield_core(
             is the module's. None is no dropout, also in training.
         masking: "exclude" takes hidden keys out; "paper" puts them in as scores of -inf, as the official code does.
         eps_per_step: The noise of each iteration, which may be more than are made; None is no noise.
+        feature_map: The matrices of U-Hop's Φ, shape (heads, width, width), that map query and key in each scoring.
 
     Returns:
         The output, the weights averaged over the heads (after dropout and D'), xi (before both), the projected values.
@@ -114,7 +116,7 @@ def hopfield_core(
             head.state = _scaled(head.state, scaling, n_head, head.number if side_by_side else None)
 
         eps = 0.0 if eps_per_step is None else float(eps_per_step[step])
-        _iterate(heads, dataclasses.replace(func_d, eps=eps), active, masking)
+        _iterate(heads, dataclasses.replace(func_d, eps=eps), active, masking, feature_map)
 
         for number in range(n_head):
             goes_on = limits[number] < 0 or step < limits[number]
@@ -154,13 +156,19 @@ def hopfield_core(
     )
 
 
-def _iterate(heads: list[_Head], func_d: Forgetting, active: list[bool], masking: str) -> None:
+def _iterate(
+    heads: list[_Head], func_d: Forgetting, active: list[bool], masking: str, feature_map: Tensor | None
+) -> None:
     """Scores all heads, sets the indicator of all and xi of the active ones."""
     # The scores of all rows come first: dmedian needs all of them before any row can go on.
     rows = []
     for head in heads:
         for number, one_query in enumerate(head.state.unbind(0)):
-            scores = dots(head.key, one_query)
+            if feature_map is None:
+                scores = dots(head.key, one_query)
+            else:
+                matrix = feature_map[head.number]
+                scores = torch.stack([(matrix @ one_key) @ (matrix @ one_query) for one_key in head.key])
             if head.bias is not None:
                 scores = scores + head.bias[number]
             keys = head.visible[number]

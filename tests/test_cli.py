@@ -158,7 +158,7 @@ def test_status(python):
         "Attention.forward",
         "AttentionRope.forward",
     ]
-    assert data["backend"] == "auto (eager; cpu for many scores on the CPU)"
+    assert data["backend"].startswith("auto (triton on CUDA of capability 8.0 and later; cpu for many scores")
     assert data["hook"]
     wrong = python("-m", "lwpf_patch", "status", LWPF_PATCH="tim").stdout
     assert "WRONG: unknown host 'tim' (from LWPF_PATCH)" in wrong

@@ -224,3 +224,65 @@ def test_without_the_shims_the_example_fails_as_it_does_by_itself(python, upstre
     assert out.returncode == 1
     assert "AttributeError" in out.stderr or "EOFError" in out.stderr
     assert "answered yes" not in out.stderr
+
+
+# --- U-Hop ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("func_d", FUNC_DS)
+def test_the_last_layers_weights_and_inputs_are_mapped(func_d):
+    """The attention network, mapped by hand, in the place of the patched one."""
+    lwpf_patch.apply("deeprc", func_d=func_d, uhop="on")
+    model, inputs = _model().double().eval(), _bags(torch.float64)
+    model.sequence_embedding = _StayIn64(model.sequence_embedding)
+    network = model.attention_nn
+    torch.nn.init.normal_(network.feature_map.weight, std=0.3)
+    network.feature_map.steps.fill_(1)
+    network.feature_map.adopt(network.feature_map.settings)
+
+    class ByHand(torch.nn.Module):
+        def forward(self, embedded):
+            *layers, last = network.attention_nn
+            for layer in layers:
+                embedded = layer(embedded)
+            matrix = torch.eye(5).double() + network.feature_map.weight
+            return ((embedded @ matrix.T) @ (matrix @ last.weight[0]) + last.bias)[:, None]
+
+    ours = model(*inputs)
+    got = torch.autograd.grad(ours.sum(), network.parameters(), materialize_grads=True)
+    model.attention_nn = ByHand()
+    expected = deeprc_forward(model, *inputs, func_d=FUNC_DS[func_d])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(expected.sum(), network.parameters(), materialize_grads=True)
+    for ours_grad, oracle_grad in zip(got, wanted, strict=True):
+        oracle.assert_equal(ours_grad, oracle_grad)
+    model.attention_nn = network
+    lwpf_patch.fold(model)
+    torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-12)
+
+
+def test_until_stage_one_and_after_it():
+    lwpf_patch.apply("deeprc", func_d="none")
+    model, inputs = _model(), _bags()
+    without = model(*inputs)
+    lwpf_patch.apply("deeprc", uhop="iters=10,samples=50")
+    assert torch.equal(model(*inputs), without)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer.zero_grad()
+    model(*inputs).square().sum().backward()
+    optimizer.step()
+    assert model.attention_nn.feature_map.weight.any()
+    assert model.attention_nn.feature_map.extra_repr().startswith("5, iters=10")
+
+
+def test_uhop_for_sites_without_a_map_is_refused():
+    with pytest.raises(
+        lwpf_patch.SettingsError, match=r"leave no site of deeprc that has a feature map; those are .*AttentionNetwork"
+    ):
+        lwpf_patch.apply("deeprc", uhop="on", include="*.DeepRC")
+    lwpf_patch.apply("deeprc")
+    model = torch.nn.Sequential(_model())
+    with pytest.raises(
+        lwpf_patch.SettingsError, match=r"leave no module that has a feature map; those are 0\.attention_nn"
+    ):
+        lwpf_patch.patch_model(model, uhop="on", include="0")

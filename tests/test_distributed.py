@@ -1,4 +1,4 @@
-"""Two processes on gloo: DDP and FSDP2 train a patched model as one process does."""
+"""Two processes on gloo: DDP and FSDP2 train as one process does; with U-Hop, Φ is bitwise the same on both ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vits import vit
 
 def batch():
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 5
+    return torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64), torch.arange(8) % 5
 
 def train(model, x, y, steps=3):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -57,7 +57,7 @@ got = {name: value.full_tensor() for name, value in model.state_dict().items()}
 
 CHECK = """
 for name, value in alone.state_dict().items():
-    torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[name], value)
 print("equal on rank", rank)
 dist.destroy_process_group()
 """
@@ -71,3 +71,48 @@ def test_two_processes_train_as_one(python, tmp_path, way):
         LWPF_PATCH="timm",
     )  # fmt: skip
     assert out.stdout.count("equal on rank") == 2
+
+
+UHOP = """
+wrapped = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+for step in range(10):
+    optimizer.zero_grad()
+    x, y = batch()
+    nn.functional.cross_entropy(wrapped(x[half] * (1 + step)), y[half]).backward()
+    optimizer.step()
+for name, value in model.state_dict().items():
+    gathered = [torch.empty_like(value) for _ in range(2)]
+    dist.all_gather(gathered, value.contiguous())
+    assert torch.equal(*gathered), name
+maps = [m.feature_map for m in model.modules() if hasattr(m, "feature_map")]
+assert maps and all(m.weight.any() and m._steps == STEPS for m in maps)
+print("the same on rank", rank)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("options", ["iters=5", "iters=5,every=3,until=9", "iters=5,train=false"])
+def test_the_feature_map_is_bitwise_the_same_on_both_ranks(python, tmp_path, options):
+    steps = "7" if "every" in options else "1"
+    script = COMMON.format(tests=str(ROOT / "tests")).partition("alone = new_model()")
+    setup = "model = new_model()\nhalf = slice(4 * rank, 4 * rank + 4)\n"
+    (tmp_path / "train.py").write_text(script[0] + setup + UHOP.replace("STEPS", steps))
+    out = python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py",
+        LWPF_PATCH="timm", LWPF_UHOP=options,
+    )  # fmt: skip
+    assert out.stdout.count("the same on rank") == 2
+    assert out.stderr.count("U-Hop Stage I on timm") == (3 if "every" in options else 1)
+
+
+def test_fsdp_is_refused_with_uhop(python, tmp_path):
+    script = COMMON.format(tests=str(ROOT / "tests")).partition("alone = new_model()")
+    setup = "model = new_model()\nhalf = slice(4 * rank, 4 * rank + 4)\n"
+    (tmp_path / "train.py").write_text(script[0] + setup + FSDP)
+    out = python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py",
+        LWPF_PATCH="timm", LWPF_UHOP="on", check=False,
+    )  # fmt: skip
+    assert out.returncode != 0
+    assert "Stage I needs it whole on every process, which FSDP" in out.stderr

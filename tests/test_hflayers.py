@@ -290,3 +290,99 @@ def test_the_environment_variable_patches_two_hosts(python):
     out = python(code=code, LWPF_PATCH="timm,hflayers", LWPF_FUNC_D="pfu")
     assert out.stdout.startswith("PFU(")
     assert "hflayers was patched, but no patched forward was ever called" in out.stderr
+
+
+# --- U-Hop ----------------------------------------------------------------------------------------------------------
+
+
+def _with_map(core: HopfieldCore, func_d: str = "none") -> HopfieldCore:
+    lwpf_patch.patch_model(core, func_d=func_d, uhop="iters=4,lr=0.5")
+    torch.nn.init.normal_(core.feature_map.weight, std=0.3)
+    core.feature_map.steps.fill_(1)
+    core.feature_map.adopt(core.feature_map.settings)
+    return core
+
+
+@pytest.mark.parametrize("func_d", [None, "relu", "pfu:sigma=0"])
+@pytest.mark.parametrize("case", CASES)
+def test_query_and_key_are_mapped_at_each_scoring(case, func_d):
+    options, call = CASES[case]
+    core = _with_map(_core(**options), func_d or "none")
+    matrices = torch.eye(core.head_dim, dtype=torch.float64) + core.feature_map.weight
+    forgetting = Forgetting("pfu", -1e9, 0.0) if func_d is None else FUNC_DS[func_d]
+    _compare(core, call, func_d=forgetting, feature_map=matrices)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_until_stage_one_hflayers_computes_bit_by_bit_what_it_does_without(case):
+    options, call = CASES[case]
+    core = _core(**options)
+    inputs = _patterns(core)
+    lwpf_patch.patch_model(core, func_d="none")
+    without = core(*inputs, **call)
+    lwpf_patch.patch_model(core, uhop="on")
+    for ours, theirs in zip(core(*inputs, **call), without, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+FOLDABLE = {"plain", "three steps", "until convergence", "steps of each head", "scaling", "other sizes", "no bias",
+            "static value", "a zero key", "no output projection", "everything returned"}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"scaling of each head"}))
+def test_folding(case):
+    options, call = CASES[case]
+    core = _with_map(_core(**options))
+    inputs = _patterns(core)
+    expected = core(*inputs, **call)
+    if case not in FOLDABLE:
+        with pytest.raises(lwpf_patch.RewriteError, match="cannot become part of its projections"):
+            lwpf_patch.fold(core)
+        return
+    lwpf_patch.fold(core)
+    lwpf_patch.unpatch_model(core)
+    for ours, theirs in zip(core(*inputs, **call), expected, strict=True):
+        assert ours is theirs is None or torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_folding_is_refused_where_a_tensor_scales_features():
+    lwpf_patch.apply("hflayers", uhop="on")
+    layer = Hopfield(input_size=E, num_heads=2, scaling=torch.tensor([0.3, 0.5]))
+    torch.nn.init.normal_(layer.association_core.feature_map.weight)
+    with pytest.raises(lwpf_patch.RewriteError, match="its scaling is a tensor"):
+        lwpf_patch.fold(layer)
+
+
+def test_stage_one_runs_while_a_pooling_layer_trains():
+    """Its stored patterns are what is pooled; a lookup layer's are parameters, the same for every item of a batch."""
+    lwpf_patch.apply("hflayers", uhop="iters=20,lr=0.1")
+    for make in (HopfieldPooling, lambda **options: HopfieldLayer(quantity=7, **options)):
+        layer = make(input_size=E, num_heads=2)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(torch.randn(3, 5, E)).square().sum().backward()
+            optimizer.step()
+        maps = [m for m in layer.modules() if type(m).__name__ == "HostFeatureMap"]
+        assert len(maps) == 1
+        assert maps[0].weight.any()
+
+
+def test_a_core_without_projections_has_no_map():
+    lwpf_patch.apply("hflayers", uhop="on")
+    with pytest.raises(lwpf_patch.SettingsError, match="projects nothing"):
+        HopfieldCore(
+            embed_dim=None, num_heads=1, key_as_static=True, query_as_static=True, value_as_static=True,
+            disable_out_projection=True,
+        )  # fmt: skip
+
+
+def test_the_function_called_past_the_modules_is_an_error_with_uhop():
+    lwpf_patch.apply("hflayers", uhop="on")
+    core = _core()
+    patterns = _patterns(core)
+    with pytest.raises(lwpf_patch.LwpfError, match="only modules have a feature map"):
+        hflayers.functional.hopfield_core_forward(
+            *patterns, E, 2, core.in_proj_weight, core.in_proj_bias, None, None, False, 0.0,
+            core.out_proj.weight, core.out_proj.bias,
+        )  # fmt: skip

@@ -29,8 +29,9 @@ def test_an_unmodified_script_is_patched(python):
     assert python(code=USE).stdout.strip() == "None"
     out = python(code=USE, LWPF_PATCH="timm")
     assert out.stdout.strip() == "ReLU()"
-    (line,) = out.stderr.strip().splitlines()
+    line, backend = out.stderr.strip().splitlines()
     assert line.startswith("lwpf_patch: timm 1.")
+    assert backend == "lwpf_patch: timm: attention is computed by backend eager: there are few scores"
     assert "Attention, AttentionRope patched; func_d relu, masking exclude, backend auto" in line
 
 
@@ -184,8 +185,9 @@ def test_compiled_models_count_as_called(python, way):
 def test_the_line_goes_to_the_log_of_a_script_that_has_one(python):
     code = "import logging; logging.basicConfig(format='LOG %(levelname)s %(message)s', level='INFO')\n" + USE
     out = python(code=code, LWPF_PATCH="timm")
-    (line,) = out.stderr.strip().splitlines()
+    line, backend = out.stderr.strip().splitlines()
     assert line.startswith("LOG INFO timm 1.")
+    assert backend.startswith("LOG INFO timm: attention is computed by backend ")
 
 
 def test_apply_before_and_after_the_import(python):

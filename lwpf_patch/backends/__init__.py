@@ -1,7 +1,7 @@
 """The implementations of the operator, and the choice among them.
 
 ``eager`` is the specification, written to be read beside the papers; every other backend is compared with it. ``cpu``
-needs memory that is linear in the number of keys.
+and ``triton`` are fused: for the threshold form of func_d, and in memory that is linear in the number of keys.
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ if TYPE_CHECKING:
     from ..forgetting import FuncD
 
 
-#: From so many scores on, "auto" takes the backend of the CPU. Below, with several threads, the eager one is faster.
-MANY_SCORES = 1 << 22
+#: From so many scores on, "auto" takes the backend of the CPU. Below, its calls cost more than they save.
+MANY_SCORES = 1 << 19
 
 
 def describe(requested: str) -> str:
     """Returns, in words, what a request for a backend comes to."""
-    return "auto (eager; cpu for many scores on the CPU)" if requested == "auto" else requested
+    if requested != "auto":
+        return requested
+    return "auto (triton on CUDA of capability 8.0 and later; cpu for many scores on the CPU; eager otherwise)"
 
 
-def choose(requested: str, func_d: FuncD, query: torch.Tensor, key: torch.Tensor, masking: str) -> str:
+def choose(
+    requested: str,
+    func_d: FuncD,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    masking: str,
+    value: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> tuple[str, str]:
     """Picks the backend that computes.
 
     Args:
@@ -35,9 +45,11 @@ def choose(requested: str, func_d: FuncD, query: torch.Tensor, key: torch.Tensor
         query: The query, for its device, dtype and size.
         key: The key, for its size.
         masking: ``"exclude"`` or ``"paper"``.
+        value: The value, for its width; None: that of the query.
+        alpha: Of the normalisation Sep; 1 is the softmax.
 
     Returns:
-        The name of the backend.
+        The name of the backend, and why it is that one, in words.
 
     Raises:
         SettingsError: There is no such backend, or it cannot do what is asked; the error says why.
@@ -45,28 +57,42 @@ def choose(requested: str, func_d: FuncD, query: torch.Tensor, key: torch.Tensor
     if requested not in BACKENDS:
         raise unknown_value("backend", requested, "backend", BACKENDS)
     if requested == "eager":
-        return requested
-    if requested == "auto" and query.shape[:-1].numel() * key.shape[-2] < MANY_SCORES:
-        return "eager"
-    reason = _why_not_cpu(func_d, query, masking)
+        return requested, "as asked"
+    fused = _fused_for(query, key) if requested == "auto" else requested
+    if fused is None:
+        return "eager", "there are few scores" if query.device.type == "cpu" else "no other is made for this device"
+    reason = _why_not(fused, func_d, query, value, masking, alpha)
     if reason is None:
+        return fused, "as asked" if requested == fused else "the fastest that does what is asked here"
+    if requested == fused:
+        raise SettingsError(f"backend {fused!r} cannot do what is asked: {reason}; use backend 'auto' or 'eager'")
+    return "eager", f"{fused} cannot do what is asked: {reason}"
+
+
+def _fused_for(query: torch.Tensor, key: torch.Tensor) -> str | None:
+    """Returns which fused backend suits the tensors' device and size, None if none does."""
+    if query.device.type == "cuda":
+        return "triton"
+    if query.device.type == "cpu" and query.shape[:-1].numel() * key.shape[-2] >= MANY_SCORES:
         return "cpu"
-    if requested == "cpu":
-        raise SettingsError(f"backend 'cpu' cannot do what is asked: {reason}; use backend 'auto' or 'eager'")
-    return "eager"
+    return None
 
 
-def _why_not_cpu(func_d: FuncD, query: torch.Tensor, masking: str) -> str | None:
+def _why_not(
+    fused: str, func_d: FuncD, query: torch.Tensor, value: torch.Tensor | None, masking: str, alpha: float
+) -> str | None:
+    """Returns why a fused backend cannot do what is asked, None if it can."""
     import torch
 
-    from . import cpu
+    from . import cpu, triton
 
-    if query.device.type != "cpu":
-        return f"the tensors are on {query.device}"
+    if alpha != 1.0:
+        return "sep other than 'softmax' needs a row's scores together"
     if type(query) not in (torch.Tensor, torch.nn.Parameter):
         return f"the query is a {type(query).__name__}"
-    if not cpu.supports(query.dtype):
-        return f"it does not compute in {query.dtype}"
+    reason = cpu.why_not(query) if fused == "cpu" else triton.why_not(query, value)
+    if reason is not None:
+        return reason
     if func_d.threshold_form() is None:
         return f"{func_d} is not of the form s > a"
     if func_d.empty != "zero":

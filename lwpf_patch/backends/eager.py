@@ -8,6 +8,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from .. import sep
+
 
 def lowest(dtype: torch.dtype) -> float:
     """Returns the value at and below which an additive mask excludes a key: half the most negative finite number.
@@ -102,7 +104,7 @@ def keep_empty_rows(
     return torch.where(rows, scores, forgotten), torch.where(rows, kept, mask)
 
 
-def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, alpha: float) -> Tensor:
     """Weighs the values: a forgotten key keeps ``exp(D(s))`` in the denominator but gives no value.
 
     Args:
@@ -110,11 +112,12 @@ def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float) -
         mask: D'(s), (B, L, S).
         value: (B, S, Ev).
         dropout_p: Probability that a weight is dropped.
+        alpha: Of the normalisation Sep; 1 is the softmax.
 
     Returns:
         The output, (B, L, Ev).
     """
-    weights = forgotten.softmax(dim=-1)
+    weights = forgotten.softmax(dim=-1) if alpha == 1.0 else sep.normalise(forgotten, alpha)
     if dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, dropout_p, True)
     weights = mask * weights

@@ -84,19 +84,29 @@ class Host:
                         f"{option} pattern {pattern!r} (from {settings.origin(option)}) matches no site of "
                         f"{self.name}; its sites are {', '.join(names)}"
                     )
-        left = tuple(site for site in self.sites if selects(settings, site.name))
+        left = tuple(site for site in self.wanted(settings) if selects(settings, site.name))
         if not left:
             raise SettingsError(
                 f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} "
                 f"to be patched; its sites are {', '.join(names)}"
             )
-        if self.inseparable and len(left) < len(self.sites):
+        if settings.uhop is not None and not any(site.map_size for site in left):
+            raise SettingsError(
+                f"uhop={settings.uhop} (from {settings.origin('uhop')}): include={list(settings.include)} and "
+                f"exclude={list(settings.exclude)} leave no site of {self.name} that has a feature map; those are "
+                + ", ".join(dict.fromkeys(site.name for site in self.sites if site.map_size))
+            )
+        if self.inseparable and len(left) < len(self.wanted(settings)):
             raise SettingsError(
                 f"the sites of {self.name} work only together: include={list(settings.include)} and "
                 f"exclude={list(settings.exclude)} would leave some of {', '.join(names)} out; choose modules of a "
                 "model with patch_model(model, include=...) instead"
             )
         return left
+
+    def wanted(self, settings: Settings) -> tuple[Site, ...]:
+        """Returns the sites that have a part in what is asked for: some serve U-Hop alone."""
+        return tuple(site for site in self.sites if site.func_d or settings.uhop is not None)
 
     def plans(self, settings: Settings) -> list[Plan]:
         """Plans the edits from the installed source, without importing the host.
@@ -114,7 +124,7 @@ class Host:
             source = rewriting.read_source(path)
             sites = [site for site in selected if site.module == module and rewriting.has_site(source, site)]
             if sites:
-                plans.append(rewriting.plan(str(path), source, sites))
+                plans.append(rewriting.plan(str(path), source, sites, settings.uhop is not None))
         self.missing((site for plan in plans for site in plan.sites), settings, imported=self.modules())
         return plans
 

@@ -1,4 +1,4 @@
-"""DeepRC: func_d on the attention activations of each bag of sequences."""
+"""DeepRC: func_d on the attention activations of each bag, U-Hop's feature map in its attention network."""
 
 from __future__ import annotations
 
@@ -37,6 +37,37 @@ def forget_in_bags(function: Function) -> list[Splice]:
                 function.line_before(weighing, f"{name} = xi_mask * {name}"),
             ]
     raise RewriteError(f"{function.where}: no softmax of {name} over dim=0 whose result weighs emb_seqs")
+
+
+def map_features(function: Function) -> list[Splice]:
+    """The feature map in the last layer of the attention network: its weights are the query, its inputs the keys.
+
+    Anchor: ``attention_weights = self.attention_nn(inputs)``.
+
+    Raises:
+        RewriteError: It is missing.
+    """
+    for statement in function.node.body:
+        if ast.unparse(statement) == "attention_weights = self.attention_nn(inputs)":
+            assert isinstance(statement, ast.Assign)
+            last = "self.attention_nn[-1]"
+            score = f"torch.nn.functional.linear(keys, self.feature_map({last}.weight, keys), {last}.bias)"
+            return [
+                function.line_before(statement, "keys = self.attention_nn[:-1](inputs)"),
+                Splice(function.start(statement.value), function.end(statement.value), score),
+            ]
+    raise RewriteError(f"{function.where}: no 'attention_weights = self.attention_nn(inputs)'")
+
+
+def features(module: Any) -> tuple[None, int]:
+    """Returns the number of features that enter the last layer of an attention network; there are no heads."""
+    return None, module.attention_nn[-1].in_features
+
+
+def fold(model: Any, module: Any, matrix: Any) -> None:
+    """Multiplies the weights of the last layer, which are the query, by Φ^T Φ."""
+    weight = module.attention_nn[-1].weight
+    weight.copy_(weight.to(matrix.dtype) @ matrix.T @ matrix)
 
 
 # --- what a current environment breaks in DeepRC 0.0.6 --------------------------------------------------------------
@@ -186,7 +217,18 @@ HOST = Host(
     name="deeprc",
     install='pip install "deeprc @ git+https://github.com/ml-jku/DeepRC" '
     '"widis-lstm-tools @ git+https://github.com/widmi/widis-lstm-tools"',
-    sites=(Site("deeprc.architectures", "DeepRC.forward", forget_in_bags, {"ccf0b19bc1568c3b": "0.0.6"}),),
+    sites=(
+        Site("deeprc.architectures", "DeepRC.forward", forget_in_bags, {"ccf0b19bc1568c3b": "0.0.6"}),
+        Site(
+            "deeprc.architectures",
+            "AttentionNetwork.forward",
+            map_features,
+            {"4690fa380a628782": "0.0.6"},
+            func_d=False,
+            map_size=features,
+            fold=fold,
+        ),
+    ),
     required=("DeepRC.forward",),
     shims=SHIMS,
     forward_hook=notice_dead_bags,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import warnings
 from itertools import pairwise
+from typing import Any
 
 from ..compat import Replacement, Shim
 from ..edits import Function, Splice
-from ..errors import RewriteError
+from ..errors import RewriteError, SettingsError
 from ..rewriting import Site
 from .base import Host
 
@@ -17,17 +18,35 @@ _SCORES = "attn_output_weights"
 
 
 def forget_in_update_loop(function: Function) -> list[Splice]:
-    """The paper's two lines in the loop and behind it, and a parameter that brings func_d in.
+    """The paper's two lines in the loop and behind it, and a parameter that brings func_d in; with U-Hop, its map too.
 
     Anchors: ``if xi is None:``, both arms of which hold the softmax of the scores; the product of the dropped-out
-    weights with the values; and the call of itself through ``handle_torch_function``.
+    weights with the values; the call of itself through ``handle_torch_function``; and, for the feature map, the product
+    of q and k. The map stands in that product alone: the state that the loop keeps is a pattern of the original space.
     """
+    names = ["func_d", "feature_map"] if function.uhop else ["func_d"]
     return [
-        function.new_keyword_parameter("func_d=None"),
-        *(function.new_argument(call, "func_d=func_d") for call in function.calls("handle_torch_function")),
+        function.new_keyword_parameter(", ".join(f"{name}=None" for name in names)),
+        *_passed(function, "handle_torch_function", names),
+        *_mapped_query(function),
         function.line_before(_softmax(function), f"{_SCORES}, xi_mask = func_d({_SCORES}, training)"),
         function.line_before(_retrieval(function), f"{_SCORES} = xi_mask * {_SCORES}"),
     ]
+
+
+def _passed(function: Function, called: str, names: list[str], source: str = "") -> list[Splice]:
+    arguments = ", ".join(f"{name}={source}{name}" for name in names)
+    return [function.new_argument(call, arguments) for call in function.calls(called)]
+
+
+def _mapped_query(function: Function) -> list[Splice]:
+    if not function.uhop:
+        return []
+    products = [call for call in function.calls("bmm") if ast.unparse(call) == "torch.bmm(q, k.transpose(1, 2))"]
+    if len(products) != 1:
+        raise RewriteError(f"{function.where}: no single 'torch.bmm(q, k.transpose(1, 2))' makes the scores")
+    query = products[0].args[0]
+    return [Splice(function.start(query), function.end(query), "feature_map(q, k)")]
 
 
 def _softmax(function: Function) -> ast.If:
@@ -51,15 +70,63 @@ def _retrieval(function: Function) -> ast.stmt:
 
 
 def pass_func_d(function: Function) -> list[Splice]:
-    """Has every call of hopfield_core_forward pass the module's func_d.
+    """Has every call of hopfield_core_forward pass the module's func_d, and with U-Hop its feature map.
 
     Raises:
         RewriteError: There is none.
     """
-    calls = function.calls(_CORE)
-    if not calls:
+    splices = _passed(function, _CORE, ["func_d", "feature_map"] if function.uhop else ["func_d"], "self.")
+    if not splices:
         raise RewriteError(f"{function.where} does not call {_CORE}")
-    return [function.new_argument(call, "func_d=self.func_d") for call in calls]
+    return splices
+
+
+def heads(module: Any) -> tuple[int, int]:
+    """Returns the number of heads and the width of each.
+
+    Raises:
+        SettingsError: The module projects nothing, so that its width is known only when it is called.
+    """
+    if module.head_dim is None:
+        raise SettingsError(
+            "uhop: a HopfieldCore that projects nothing (all of its inputs are static) has no width before it is "
+            "called, so that no feature map can be made for it: give it a projection, or leave it out with "
+            "patch_model(model, exclude=...)"
+        )
+    return module.num_heads, module.head_dim
+
+
+def fold(model: Any, module: Any, matrix: Any) -> None:
+    """Multiplies the projections of query and key by the matrix of the feature map, (heads, d, d).
+
+    Raises:
+        RewriteError: Something stands between a projection and the scores, or a projection is missing or shared.
+    """
+    scalings = [getattr(each, "scaling", 1.0) for each in model.modules() if _core(each) is module]
+    reasons = {
+        "its patterns are normalised between projection and scores": module.normalize_pattern,
+        "its query is not projected (query_as_static)": module.query_as_static,
+        "its key is not projected (key_as_static)": module.key_as_static,
+        "its value passes the projection of the key (value_as_connected)": module.value_as_connected,
+        "its key has a bias of its own behind the projection": module.bias_k is not None,
+        "its scaling is a tensor, which multiplies features": any(type(scaling) is not float for scaling in scalings),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise RewriteError(reason)
+    number, width, _ = matrix.shape
+    size = number * width
+    if module.in_proj_weight is not None:
+        weights = [module.in_proj_weight[:size], module.in_proj_weight[size : 2 * size]]
+    else:
+        weights = [module.q_proj_weight, module.k_proj_weight]
+    biases = [] if module.in_proj_bias is None else [module.in_proj_bias[:size], module.in_proj_bias[size : 2 * size]]
+    for rows in (*weights, *biases):
+        rows.copy_((matrix @ rows.to(matrix.dtype).reshape(number, width, -1)).reshape(rows.shape))
+
+
+def _core(module: Any) -> Any:
+    return module._modules.get("association_core")
 
 
 UINT8_MASKS = Shim(
@@ -76,7 +143,14 @@ HOST = Host(
     install='pip install "hopfield-layers @ git+https://github.com/ml-jku/hopfield-layers"',
     sites=(
         Site("hflayers.functional", _CORE, forget_in_update_loop, {"41cc8bf3def74821": "1.0.2"}),
-        Site("hflayers.activation", "HopfieldCore.forward", pass_func_d, {"6c1aa720572ebfba": "1.0.2"}),
+        Site(
+            "hflayers.activation",
+            "HopfieldCore.forward",
+            pass_func_d,
+            {"6c1aa720572ebfba": "1.0.2"},
+            map_size=heads,
+            fold=fold,
+        ),
     ),
     required=(_CORE, "HopfieldCore.forward"),
     inseparable=True,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..edits import attention
+from ..errors import RewriteError
 from ..rewriting import Site
 from .base import Host
 
@@ -25,13 +28,43 @@ _ROPE = {
     "e09467827e2b1651": "1.0.30 to 1.0.31",
 }
 
+
+def heads(module: Any) -> tuple[int, int]:
+    """Returns the number of heads and the width of each."""
+    width = getattr(module, "head_dim", None) or module.qkv.in_features // module.num_heads
+    return module.num_heads, width
+
+
+def fold(model: Any, module: Any, matrix: Any) -> None:
+    """Multiplies the projections of query and key by the matrix of the feature map, (heads, d, d).
+
+    Raises:
+        RewriteError: A norm stands between projection and scores.
+    """
+    for name in ("q_norm", "k_norm"):
+        if type(getattr(module, name, None)).__name__ not in ("Identity", "NoneType"):
+            raise RewriteError(f"its {name} stands between the projections and the scores")
+    number, width, _ = matrix.shape
+    for tensor in (module.qkv.weight, module.qkv.bias):
+        if tensor is not None:
+            for first in (0, number * width):  # query, then key, each head's features together
+                rows = tensor[first : first + number * width]
+                mapped = matrix @ rows.to(matrix.dtype).reshape(number, width, -1)
+                rows.copy_(mapped.reshape(rows.shape))
+
+
+def refuse_to_fold(model: Any, module: Any, matrix: Any) -> None:
+    """Raises RewriteError: the rotary embedding stands between."""
+    raise RewriteError("a rotary embedding stands between the projections and the scores")
+
+
 HOST = Host(
     name="timm",
     install="pip install timm",
     sites=(
-        Site("timm.layers.attention", "Attention.forward", attention, _ATTENTION),
-        Site("timm.models.vision_transformer", "Attention.forward", attention, _ATTENTION),
-        Site("timm.layers.attention", "AttentionRope.forward", attention, _ROPE),
+        Site("timm.layers.attention", "Attention.forward", attention, _ATTENTION, map_size=heads, fold=fold),
+        Site("timm.models.vision_transformer", "Attention.forward", attention, _ATTENTION, map_size=heads, fold=fold),
+        Site("timm.layers.attention", "AttentionRope.forward", attention, _ROPE, map_size=heads, fold=refuse_to_fold),
     ),
     required=("Attention.forward",),
 )

@@ -1,0 +1,148 @@
+"""The exact median of all scores, without all scores.
+
+A sample tells roughly where it is; one pass over the tiles counts what lies below and collects what lies there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .eager import lowest
+from .tiles import Problem, Tile
+
+#: As many positions of scores that are equal to the median are noted; the backward pass looks for more by itself.
+TIES = 64
+#: So many numbers are searched without another sample.
+FEW = 1 << 15
+
+
+class _Count(NamedTuple):
+    """How many scores count, lie below the bracket, and within; and these, with their places in the tiles."""
+
+    valid: int
+    below: int
+    within: int
+    collected: list[tuple[Tile, Tensor, Tensor]]
+
+
+def median(problem: Problem, ties: Tensor) -> float:
+    """Finds the median, the lower of two middle values.
+
+    Args:
+        problem: What makes the scores.
+        ties: (TIES + 1): gets the number of scores that are equal to the median, and the flat positions of these among
+            (B H, L, S); -1 in place of the first position where they are not known.
+
+    Returns:
+        The median; 0 if every score is excluded, NaN if one that counts is NaN.
+    """
+    if not problem.query.shape[:2].numel() * problem.key.shape[1]:
+        return 0.0
+    sample = _sample(problem)
+    for attempt in range(8):
+        margin = 2.5 * math.sqrt(len(sample)) * 4**attempt if attempt < 7 else math.inf
+        low, high, flat = _bracket(sample, (len(sample) - 1) // 2, margin)
+        found = _count(problem, low, high, keep=not flat)
+        if found.valid == 0:
+            return 0.0
+        rank = (found.valid - 1) // 2 - found.below
+        if not 0 <= rank < found.within:
+            continue
+        if flat:
+            ties[0], ties[1] = found.within, -1
+            return sample[(len(sample) - 1) // 2].item()
+        value = _kth_value(torch.cat([values for _, values, _ in found.collected]), rank)
+        places = [_positions(problem, tile, where[values == value]) for tile, values, where in found.collected]
+        equal = torch.cat(places)
+        ties[0] = len(equal)
+        ties[1 : 1 + min(len(equal), TIES)] = equal[:TIES]
+        return value
+    return math.nan  # only where scores are NaN
+
+
+def _count(problem: Problem, low: float, high: float, keep: bool) -> _Count:
+    """Counts the scores below and strictly within a bracket, and collects those within."""
+    one = problem.query.new_ones(())
+    valid = below = within = 0
+    collected = []
+    for tile in problem.tiles():
+        scores, excluded = problem.scores(tile)
+        count = scores.numel()
+        if excluded is not None:
+            scores.masked_fill_(excluded, -math.inf)  # in no bracket
+            count -= int(excluded.expand_as(scores).count_nonzero())
+        ones = one.expand_as(scores)
+        # These two count several times as fast as comparisons do: 1 for what is > low, 1 for what is in between.
+        above = torch.ops.aten.threshold_backward(ones, scores, low)
+        valid, below = valid + count, below + count - int(above.sum())
+        inside = torch.ops.aten.hardtanh_backward.grad_input(ones, scores, low, high, grad_input=above)
+        count = int(inside.sum())
+        within += count
+        if count and keep:
+            where = inside.flatten().nonzero().squeeze(1)
+            collected.append((tile, scores.flatten()[where], where))
+    return _Count(valid, below, within, collected)
+
+
+def _positions(problem: Problem, tile: Tile, where: Tensor) -> Tensor:
+    """Converts flat positions in a tile to flat positions among all scores."""
+    rows = tile.rows.stop - tile.rows.start
+    row, column = where // tile.keys, where % tile.keys
+    row = (tile.batch.start + row // rows) * problem.query.shape[1] + tile.rows.start + row % rows
+    return row * problem.key.shape[1] + column
+
+
+def _kth_value(values: Tensor, rank: int) -> float:
+    """Returns the value of a rank, from 0 on."""
+    generator = torch.Generator().manual_seed(0)
+    while len(values) > FEW:
+        sample = values[torch.randint(len(values), (FEW // 8,), generator=generator)].sort().values
+        low, high, flat = _bracket(sample, rank * len(sample) // len(values), 2.5 * math.sqrt(len(sample)))
+        inside = (values > low) & (values < high)
+        below = int((values <= low).sum())
+        count = int(inside.sum())
+        if flat or not below <= rank < below + count:
+            break
+        values, rank = values[inside], rank - below
+    return values.kthvalue(rank + 1).values.item()
+
+
+def _sample(problem: Problem) -> Tensor:
+    """Draws some scores, sorted."""
+    batch, length, keys = problem.query.shape[0], problem.query.shape[1], problem.key.shape[1]
+    size = int((batch * length * keys) ** 0.6)
+    generator = torch.Generator().manual_seed(batch * length * keys)  # of its own: the script's draws stay the same
+    b, i, j = (torch.randint(high, (size,), generator=generator) for high in (batch, length, keys))
+    scores = (problem.query[b, i] * problem.key[b, j]).sum(-1)
+    if problem.is_causal:
+        scores = scores[j <= i]
+    elif problem.mask is not None:
+        mask = problem.mask
+        at = (b // problem.heads, b % problem.heads, i, j)
+        drawn = mask[tuple(index if extent > 1 else 0 for index, extent in zip(at, mask.shape, strict=True))]
+        drawn = drawn.expand(size)
+        scores = scores[drawn] if mask.dtype == torch.bool else (scores + drawn)[drawn > lowest(mask.dtype)]
+    return scores.sort().values
+
+
+def _bracket(sample: Tensor, rank: int, margin: float) -> tuple[float, float, bool]:
+    """Returns bounds strictly between which the number of some rank lies, most likely.
+
+    Args:
+        sample: A sample, sorted.
+        rank: Where in the sample it should be.
+        margin: How many of the sample to go to either side from there.
+
+    Returns:
+        The bounds, and whether they hold one value only: then most numbers are the same, and need not be collected.
+    """
+    first, last = math.floor(rank - margin), math.ceil(rank + margin)
+    if first < 0 or last >= len(sample):
+        return -math.inf, math.inf, False
+    low, high = sample[first], sample[last]
+    infinity = torch.full_like(low, math.inf)
+    return low.nextafter(-infinity).item(), high.nextafter(infinity).item(), bool(low == high)

@@ -1,0 +1,471 @@
+"""Triton: one kernel forward and a few backward on the GPU, with the scores in its registers, in linear memory.
+
+For the threshold form of func_d (ReLU, PFU); the formulas are those of :mod:`.cpu`. The kernels are in
+:mod:`.triton_kernels` and :mod:`.triton_median`, which import Triton and are themselves imported by the first call.
+
+With the variable TRITON_INTERPRET=1, set before anything imports Triton, they run on the CPU, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import flat_mask, widen_mask
+from .eager import lowest
+
+#: Features per head that the tiles hold at most.
+WIDEST = 256
+LOG2_E = 1 / math.log(2)
+
+
+def why_not(query: Tensor, value: Tensor | None) -> str | None:
+    """Returns why the backend cannot compute with such tensors, None if it can."""
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it does not compute in {query.dtype}"
+    width = query.shape[-1] if value is None else max(query.shape[-1], value.shape[-1])
+    if width > WIDEST:
+        return f"it holds up to {WIDEST} features per head, not {width}"
+    return _why_not_on(query.device.type, query.device.index)
+
+
+@functools.lru_cache
+def _why_not_on_device(kind: str, index: int | None) -> str | None:
+    """Returns why the backend cannot compute on a device, None if it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if kind != "cuda" and not (kind == "cpu" and interpreted):
+        return f"the tensors are on {kind}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if interpreted:
+        return None
+    if torch.version.hip is not None:
+        return "it is made for NVIDIA's devices"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the device is of capability {major}.{minor}, and 8.0 is needed"
+    return None
+
+
+# While torch.compile traces, what a device can do is a constant. It does not look into a cached function by itself.
+_constant: Any = torch.compiler.assume_constant_result
+_why_not_on = _constant(lambda kind, index: _why_not_on_device(kind, index))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    mu: float | None,
+    bias: float | None,
+    eps: Tensor | None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention with the threshold form of partial forgetting.
+
+    Args:
+        query: (..., L, E).
+        key: (..., S, E).
+        value: (..., S, Ev).
+        attn_mask: Broadcastable to (..., L, S), boolean or additive.
+        dropout_p: Probability that a weight is dropped.
+        is_causal: Whether query i sees the keys 0 to i only.
+        scale: Factor of the scores, None for ``E ** -0.5``.
+        mu: The threshold without noise; None: the median of all scores.
+        bias: What a forgotten score becomes; None: the threshold.
+        eps: Noise that is added to the threshold, of one element; None: none.
+        enable_gqa: Whether neighbouring heads of the query share a head of the key and value.
+
+    Returns:
+        (..., L, Ev), of the query's dtype.
+
+    Raises:
+        RuntimeError: Shapes that do not go together.
+    """
+    of_query, of_key, of_value = query.shape[:-2], key.shape[:-2], value.shape[:-2]
+    shared = enable_gqa and len(of_query) > 0 and of_key[-1:] != of_query[-1:]
+    if shared:
+        if of_key[-1] != of_value[-1] or of_query[-1] % of_key[-1] != 0:
+            raise RuntimeError(
+                f"lwpf_attention: {of_query[-1]} heads of the query cannot share {of_key[-1]} heads of the key and "
+                f"{of_value[-1]} of the value"
+            )
+        of_key = of_value = torch.Size((*of_key[:-1], of_query[-1]))
+    lead: torch.Size = torch.broadcast_shapes(of_query, of_key, of_value)  # type: ignore[no-untyped-call]
+    heads = lead[-1] if lead else 1
+    query = _flat(query, lead, heads)
+    key = _flat(key, lead, key.shape[-3] if shared else heads)
+    value = _flat(value, lead, value.shape[-3] if shared else heads)
+    mask = None
+    if attn_mask is not None:
+        mask = flat_mask(attn_mask, lead)
+        if mask.dtype == torch.float64:
+            mask = widen_mask(mask, torch.float32)
+    # Drawn where it is used, so that a CUDA graph draws anew at every replay.
+    seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0 else None
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, *_ = torch.ops.lwpf_patch.triton_attention(
+        query, key, value, mask, dropout_p, is_causal, factor, mu, bias, eps, seed
+    )
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+def _flat(tensor: Tensor, lead: torch.Size, heads: int) -> Tensor:
+    """Brings to (B, heads, rows, features): a view, unless there are more batch dimensions, broadcast unevenly."""
+    batch = lead[:-1]
+    return tensor.expand(*batch, *((heads,) if lead else ()), *tensor.shape[-2:]).reshape(
+        batch.numel(), heads, *tensor.shape[-2:]
+    )
+
+
+class _Call(NamedTuple):
+    """What the kernels are told, alike in both passes.
+
+    Attributes:
+        query: (B, H, L, E), its features next to each other; so are those of the others.
+        key: (B, H or fewer, S, E).
+        value: (B, H or fewer, S, Ev).
+        mask: (B or 1, H or 1, L or 1, S or 1), boolean or additive, or None.
+        noise: Added to the threshold, or None.
+        seed: Of dropout, or None.
+        dropout_p: Probability that a weight is dropped.
+        is_causal: Whether query i sees the keys 0 to i only.
+        scale: Factor of the scores.
+        mu: The threshold without noise; None: the median.
+        bias: What a forgotten score becomes; None: the threshold.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    noise: Tensor | None
+    seed: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    mu: float | None
+    bias: float | None
+
+    @property
+    def same(self) -> bool:
+        """Whether a forgotten score becomes the threshold."""
+        return self.bias is None or (self.noise is None and self.bias == self.mu)
+
+    @property
+    def ties(self) -> bool:
+        """Whether the threshold passes its gradient on, to the scores that are equal to the median."""
+        return self.mu is None and self.bias is None
+
+    @property
+    def fold(self) -> bool:
+        """Whether the kernels take the bare products of queries and keys for the scores; the unit has the factor.
+
+        Not with a constant threshold, where that could tell scores that are equal to it from it.
+        """
+        plain = self.mu is None or (self.mu == 0 and self.noise is None)
+        return plain and self.scale > 1e-30 and (self.mask is None or self.mask.dtype == torch.bool)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns query, key, value and mask; the query in place of a mask that there is not."""
+        mask = self.query if self.mask is None else self.mask
+        return self.query, self.key, self.value, mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+    def mask_strides(self) -> tuple[int, ...]:
+        """Returns the strides of the mask, 0 where it is broadcast."""
+        if self.mask is None:
+            return 0, 0, 0, 0
+        return tuple(
+            0 if size == 1 else stride for size, stride in zip(self.mask.shape, self.mask.stride(), strict=True)
+        )
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Returns batch items, heads, heads that share a key, queries, keys."""
+        batches, heads, length, _ = self.query.shape
+        return batches, heads, heads // max(1, self.key.shape[1]), length, self.key.shape[2]
+
+    def lowest(self) -> float:
+        """Returns the value at and below which the mask excludes a key."""
+        return 0.0 if self.mask is None else lowest(self.mask.dtype)
+
+    def threshold(self) -> tuple[float, float]:
+        """Returns the constant threshold, and what to multiply the noise by, in the measure of the kernels."""
+        return 0.0 if self.mu is None else self.mu, 1 / self.scale if self.fold else 1.0
+
+    def unit(self) -> float:
+        """Returns what to multiply a kernel's score by, for an exponent to the base of 2."""
+        return self.scale * LOG2_E if self.fold else LOG2_E
+
+    def dropout(self) -> tuple[float, float]:
+        """Returns the probability that a weight is dropped, and what to multiply the others by."""
+        return self.dropout_p, 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
+
+    def of_scores(self) -> dict[str, Any]:
+        """Returns the constants of compilation by which scores are made."""
+        features = self.query.shape[3]
+        masked = 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2
+        return {"FOLD": self.fold, "MASKED": masked, "FEATURES": features, "BLOCK_FEATURES": _block(features)}
+
+    def flags(self) -> dict[str, Any]:
+        """Returns the other constants of compilation."""
+        values = self.value.shape[3]
+        return {
+            **self.of_scores(),
+            "MEDIAN": self.mu is None,
+            "NOISY": self.noise is not None,
+            "DROPOUT": self.dropout_p > 0,
+            "VALUES": values,
+            "BLOCK_VALUES": _block(values),
+        }
+
+    def tile(self, kernel: str) -> dict[str, int]:
+        """Returns the size of a kernel's tiles, and how it is compiled."""
+        width = max(_block(self.query.shape[3]), _block(self.value.shape[3]))
+        return tile_of(kernel, self.query.dtype, width, capability(self.query.device), self.mask is not None)
+
+
+def _block(width: int) -> int:
+    """Returns the width of a tile that holds so many features."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+#: Rows of queries and of keys in a tile, warps and stages, for each kernel and width.
+_Tiles = dict[str, dict[int, tuple[int, int, int, int]]]
+
+# In half precision and up to width 128, these spill no register on Hopper or Ampere where there is neither a mask nor
+# dropout; with dropout a few on Hopper at width 128. The smallest Ampere has the shared memory for its own.
+_TILES: _Tiles = {
+    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    "key": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 64, 8, 1)},
+    "mask": {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 1)},
+    "median": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 4, 2)},
+}
+# Where others are wanted: with a mask, whose entries and their places take registers; before Hopper; and for both
+# reasons. In bfloat16 and up to width 128 none is spilled then, with dropout or without, but two by the search for the
+# median before Hopper.
+_TILES_MASKED: _Tiles = {
+    "forward": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
+    "query": {64: (64, 64, 8, 2), 128: (64, 16, 8, 2)},
+    "key": {64: (32, 128, 8, 2), 128: (16, 64, 8, 2)},
+}
+_TILES_BEFORE_HOPPER: _Tiles = {"forward": {128: (128, 32, 8, 2)}, "mask": {64: (64, 32, 8, 1)}}
+_TILES_MASKED_BEFORE_HOPPER: _Tiles = {
+    "forward": {64: (64, 32, 8, 2)},
+    "query": {64: (64, 32, 8, 2)},
+    "key": {64: (16, 128, 8, 2)},
+}
+# Products of float32 are made without the units for matrices, and take many registers: some spill a few.
+_TILES_FLOAT32: _Tiles = {
+    "forward": {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 4, 1)},
+    "query": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "key": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "mask": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "median": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
+}
+
+
+def tile_of(kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool) -> dict[str, int]:
+    """Returns the size of a kernel's tiles, and how it is compiled.
+
+    Args:
+        kernel: Which kernel.
+        dtype: What it computes in.
+        width: The features that a tile holds, a power of 2.
+        device: The device's capability.
+        masked: Whether there is a mask.
+    """
+    width, before_hopper = max(64, width), device < (9, 0)
+    tile = _TILES[kernel][width]
+    for table, wanted in (
+        (_TILES_BEFORE_HOPPER, before_hopper),
+        (_TILES_MASKED, masked),
+        (_TILES_MASKED_BEFORE_HOPPER, masked and before_hopper),
+        (_TILES_FLOAT32, dtype == torch.float32),
+    ):
+        if wanted:
+            tile = table.get(kernel, {}).get(width, tile)
+    rows, keys, warps, stages = tile
+    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Returns the capability of a device; for the interpreter, that of Hopper."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Returns the tensor with its features next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@torch.library.custom_op("lwpf_patch::triton_attention", mutates_args=(), device_types=("cuda", "cpu"))
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    mu: float | None,
+    bias: float | None,
+    eps: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the output; L and rho of each row; the median, and how many scores are equal to it."""
+    from . import triton_kernels, triton_median
+
+    call = _Call(_dense(query), _dense(key), _dense(value), mask, eps, seed, dropout_p, is_causal, scale, mu, bias)
+    out, log_sum, rho, centre, ties = _results(query, value, mu, bias)
+    tensors, sizes = call.tensors(), call.sizes()
+    with _on(query.device):
+        if mu is None:
+            centre, ties = triton_median.find(
+                (tensors[0], tensors[1], tensors[3]), (*_strides(*tensors[:2]), *call.mask_strides()), sizes, scale,
+                call.lowest(), {**call.of_scores(), "CAUSAL": is_causal}, call.tile("median"),
+            )  # fmt: skip
+        tile = call.tile("forward")
+        triton_kernels.launch(
+            triton_kernels.forward_kernel, sizes[0] * sizes[1] * -(-sizes[3] // tile["ROWS"]),
+            *tensors, centre, eps, seed, out, log_sum, rho,
+            *_strides(*tensors[:3]), *call.mask_strides(), *_strides(out), *sizes[1:], scale, call.unit(),
+            *call.threshold(), (bias or 0.0) * LOG2_E, call.lowest(), *call.dropout(),
+            **call.flags(), CAUSAL=is_causal, SAME=call.same, COUNT=mu is None or not call.same, **tile,
+        )  # fmt: skip
+    return out, log_sum, rho, centre, ties
+
+
+def _results(
+    query: Tensor, value: Tensor, mu: float | None, bias: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocates what the forward pass returns; without elements what is not wanted."""
+    batches, heads, length, _ = query.shape
+    # Heads next to each other, as hosts will want them when they join them.
+    out = query.new_empty(batches, length, heads, value.shape[3]).transpose(1, 2)
+    log_sum = query.new_empty(batches, heads, length, dtype=torch.float32)
+    rho = query.new_empty((batches, heads, length) if mu is None and bias is None else (0,), dtype=torch.float32)
+    centre, ties = (query.new_empty(() if mu is None else (0,), dtype=torch.float32) for _ in range(2))
+    return out, log_sum, rho, centre, ties
+
+
+def _on(device: torch.device) -> Any:
+    """Returns a context in which the tensors' device is the current one, on which Triton starts its kernels."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+
+
+@_forward.register_fake
+def _(query, key, value, mask, dropout_p, is_causal, scale, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+    return _results(query, value, mu, bias)
+
+
+@torch.library.custom_op("lwpf_patch::triton_attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    eps: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    log_sum: Tensor,
+    rho: Tensor,
+    centre: Tensor,
+    ties: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    mu: float | None,
+    bias: float | None,
+    mask_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
+    from . import triton_kernels
+
+    call = _Call(_dense(query), _dense(key), _dense(value), mask, eps, seed, dropout_p, is_causal, scale, mu, bias)
+    grads = grad_query, grad_key, grad_value, grad_mask = _gradients(query, key, value, mask, mask_needs_grad)
+    grad, out = _dense(grad), _dense(out)
+    tensors, sizes = call.tensors(), call.sizes()
+    batches, heads, _, length, count = sizes
+    flags = {**call.flags(), "TIES": call.ties}
+    strides = (*_strides(*tensors[:3]), *call.mask_strides(), *_strides(grad))
+    numbers = (scale, call.unit(), *call.threshold(), call.lowest(), *call.dropout())
+    launch = triton_kernels.launch
+    with _on(query.device):
+        delta = torch.empty_like(log_sum)
+        tile = call.tile("query")
+        launch(
+            triton_kernels.delta_kernel, batches * heads * -(-length // 64), grad, out, delta, *_strides(grad, out),
+            heads, length, VALUES=flags["VALUES"], BLOCK_VALUES=flags["BLOCK_VALUES"], ROWS=64,
+        )  # fmt: skip
+        # The forgotten scores become the threshold, and pass their gradient on to it; the comparison has none.
+        shares = -(rho * delta).sum() / ties.clamp(min=1) if call.ties else rho
+        inputs = (*tensors, centre, eps, seed, grad, log_sum, delta, shares)
+        launch(
+            triton_kernels.query_kernel, batches * heads * -(-length // tile["ROWS"]), *inputs, grad_query,
+            *strides, *_strides(grad_query), *sizes[1:], *numbers, **flags, CAUSAL=is_causal, **tile,
+        )  # fmt: skip
+        tile = call.tile("key")
+        launch(
+            triton_kernels.key_kernel, batches * key.shape[1] * -(-count // tile["KEYS"]), *inputs, grad_key,
+            grad_value, *strides, *_strides(grad_key, grad_value), *sizes[1:], *numbers, **flags, CAUSAL=is_causal,
+            **tile,
+        )  # fmt: skip
+        if grad_mask.numel():
+            tile = call.tile("mask")
+            shape = grad_mask.shape
+            programs = shape[0] * shape[1] * -(-shape[2] // tile["ROWS"]) * -(-shape[3] // tile["KEYS"])
+            launch(
+                triton_kernels.mask_kernel, programs, *inputs, grad_mask, *strides, *sizes, *shape, *numbers, **flags,
+                **tile,
+            )  # fmt: skip
+    return grads
+
+
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocates the gradients; without elements that of a mask, where none is wanted."""
+    grad_mask = mask.new_empty(mask.shape) if mask is not None and mask_needs_grad else query.new_empty(0)
+    return _like(query), _like(key), _like(value), grad_mask
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Allocates a tensor with the strides of another, its features next to each other whatever those are."""
+    result = torch.empty_like(tensor)
+    return result if result.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@_backward.register_fake
+def _(grad, query, key, value, mask, *rest):  # type: ignore[no-untyped-def]
+    return _gradients(query, key, value, mask, rest[-1])
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, mask, dropout_p, is_causal, scale, mu, bias, eps, seed = inputs
+    ctx.save_for_backward(query, key, value, mask, eps, seed, *output)
+    ctx.options = (dropout_p, is_causal, scale, mu, bias)
+    ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
+
+
+def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    grads = torch.ops.lwpf_patch.triton_attention_backward(grad, *ctx.saved_tensors, *ctx.options, ctx.mask_needs_grad)
+    return *grads[:3], grads[3] if ctx.mask_needs_grad else None, None, None, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

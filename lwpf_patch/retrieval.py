@@ -1,0 +1,89 @@
+"""U-Hop's Stage II on its own: the retrieval of a stored pattern from a memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import sep as separators
+from .errors import SettingsError
+from .settings import parse_sep
+
+
+def retrieve(
+    memory: Tensor,
+    query: Tensor,
+    beta: float = 1.0,
+    steps: int = 1,
+    sep: str | float = "softmax",
+    feature_map: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Retrieves stored patterns: ``x <- Ξ Sep(β K(Ξ, x))``, with ``K(ξ, x) = <Φ(ξ), Φ(x)>``.
+
+    U-Hop's Stage II (Wu et al., ICML 2024); without a feature map, a modern Hopfield network (Ramsauer et al., ICLR
+    2021), with ``sep="sparsemax"`` a sparse one (Hu et al., NeurIPS 2023). The state is a pattern of the original space
+    all along: Φ serves to compare it with the memory only. Half precision is computed in float32.
+
+    Args:
+        memory: Ξ, the stored patterns as rows: (M, d), or many memories, (*B, M, d).
+        query: The states to start from: (*N, d), any number of dimensions; for many memories (*B, *N, d).
+        beta: β, the inverse temperature: a number above 0.
+        steps: How many updates to make.
+        sep: ``"softmax"``, ``"sparsemax"``, ``"entmax15"``, or alpha from 1 to 2. Others than the softmax need the
+            package ``entmax``.
+        feature_map: Φ, for example a :class:`lwpf_patch.FeatureMap`; None: the identity. It is given the memory, and
+            states of shape (*B, n, d).
+
+    Returns:
+        The states after the last update, of the query's shape and dtype.
+
+    Raises:
+        SettingsError: An option that is not allowed, or no ``entmax``.
+        RuntimeError: Shapes, dtypes or devices that do not go together.
+
+    Example:
+        >>> import torch, lwpf_patch
+        >>> lwpf_patch.retrieve(torch.eye(3), torch.tensor([0.6, 0.5, 0.1]), beta=100.0)
+        tensor([9.9995e-01, 4.5398e-05, 1.9285e-22])
+    """
+    alpha = parse_sep(sep, "retrieve(sep=...)")
+    if not isinstance(beta, (int, float)) or not 0.0 < beta < float("inf"):
+        raise SettingsError(f"beta={beta!r} (from retrieve(beta=...)): beta must be a number above 0")
+    if not _is_count(steps):
+        raise SettingsError(f"steps={steps!r} (from retrieve(steps=...)): steps must be a whole number of at least 1")
+    _check_inputs(memory, query)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    memory = memory.to(dtype)
+    batch = memory.shape[:-2]
+    state = query.to(dtype).reshape(*batch, -1, query.shape[-1])
+    keys = memory if feature_map is None else feature_map(memory)
+    for _ in range(steps):
+        mapped = state if feature_map is None else feature_map(state)
+        state = separators.normalise(beta * (mapped @ keys.mT), alpha) @ memory
+    return state.reshape(query.shape).to(query.dtype)
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False
+
+
+def _check_inputs(memory: Tensor, query: Tensor) -> None:
+    shapes = f"memory {list(memory.shape)}, query {list(query.shape)}"
+    if memory.dim() < 2 or query.dim() < 1 or memory.shape[-1] != query.shape[-1]:
+        raise RuntimeError(f"retrieve: memory (*B, M, d) and query (*B, *N, d) must agree in d, got {shapes}")
+    if query.shape[: memory.dim() - 2] != memory.shape[:-2] or query.dim() < memory.dim() - 1:
+        raise RuntimeError(f"retrieve: memory (*B, M, d) and query (*B, *N, d) must agree in B, got {shapes}")
+    if memory.shape[-2] == 0:
+        raise RuntimeError(f"retrieve: the memory is empty, got {shapes}")
+    if not memory.is_floating_point() or memory.dtype != query.dtype:
+        got = f"memory {memory.dtype}, query {query.dtype}"
+        raise RuntimeError(f"retrieve: memory and query must be of the same floating dtype, got {got}")
+    if memory.device != query.device:
+        raise RuntimeError(f"retrieve: memory is on {memory.device}, query on {query.device}")

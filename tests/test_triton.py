@@ -1,0 +1,291 @@
+"""The Triton backend: in Triton's interpreter, compiled ahead of time for GPUs, and on a GPU where there is one.
+
+The comparisons themselves are in tests/triton_cases.py. They run in a process of their own: whether Triton interprets
+is settled when it is first imported, for all kernels there are, and torch.compile in another test must not see it.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import lwpf_patch
+from lwpf_patch import ReLU, backends, lwpf_attention
+
+HERE = Path(__file__).parent
+CASES = (str(HERE / "triton_cases.py"), "-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "-s")
+#: The cases in parts of about the same time, by name, so that they run side by side.
+ORACLE, MEDIAN = "test_equals or test_the_attention or test_any_scale", "test_the_median or test_the_gradient"
+PARTS = {"oracle": ORACLE, "median": MEDIAN, "others": f"not ({ORACLE} or {MEDIAN})"}
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+@needs_triton
+@pytest.mark.timeout(900)  # ten seconds or so, where nothing else computes
+@pytest.mark.parametrize("part", PARTS)
+def test_the_cases_in_the_interpreter(part, python):
+    result = python("-m", "pytest", *CASES, "-k", PARTS[part], check=False, cwd=HERE.parent, TRITON_INTERPRET="1")
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def test_on_the_cpu_it_says_why_not():
+    query = torch.randn(5, 16)
+    with pytest.raises(lwpf_patch.SettingsError, match=r"backend 'triton' cannot do what is asked: .* are on cpu; use"):
+        lwpf_attention(query, query, query, func_d="relu", backend="triton")
+    assert backends.choose("auto", ReLU(), query, query, "exclude") == ("eager", "there are few scores")
+
+
+def test_the_kernels_are_imported_when_they_compute(python):
+    code = "import sys, lwpf_patch.attention; print([name for name in sys.modules if name.endswith('triton_kernels')])"
+    assert python(code=code).stdout.strip() == "[]"
+    code = "import sys, lwpf_patch.cli; print('torch' in sys.modules, 'triton' in sys.modules)"
+    assert python(code=code).stdout.strip() == "False False"
+
+
+# --- compiled ahead of time -------------------------------------------------------------------------------------------
+
+COMPILE = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lwpf_patch.backends import triton as backend, triton_kernels
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8",
+}
+backend.capability = lambda device: divmod(int(sys.argv[1]), 10)
+launched = []
+triton_kernels.launch = lambda kernel, programs, *values, **options: launched.append((kernel, values, options))
+
+def launches(dtype, width, mu, of_mask, dropout_p):
+    '''Has the backend start its kernels for a vision transformer, without starting them.'''
+    launched.clear()
+    packed = torch.empty(64, 197, 3, 12, width, dtype=dtype, device="meta")
+    inputs = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None if of_mask is None else torch.empty(64, 12, 197, 197, dtype=of_mask, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
+    options = (dropout_p, False, width**-0.5, mu, mu)
+    results = backend._forward._init_fn(*inputs, mask, *options, None, seed)
+    needs_grad = mask is not None and mask.is_floating_point()
+    backend._backward._init_fn(results[0], *inputs, mask, None, seed, *results, *options, needs_grad)
+    return list(launched)
+
+def compile(kernel, values, options, capability):
+    compiling = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    given = dict(zip(kernel.arg_names, values)) | {k: v for k, v in options.items() if k not in compiling}
+    signature, constants, hints = {}, {}, {}
+    for position, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
+        value = given[name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = "fp32"
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            hints[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiling)
+
+def resources(compiled):
+    '''Reads off a kernel's code the registers of a thread, its bytes of stack, and the block's shared memory.'''
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", shown).groups()
+    return int(registers), int(stack) + int(local), compiled.metadata.shared
+
+for dtype, width, mu, of_mask, dropout_p in json.loads(sys.argv[2]):
+    of_mask = of_mask and getattr(torch, of_mask)
+    for kernel, values, options in launches(getattr(torch, dtype), width, mu, of_mask, dropout_p):
+        if options.get("DIGIT", 1) == 1 and kernel.__name__ not in ("delta_kernel", "sample_kernel", "result_kernel"):
+            compiled = compile(kernel, values, options, int(sys.argv[1]))
+            print(json.dumps((kernel.__name__, dtype, width, mu, str(of_mask), dropout_p, *resources(compiled))))
+"""
+
+
+#: Dtype, width, mu (that of ReLU, or the median), dtype of the mask, dropout; and how many kernels these are.
+COMPILED = {
+    90: (
+        [
+            *(("bfloat16", width, mu, None, 0.0) for width in (64, 128) for mu in (0.0, None)),
+            ("bfloat16", 64, None, "bfloat16", 0.1),
+            ("bfloat16", 128, 0.0, "bool", 0.1),
+        ],
+        25,
+    ),
+    80: (
+        [("bfloat16", 64, 0.0, "bfloat16", 0.0), ("bfloat16", 128, None, None, 0.0), ("float16", 64, 0.0, None, 0.0)],
+        12,
+    ),
+}
+
+
+@needs_triton
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", COMPILED)
+def test_the_kernels_compile_and_spill_nothing(python, capability):
+    """Those of the common widths, with the pass over the values and without, with masks; no GPU is needed."""
+    import triton
+
+    if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():
+        pytest.skip("this Triton brings no cuobjdump")
+    variants, number = COMPILED[capability]
+    result = python(str(capability), json.dumps(variants), code=COMPILE)
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == number
+    for *name, registers, spilled, shared in kernels:
+        print(f"sm_{capability} {name}: {registers} registers, {shared} bytes shared")
+        assert spilled == 0, f"{name} spills {spilled} bytes"
+        assert shared <= 99 * 1024, f"{name} takes {shared} bytes of shared memory; the smaller Amperes have 99 KB"
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def exact(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Draws figures whose inner products every dtype computes without rounding, so that all agree on every tie."""
+    return (torch.randint(-128, 129, shape, device="cuda") / 128).to(dtype).requires_grad_()
+
+
+def gradients(func_d, inputs, cotangent, backend, **options):
+    out = lwpf_attention(*inputs, func_d=func_d, training=False, backend=backend, scale=1.0, **options)
+    return [out, *torch.autograd.grad(out, inputs, cotangent.to(out))]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+def test_the_cases_on_the_gpu(python):
+    result = python("-m", "pytest", *CASES, check=False, cwd=HERE.parent)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(64, 12, 197, 197, 64), (2, 4, 1024, 1024, 64), (1, 4, 1500, 700, 128)], ids=str)
+@pytest.mark.parametrize("func_d", ["relu", "pfu", "pfu:mu=0.1,bias=-0.5,sigma=0"])
+@pytest.mark.parametrize("how", ["plain", "causal", "padding"])
+def test_large_sizes_on_the_gpu(func_d, shape, dtype, how):
+    """Against the eager form in float64; errors may be a small factor of those of the eager form in the same dtype."""
+    batch, heads, length, keys, width = shape
+    query, key, value = (exact(batch, heads, n, width, dtype=dtype) for n in (length, keys, keys))
+    options = {"is_causal": how == "causal"}
+    if how == "padding":
+        options["attn_mask"] = torch.arange(keys, device="cuda") < torch.randint(
+            1, keys, (batch, 1, 1, 1), device="cuda"
+        )
+    cotangent = torch.randn(batch, heads, length, width, device="cuda").to(dtype)
+    wide = [t.detach().double().requires_grad_() for t in (query, key, value)]
+    wanted = gradients(func_d, wide, cotangent, "eager", **options)
+    ours = gradients(func_d, (query, key, value), cotangent, "triton", **options)
+    theirs = gradients(func_d, (query, key, value), cotangent, "eager", **options)
+    for name, one, other, true in zip(("output", "query", "key", "value"), ours, theirs, wanted, strict=True):
+        error, allowed = ((t.double() - true).abs().max() / true.abs().max() for t in (one, other))
+        print(f"{name}: error {error:.1e}, of the eager form {allowed:.1e}")
+        assert error <= 8 * (allowed + torch.finfo(dtype).eps / 2), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("func_d", ["relu", "pfu"])
+def test_memory_on_the_gpu(func_d):
+    query, key, value = (torch.randn(1, 8, 8192, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients(func_d, inputs, torch.ones_like(value), "triton")
+    used = torch.cuda.max_memory_allocated() - before
+    print(f"{func_d}: {used / 2**20:.0f} MB; the scores would be {8 * 8192**2 * 2 / 2**20:.0f} MB")
+    assert used < 8 * 8192**2 * 2 / 4
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("func_d", ["relu", "pfu"])
+def test_the_gpu_computes_the_same_every_time(func_d):
+    inputs = [torch.randn(8, 12, 197, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    mask = torch.randn(12, 197, 197, device="cuda", requires_grad=True)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        out = lwpf_attention(*inputs, mask, 0.1, func_d=func_d, training=False, backend="triton")
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [*inputs, mask])])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("func_d", ["relu", "pfu"])
+def test_a_cuda_graph_holds_it(func_d):
+    """Both passes and the search for the median; a replay sees new figures, and draws a new dropout."""
+    inputs = [torch.randn(4, 6, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def step(dropout_p):
+        out = lwpf_attention(*inputs, None, dropout_p, func_d=func_d, training=False, backend="triton")
+        return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+    for dropout_p in (0.0, 0.2):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(dropout_p)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = step(dropout_p)
+        with torch.no_grad():
+            for tensor in inputs:
+                tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        first = [tensor.clone() for tensor in held]
+        graph.replay()
+        if dropout_p:
+            assert not torch.equal(first[0], held[0])
+        else:
+            assert all(torch.equal(one, two) for one, two in zip(first, step(0.0), strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_on_the_gpu(dtype):
+    query, key, value = (torch.randn(2, 4, 99, 64, device="cuda") for _ in range(3))
+    with torch.autocast("cuda", dtype=dtype):
+        out = lwpf_attention(query, key, value, func_d="pfu", training=False)
+    assert out.dtype == dtype
+    direct = lwpf_attention(
+        query.to(dtype), key.to(dtype), value.to(dtype), func_d="pfu", training=False, backend="triton"
+    )  # fmt: skip
+    assert torch.equal(out, direct)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+def test_auto_takes_it_on_the_gpu():
+    query = torch.randn(2, 4, 99, 64, device="cuda")
+    assert backends.choose("auto", ReLU(), query, query, "exclude") == "triton"
+    assert backends.choose("auto", ReLU(), query.double(), query, "exclude") == "eager"
+    assert backends.choose("auto", ReLU(), query, query, "paper") == "eager"

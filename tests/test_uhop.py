@@ -1,0 +1,744 @@
+"""U-Hop in timm: the feature map in the attention, Stage I while an unmodified script trains, checkpoints, folding.
+
+hflayers and DeepRC have theirs in their own files.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vits import MODELS, images, rope, set_fused, vit
+
+import lwpf_patch
+from lwpf_patch import uhop
+from lwpf_patch.settings import parse_uhop
+
+STAGE = "iters=5,lr=0.5,samples=32"
+CLASSES = torch.tensor([0, 1, 2])
+
+
+def _maps(model):
+    return [module for module in model.modules() if isinstance(module, uhop.HostFeatureMap)]
+
+
+def _randomise(model, size=0.2):
+    """Gives the maps what they could have after Stage I."""
+    for each in _maps(model):
+        nn.init.normal_(each.weight, std=size)
+        each.steps.fill_(1)
+        each.adopt(each.settings)
+
+
+def _train(model, optimizer, steps=1, batch=None):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images() if batch is None else batch), CLASSES).backward()
+        optimizer.step()
+
+
+def _sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def _model(make=vit, **settings):
+    lwpf_patch.apply("timm", **{"uhop": STAGE, **settings})
+    return make()
+
+
+# --- what is computed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_and_queries_are_mapped(name, qk_norm, monkeypatch):
+    """Against the plain model with an attention, written here, that maps both."""
+    options = dict(qk_norm=qk_norm) if name == "Attention" else {}
+    plain = MODELS[name](**options).double().eval()
+    x = images().double()
+    model = copy.deepcopy(plain)
+    lwpf_patch.patch_model(model, uhop=STAGE)
+    _randomise(model)
+    matrices = iter([torch.eye(8) + each.weight.detach() for each in _maps(model)])
+
+    def attend(query, key, value, **options):
+        matrix = next(matrices)
+        query, key = (torch.einsum("hij,bhnj->bhni", matrix, t) for t in (query, key))
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
+
+    set_fused(plain, True)
+    fused = [model, copy.deepcopy(model)]
+    set_fused(fused[0], True)
+    set_fused(fused[1], False)
+    ours = [each(x) for each in fused]
+    gradients = [
+        torch.autograd.grad(out.square().sum(), [each.weight for each in _maps(m)])
+        for out, m in zip(ours, fused, strict=True)
+    ]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    expected = plain(x)
+    for out in ours:
+        torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gradient_of_the_map_is_that_of_finite_differences():
+    model = _model().double().eval()
+    _randomise(model)
+    x, weight = images(2).double(), _maps(model)[0].weight
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), weight)
+    direction = torch.randn_like(weight)
+    with torch.no_grad():
+        ends = []
+        for step in (1e-5, -2e-5):
+            weight += step * direction
+            ends.append(model(x).square().sum())
+        weight += 1e-5 * direction
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, (gradient * direction).sum(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("func_d", ["none", "relu", "pfu:sigma=0"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_until_stage_one_the_output_is_bitwise_that_without(name, fused, func_d):
+    model = MODELS[name]()
+    set_fused(model, fused)
+    with_map = copy.deepcopy(model)
+    lwpf_patch.patch_model(model, func_d=func_d)
+    lwpf_patch.patch_model(with_map, func_d=func_d, uhop=STAGE)
+    x = images()
+    assert torch.equal(model(x), with_map(x))
+    plain = [p.grad for p in _backward(model, x)]
+    assert all(torch.equal(a, b.grad) for a, b in zip(plain, _backward(with_map, x), strict=True))
+    assert all(not each.weight.grad.any() for each in _maps(with_map))
+
+
+def _backward(model, x):
+    model(x).square().sum().backward()
+    return [p for name, p in model.named_parameters() if "feature_map" not in name]
+
+
+def test_uhop_alone_forgets_nothing_and_together_with_func_d_it_forgets():
+    assert isinstance(_model().blocks[0].attn.func_d, lwpf_patch.NoForgetting)
+    lwpf_patch.revert()
+    assert isinstance(_model(func_d="relu").blocks[0].attn.func_d, lwpf_patch.ReLU)
+
+
+# --- Stage I --------------------------------------------------------------------------------------------------------
+
+
+def _separate_by_hand(keys, iters, t, lr):
+    """Stage I written out for the keys (M, d) of one head, with autograd, in float64."""
+    weight = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, requires_grad=True)
+    different = ~torch.eye(len(keys), dtype=torch.bool)
+    for _ in range(iters):
+        mapped = F.normalize(keys @ (torch.eye(keys.shape[1]).double() + weight).T, dim=-1)
+        distances = (mapped[:, None] - mapped[None]).square().sum(-1)[different]
+        (gradient,) = torch.autograd.grad((-t * distances).exp().mean().log(), weight)
+        weight = (weight - lr * gradient).detach().requires_grad_()
+    return weight.detach()
+
+
+def test_stage_one_separates_the_keys_of_the_first_step_and_changes_nothing_else():
+    plain = vit().double()
+    model = copy.deepcopy(plain)
+    lwpf_patch.patch_model(model, uhop="iters=7,lr=0.3,t=1.5,samples=1000")
+    x = images().double()
+    keys = []
+    handles = [
+        block.attn.qkv.register_forward_hook(
+            lambda module, inputs, out: keys.append(out.detach().reshape(3, 17, 3, 3, 8).permute(2, 3, 0, 1, 4)[1])
+        )
+        for block in plain.blocks
+    ]
+    _train(model, _sgd(model), batch=x)
+    _train(plain, _sgd(plain), batch=x)
+    ours = {name: value for name, value in model.state_dict().items() if "feature_map" not in name}
+    for name, value in plain.state_dict().items():
+        assert torch.equal(ours[name], value), name
+    for each, of_layer in zip(_maps(model), keys, strict=False):
+        for head in range(3):
+            different = torch.unique(
+                of_layer[head].flatten(0, 1), dim=0
+            )  # the class token's key is that of every image
+            expected = _separate_by_hand(different, 7, 1.5, 0.3)
+            torch.testing.assert_close(each.weight[head].detach(), expected, rtol=1e-9, atol=1e-10)
+    for handle in handles:
+        handle.remove()
+
+
+def test_every_iteration_lowers_the_loss_when_the_step_is_small():
+    keys = torch.randn(2, 20, 6)
+    phi = lwpf_patch.FeatureMap(6, heads=2)
+    losses = phi.separate(keys, iters=30, lr=0.01)
+    assert (losses.diff(dim=0) < 0).all()
+
+
+def test_afterwards_the_map_trains_with_the_task_or_stays_frozen():
+    for train in ("true", "false"):
+        model = _model(uhop=f"{STAGE},train={train}")
+        optimizer = _sgd(model)
+        _train(model, optimizer)
+        after = [each.weight.detach().clone() for each in _maps(model)]
+        assert all(weight.any() for weight in after)
+        _train(model, optimizer)
+        moved = [not torch.equal(a, each.weight) for a, each in zip(after, _maps(model), strict=True)]
+        assert all(moved) if train == "true" else not any(moved)
+        lwpf_patch.revert()
+
+
+def test_it_runs_once_or_every_so_many_steps(monkeypatch):
+    runs = []
+    monkeypatch.setattr(uhop, "run_stage_one", lambda maps: runs.append((maps[0]._steps, len(maps))))
+    model = _model(uhop="every=3,until=8")
+    optimizer = _sgd(model)
+    _train(model, optimizer, steps=12)
+    assert runs == [(1, 2), (4, 2), (7, 2)]
+    runs.clear()
+    lwpf_patch.revert()
+    model = _model()
+    _train(model, _sgd(model), steps=4)
+    assert runs == [(1, 2)]
+
+
+@pytest.mark.parametrize("text", ["", "every=1", "every=4,until=4", "every=4,until=5", "every=3"])
+def test_when_stage_one_is_due(text):
+    settings = parse_uhop(text or "on")
+    due = [step for step in range(1, 40) if settings.is_due(step)]
+    assert due == ([step for step in range(1, settings.until + 1) if (step - 1) % settings.every == 0] if text else [1])
+    assert settings.last == due[-1]
+
+
+def test_the_progress_line_tells_losses_and_time(caplog):
+    model = _model()
+    with caplog.at_level(logging.INFO, "lwpf_patch"):
+        _train(model, _sgd(model))
+    (line,) = [record.message for record in caplog.records if "Stage I" in record.message]
+    assert "on timm after step 1: 2 layers, 5 iterations" in line
+    before, after = line.rpartition(": ")[2].split(", ")[0].split(" -> ")
+    assert float(after) < float(before)
+
+
+def test_repeated_keys_are_one_pattern_and_one_alone_is_left_out(caplog):
+    model = _model()
+    first, second = _maps(model)
+    first._keys = torch.randn(3, 1, 8).expand(3, 10, 8)
+    second._keys = torch.randn(3, 4, 8).repeat(1, 3, 1)
+    assert uhop._different(second).shape == (3, 4, 8)
+    uhop.run_stage_one([first, second])
+    assert "1 layers of timm saw one key only" in caplog.text
+    assert not first.weight.any()
+    assert second.weight.any()
+
+
+def test_a_loss_that_goes_up_is_a_warning(caplog):
+    model = _model(uhop="iters=3,lr=1e6")
+    _train(model, _sgd(model))
+    assert "the separation loss of some layers of timm went up: lr=1e+06 is too large" in caplog.text
+
+
+@pytest.mark.parametrize("batch", [30, 64, 128, 256, 264, 512])
+@pytest.mark.parametrize("length", [16, 17, 196, 197, 198])
+def test_sampled_keys_come_from_everywhere(batch, length):
+    each = uhop.HostFeatureMap(2, 1, parse_uhop("on"), "timm", torch.zeros(()))
+    place = torch.arange(batch * length)
+    keys = torch.stack([place // length, place % length], -1).float().view(batch, 1, length, 2)
+    sample = uhop._sample(each, keys)[0]
+    assert len(torch.unique(sample, dim=0)) == min(256, batch * length) == len(sample)
+    items, positions = sample.unbind(1)
+    assert len(torch.unique(items)) >= min(batch, 256) * 0.6
+    assert len(torch.unique(positions)) >= min(length, 256) * 0.6
+
+
+# --- in scripts that do not know it ---------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing():
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(5)
+        model = _model()
+        model.set_grad_checkpointing(checkpointing)
+        x = images()
+        _train(model, _sgd(model), steps=2, batch=x)
+        results.append(model.state_dict())
+        lwpf_patch.revert()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_gradscaler(dtype):
+    model = _model(lambda: vit().float())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1)  # the first steps overflow
+    made = 0
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            loss = F.cross_entropy(model(images(dtype=torch.float32)), CLASSES)
+        scaler.scale(loss).backward()
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        made += scaler.get_scale() >= before
+        assert _maps(model)[0]._steps == min(made, 1)
+        if made > 1:
+            break
+    assert made
+    assert all(each.weight.any() and each.weight.dtype == torch.float32 for each in _maps(model))
+
+
+def test_pure_half_precision():
+    model = _model().to(torch.bfloat16)
+    _train(model, _sgd(model), steps=2, batch=images().to(torch.bfloat16))
+    assert all(each.weight.any() and each.weight.dtype == torch.bfloat16 for each in _maps(model))
+
+
+def test_gradient_accumulation_counts_steps_of_the_optimizer():
+    model = _model()
+    optimizer = _sgd(model)
+    for _ in range(3):
+        F.cross_entropy(model(images()), CLASSES).backward()
+        assert not _maps(model)[0].weight.any()
+    optimizer.step()
+    assert _maps(model)[0].weight.any()
+
+
+def test_several_optimizers():
+    """Stage I follows the one that has the map; that of the head, and another model's, do not count."""
+    model, other = _model(uhop="iters=2,every=2"), nn.Linear(2, 2)
+    maps = [p for name, p in model.named_parameters() if "feature_map" in name]
+    rest = [p for name, p in model.named_parameters() if "feature_map" not in name]
+    optimizers = [torch.optim.SGD(other.parameters()), torch.optim.SGD(rest, lr=0.1), torch.optim.Adam(maps)]
+    for step in range(3):
+        other(torch.randn(1, 2)).sum().backward()
+        F.cross_entropy(model(images()), CLASSES).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(each._steps == step + 1 for each in _maps(model))
+
+
+def test_a_map_that_no_optimizer_has_is_an_error():
+    lwpf_patch.revert()
+    model = vit()
+    optimizer = _sgd(model)
+    lwpf_patch.apply("timm", uhop=STAGE)
+    with pytest.raises(lwpf_patch.LwpfError, match=r"no optimizer has the feature maps of timm.*before the optimizer"):
+        _train(model, optimizer, steps=uhop.PATIENCE + 1)
+
+
+def test_a_stale_forward_pass_is_no_reason_for_that_error():
+    idle, model = _model(), vit()
+    idle(images())
+    optimizer = _sgd(model)
+    _train(model, optimizer, steps=uhop.PATIENCE + 1)
+    for _ in range(uhop.PATIENCE + 1):  # a generator's images, while its critic trains
+        idle(images()).detach()
+        _train(model, optimizer)
+    assert not _maps(idle)[0].weight.any()
+
+
+def test_what_the_script_freezes_stays_as_it_is_unless_frozen_maps_were_asked_for():
+    for settings, separated in ((STAGE, False), (f"{STAGE},train=false", True)):
+        model = _model(uhop=settings)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("head"))
+        _train(model, torch.optim.SGD(model.head.parameters(), lr=0.1), steps=2)
+        assert all(bool(each.weight.any()) == separated for each in _maps(model))
+        lwpf_patch.revert()
+
+
+def test_a_frozen_map_stays_frozen_when_the_script_thaws_everything():
+    model = _model(uhop=f"{STAGE},train=false").requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    _train(model, optimizer)
+    after = _maps(model)[0].weight.detach().clone()
+    assert after.any()
+    _train(model, optimizer, steps=2)
+    assert torch.equal(_maps(model)[0].weight, after)
+
+
+def test_training_in_evaluation_mode():
+    model = _model().eval()
+    _train(model, _sgd(model))
+    assert all(each.weight.any() for each in _maps(model))
+
+
+def _copy_of_the_parameters(model):
+    """As BYOL, DINO and MoCo make their second network."""
+    other = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update(model):
+        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+            mine.lerp_(theirs, 0.5)
+
+    return other, update
+
+
+def _averages():
+    from timm.utils import ModelEmaV2, ModelEmaV3
+    from torch.optim.swa_utils import AveragedModel
+
+    def made_of(make, update):
+        def both(model):
+            average = make(model)
+            return average.module, getattr(average, update)
+
+        return both
+
+    return {
+        "ModelEmaV2": made_of(lambda model: ModelEmaV2(model, decay=0.5), "update"),
+        "ModelEmaV3": made_of(lambda model: ModelEmaV3(model, decay=0.5), "update"),
+        "AveragedModel": made_of(AveragedModel, "update_parameters"),
+        "with buffers": made_of(lambda model: AveragedModel(model, use_buffers=True), "update_parameters"),
+        "parameters": _copy_of_the_parameters,
+    }
+
+
+@pytest.mark.parametrize("kind", _averages())
+def test_an_average_of_the_model_computes_with_the_average_of_the_map(kind):
+    model = _model()
+    average, update = _averages()[kind](model)
+    optimizer = _sgd(model)
+    for _ in range(4):
+        _train(model, optimizer)
+        update(model)
+    average.eval()
+    x = images()
+    expected = average(x)
+    assert all(each.weight.any() for each in _maps(average))
+    again = vit().eval()
+    again.load_state_dict(average.state_dict())
+    assert torch.equal(again(x), expected)
+    for each in _maps(again):
+        nn.init.zeros_(each.weight)
+    assert not torch.equal(again(x), expected)
+    lwpf_patch.fold(average)
+    torch.testing.assert_close(average(x), expected)
+
+
+def test_weight_decay_pulls_to_the_identity():
+    model = _model()
+    _randomise(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1.0)
+    before = _maps(model)[0].weight.detach().clone()
+    optimizer.zero_grad(set_to_none=False)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(_maps(model)[0].weight.detach(), 0.9 * before)
+
+
+def test_under_torch_compile():
+    torch.manual_seed(3)
+    x = images()
+    results = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(3)
+        model = _model()
+        run = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
+        optimizer = _sgd(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(run(x), CLASSES).backward()
+            optimizer.step()
+        results.append(model.state_dict())
+        assert _maps(model)[0].weight.any()
+        lwpf_patch.revert()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value)
+
+
+def test_data_parallel_replicas_are_refused():
+    model = _model()
+    replica = _maps(model)[0]._replicate_for_data_parallel()
+    replica.weight = _maps(model)[0].weight.detach()
+    query = torch.randn(2, 3, 5, 8)
+    with pytest.raises(lwpf_patch.LwpfError, match=r"nn\.DataParallel"):
+        replica(query, query)
+
+
+def test_a_scripted_model():
+    model = _model().eval()
+    with pytest.raises(lwpf_patch.LwpfError, match="waits for Stage I"):
+        torch.jit.script(model.blocks[0].attn)
+    _randomise(model)
+    x = torch.randn(2, 17, 24, dtype=torch.float64)
+    for fused in (True, False):
+        set_fused(model, fused)
+        attention = model.blocks[0].attn
+        torch.testing.assert_close(torch.jit.script(attention)(x), attention(x))
+
+
+def test_traced_and_exported():
+    model = _model().eval()
+    _randomise(model)
+    x = images()
+    expected = model(x)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+    attention = model.blocks[0].attn
+    traced = torch.fx.symbolic_trace(attention, concrete_args=dict(attn_mask=None, is_causal=False))
+    tokens = torch.randn(2, 17, 24, dtype=torch.float64)
+    torch.testing.assert_close(traced(tokens), attention(tokens))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_the_map_loads_and_means_the_identity():
+    lwpf_patch.revert()
+    plain = vit()
+    model = _model()
+    _randomise(model)
+    model.load_state_dict(plain.state_dict(), strict=True)
+    lwpf_patch.revert()
+    x = images()
+    expected = plain(x)
+    lwpf_patch.apply("timm", uhop=STAGE)
+    again = vit()
+    again.load_state_dict(plain.state_dict(), strict=True)
+    assert torch.equal(again(x), expected)
+    assert all(each._steps == 0 and not each.weight.any() for each in _maps(again))
+
+
+def test_a_checkpoint_with_the_map_comes_back_exactly():
+    model = _model()
+    _train(model, _sgd(model), steps=2)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    again = vit()
+    again.load_state_dict(torch.load(file, weights_only=True))
+    model.eval(), again.eval()
+    x = images()
+    assert torch.equal(model(x), again(x))
+    assert all(each._separated for each in _maps(again))
+    pickled = pickle.loads(pickle.dumps(model))
+    assert torch.equal(pickled(x), model(x))
+
+
+def test_a_resumed_run_goes_on_where_it_stopped():
+    """Between the runs of a bilevel Stage I, also in another process."""
+    batches = [images() for _ in range(6)]
+
+    def go_on(model, optimizer, some):
+        for batch in some:
+            _train(model, optimizer, batch=batch)
+
+    torch.manual_seed(1)
+    model = _model(uhop="iters=3,every=2,until=6")
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters())
+    go_on(model, optimizer, batches)
+    first = vit()
+    first.load_state_dict(start)
+    optimizer = torch.optim.AdamW(first.parameters())
+    go_on(first, optimizer, batches[:2])
+    resumed = vit()
+    resumed.load_state_dict(first.state_dict())
+    resumed_optimizer = torch.optim.AdamW(resumed.parameters())
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    go_on(resumed, resumed_optimizer, batches[2:])
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert all(each._steps == 5 for each in _maps(resumed))  # that of its last Stage I
+
+
+def test_a_model_saved_with_a_map_is_not_run_without(monkeypatch):
+    model = _model()
+    _randomise(model)
+    saved = pickle.dumps(model)
+    lwpf_patch.apply("timm", func_d="relu", uhop=STAGE)  # other settings: the map stays
+    assert _maps(model)[0].weight.any()
+    del model
+    lwpf_patch.apply("timm", func_d="relu")
+    with pytest.raises(lwpf_patch.ConflictError, match="saved with a feature map"):
+        pickle.loads(saved)
+
+
+def test_revert_takes_the_map_away_and_says_what_is_lost(caplog):
+    model = _model()
+    assert "feature_map" in repr(model)
+    _randomise(model)
+    with caplog.at_level(logging.WARNING, "lwpf_patch"):
+        lwpf_patch.revert()
+    assert "2 trained feature maps of timm were removed" in caplog.text
+    assert not _maps(model)
+    assert not any("feature_map" in name for name in model.state_dict())
+
+
+# --- folding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("func_d", ["none", "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_model_gives_the_same_and_is_an_ordinary_one(func_d, bias):
+    model = _model(lambda: vit(qkv_bias=bias), func_d=func_d).eval()
+    _randomise(model)
+    x = images()
+    expected = model(x)
+    assert lwpf_patch.fold(model) == ["blocks.0.attn", "blocks.1.attn"]
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(lwpf_patch.SettingsError, match="no feature map"):
+        lwpf_patch.fold(model)
+    state = model.state_dict()
+    lwpf_patch.revert()
+    lwpf_patch.apply("timm", func_d=func_d)
+    plain = vit(qkv_bias=bias).eval()
+    plain.load_state_dict(state, strict=True)
+    assert torch.equal(plain(x), model(x))
+
+
+def test_folding_is_exact_to_rounding():
+    model = _model().double().eval()
+    _randomise(model)
+    x = images().double()
+    expected = model(x)
+    lwpf_patch.fold(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_folded_model_can_have_a_new_map():
+    model = _model()
+    _train(model, _sgd(model))
+    lwpf_patch.fold(model)
+    lwpf_patch.apply("timm", uhop="iters=3")
+    assert len(_maps(model)) == 2
+    assert not _maps(model)[0].weight.any()
+    lwpf_patch.patch_model(model, uhop="on")
+    lwpf_patch.fold(model)
+    lwpf_patch.patch_model(model, uhop="on")
+    assert len(_maps(model)) == 2
+
+
+@pytest.mark.parametrize("how", ["unpatch", "patch again"])
+def test_taking_trained_maps_from_a_model_is_said(how, caplog):
+    model = vit()
+    lwpf_patch.patch_model(model, uhop=STAGE)
+    _randomise(model)
+    lwpf_patch.unpatch_model(model) if how == "unpatch" else lwpf_patch.patch_model(model, func_d="relu")
+    assert "2 trained feature maps" in caplog.text
+
+
+def test_a_module_without_data_can_be_made():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    attention_class = type(_model().blocks[0].attn)
+    with FakeTensorMode():
+        attention = attention_class(24, num_heads=3)
+        assert attention(torch.randn(2, 5, 24)).shape == (2, 5, 24)
+
+
+def test_a_model_on_meta_gets_a_checkpoint_without_the_map():
+    lwpf_patch.revert()
+    state = vit().state_dict()
+    lwpf_patch.apply("timm", uhop=STAGE)
+    with torch.device("meta"):
+        model = timm.models.VisionTransformer(
+            img_size=16, patch_size=4, num_classes=5, embed_dim=24, depth=2, num_heads=3
+        )
+    model.load_state_dict(state, assign=True)
+    _train(model, _sgd(model))
+    assert all(each.weight.any() for each in _maps(model))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(lambda: vit(qk_norm=True), "its q_norm stands between"), (rope, "a rotary embedding stands between")],
+)
+def test_folding_is_refused_where_something_stands_between(make, reason):
+    model = _model(make).eval()
+    x = images()
+    expected = model(x)
+    _randomise(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(lwpf_patch.RewriteError, match=rf"fold: the feature map of .*{reason}.*Nothing was folded"):
+        lwpf_patch.fold(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for each in _maps(model):
+        nn.init.zeros_(each.weight)
+    lwpf_patch.fold(model)  # the identity only has to be taken away
+    torch.testing.assert_close(model(x), expected)
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iters=0", "iters='0'.*must be a whole number of at least 1"),
+        ("iters=1.5", "iters must be a whole number"),
+        ("t=0", "t must be a number above 0"),
+        ("lr=-1", "lr must be a number above 0"),
+        ("loss=median", "loss must be 'average' or 'maximum'"),
+        ("train=yes", "train must be 'true' or 'false'"),
+        ("samples=1", "samples must be a whole number of at least 2"),
+        ("until=5", "needs every="),
+        ("iter=5", "unknown option of uhop 'iter'"),
+        ("100", "write 'on', 'off', or options as in"),
+        ("iters=1,100", "'100' .*is not of the form option=value"),
+        (5, "is not text"),
+    ],
+)
+def test_wrong_requests_name_the_option(text, message):
+    with pytest.raises(lwpf_patch.SettingsError, match=message):
+        lwpf_patch.apply("timm", uhop=text)
+
+
+def test_the_variable_the_command_and_the_report(python):
+    code = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from vits import vit, images
+model = vit()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+if {train}:
+    model(images()).sum().backward()
+    optimizer.step()
+else:
+    model(images())
+print(model.blocks[0].attn.func_d, bool(model.blocks[0].attn.feature_map.weight.any()))
+"""
+    from conftest import ROOT
+
+    tests = str(ROOT / "tests")
+    out = python(code=code.format(tests=tests, train=True), LWPF_PATCH="timm", LWPF_UHOP="iters=3")
+    assert out.stdout.strip() == "NoForgetting() True"
+    assert "uhop iters=3," in out.stderr
+    assert "Stage I on timm after step 1" in out.stderr
+    out = python(code=code.format(tests=tests, train=False), LWPF_PATCH="timm", LWPF_UHOP="on")
+    assert "Stage I never ran" in out.stderr
+    out = python("-m", "lwpf_patch", "run", "--uhop", "iters=2", "--func-d", "relu", "script.py")
+    assert out.stdout.strip() == "ReLU() False"
+    out = python("-m", "lwpf_patch", "run", "--uhop", "iter=2", "script.py", check=False)
+    assert out.returncode == 2
+    assert "unknown option of uhop 'iter' (from --uhop)" in out.stderr
+    out = python("-m", "lwpf_patch", "diff", "timm", "--uhop", "on")
+    assert out.stdout.count("+        q = self.feature_map(q, k)\n") == 2
+
+
+def test_status_tells_of_the_maps():
+    model = _model()
+    _train(model, _sgd(model))
+    status = lwpf_patch.status()["hosts"]["timm"]
+    assert status["settings"]["uhop"].startswith("iters=5,")
+    assert status["feature_maps"]["separated"] >= 2
+
+
+def test_every_version_of_timm_in_use_is_edited():
+    assert timm.__version__
+    for plan in lwpf_patch.hosts.HOSTS["timm"].plans(lwpf_patch.settings.Settings(uhop="on")):
+        assert "feature_map" in plan.diff()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import sys
 
+import pytest
 from conftest import ROOT, require_host, skip_for_host
 
 
@@ -29,6 +32,69 @@ def test_bit_pattern(python, tmp_path):
     figures = json.loads((tmp_path / "figures" / "bit_pattern.json").read_text())
     assert set(figures["runs"]) == {"plain", "relu", "pfu"}
     assert (tmp_path / "figures" / "bit_pattern.png").stat().st_size > 10_000
+
+
+def test_memory_retrieval(python, tmp_path):
+    pytest.importorskip("entmax")
+    recipe = str(ROOT / "recipes" / "memory_retrieval" / "compare.py")
+    out = python(recipe, "--quick", "--output", "figures")
+    folder = tmp_path / "figures"
+    with (folder / "memory_retrieval.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    methods = {"dense", "sparse", "polynomial", "l2", "manhattan", "mean"}
+    assert {row["method"] for row in rows} == methods
+    assert {row["data"] for row in rows} == {"photographs", "digits"}
+    assert {row["experiment"] for row in rows} == {"memory", "noise", "iterations", "beta"}
+    assert all(float(row["error"]) >= 0 for row in rows)
+    figures = json.loads((folder / "memory_retrieval.json").read_text())
+    assert figures["versions"]["entmax"]
+    for name in methods - {"mean"}:
+        assert f"\n{name}, U-Hop " in out.stdout
+    # Without a step of Stage I a network is the plain one, to the last digit.
+    errors = {}
+    for row in rows:
+        if row["data"] == "digits" and row["method"] == "dense" and row["seed"] == "0" and row["beta"] == "1.0":
+            errors[row["experiment"], row["x"], row["uhop"]] = row["error"]
+    assert errors["iterations", "0", "True"] == errors["beta", "1.0", "False"]
+    for data in ("photographs", "digits"):
+        assert (folder / f"{data}.png").stat().st_size > 10_000
+
+
+def test_memory_retrieval_says_what_it_cannot_fetch(python):
+    pytest.importorskip("torchvision")
+    recipe = str(ROOT / "recipes" / "memory_retrieval" / "compare.py")
+    code = f"""
+import runpy, sys, urllib.request
+def offline(*arguments, **options):
+    raise urllib.error.URLError("no network")
+urllib.request.urlopen = offline
+sys.argv = ["compare.py", "--quick", "--data", "mnist"]
+runpy.run_path({recipe!r}, run_name="__main__")
+"""
+    out = python(code=code, check=False)
+    assert out.returncode == 1
+    assert "compare.py: cannot download mnist to build/data: " in out.stderr
+    assert "--data photographs needs no network" in out.stderr
+
+
+@pytest.mark.parametrize(("task", "host", "items"), [("digits", "timm", "images"), ("bit_pattern", "hflayers", "bags")])
+def test_stage_one(python, tmp_path, task, host, items):
+    require_host(host)
+    script = str(ROOT / "recipes" / "stage_one" / "compare.py")
+    out = python(script, "--quick", "--epochs", "2", "--task", task, "--output", "figures")
+    assert "Separation loss before and after Stage I" in out.stdout
+    assert out.stderr.count("patched; func_d none") == 3
+    figures = json.loads((tmp_path / "figures" / f"stage_one-{task}.json").read_text())
+    assert list(figures["runs"]) == ["plain", "phi", "uhop", "bilevel"]
+    (plain,), (phi,), (uhop,), (bilevel,) = figures["runs"].values()
+    assert not plain["stage_one"]
+    assert [each["before"] == each["after"] for each in phi["stage_one"]] == [True]
+    assert [each["step"] for each in uhop["stage_one"]] == [1]
+    epoch_steps = math.ceil(plain[items]["train"] / plain["arguments"]["batch_size"])
+    assert [each["step"] for each in bilevel["stage_one"]] == [1, 1 + epoch_steps]
+    for each in (*uhop["stage_one"], *bilevel["stage_one"]):
+        assert all(after < before for before, after in zip(each["before"], each["after"], strict=True))
+    assert (tmp_path / "figures" / f"stage_one-{task}.png").stat().st_size > 10_000
 
 
 def test_a_failing_run_fails_the_comparison(python, tmp_path):

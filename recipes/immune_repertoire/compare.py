@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import os
 import platform
 import random
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,22 +23,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package; what they share lies beside them
 
-from comparison import (  # noqa: E402
-    LABELS,
-    PLAIN,
-    STYLES,
-    VARIANTS,
-    Curve,
-    Metric,
-    Recipe,
-    Run,
-    Runs,
-    parse_arguments,
-    plot,
-    positive,
-    run_all,
-    summarise,
-)
+from comparison import PLAIN, VARIANTS, Curve, Metric, Recipe, Run, Runs, Variant, main, positive, train  # noqa: E402
 
 EXAMPLE = "deeprc.examples.example_single_task_cnn"
 #: With the script's own learning rate, 0.0001, as few updates as ours would show nothing.
@@ -49,13 +32,8 @@ REPOSITORY = "https://github.com/ml-jku/DeepRC"
 #: Where the example has its data, in the repository and, but for the first folder, seen from its working directory.
 DATASET = Path("deeprc", "datasets", "example_dataset")
 
-#: The one variant more than elsewhere: the remedy that lwpf_patch names when it sees dead bags.
-REMEDY = "relu, empty=plain"
-# Plain attention is a patched DeepRC too, one that forgets nothing: the patch brings the shims without which DeepRC
-# does not run in a current environment.
-VARIANTS.update({PLAIN: "none", REMEDY: "relu:empty=plain"})
-STYLES[REMEDY] = ("#009E73", ":")
-LABELS[REMEDY] = "LwPF, ReLU, empty=plain"
+#: One variant more than elsewhere: the remedy that lwpf_patch names when it sees dead bags.
+REMEDY = Variant("relu, empty=plain", "LwPF, ReLU, empty=plain", colour="#009E73", style=":", func_d="relu:empty=plain")
 
 #: Ours for the sets of DeepRC's log; the test set is not among them, it comes after the training.
 SETS = {"training_inference": "train", "validation": "validation"}
@@ -67,6 +45,9 @@ NUMBER = re.compile(r"'(\w+)': (?:[\w.]+\()?([-+.\w]+)")
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 MOTIF = "SFEN"
+
+#: The metrics that the table has room for.
+SHOWN = ("train_roc_auc", "test_roc_auc", "train_bacc", "train_loss")
 
 
 class ImmuneRepertoire(Recipe):
@@ -105,10 +86,16 @@ class ImmuneRepertoire(Recipe):
             write_dataset(Path(shared, *DATASET.parts[1:]), *repertoires)
 
     def run(
-        self, options: argparse.Namespace, variant: str, seed: int, folder: Path, quiet: bool
+        self, options: argparse.Namespace, variant: Variant, seed: int, folder: Path, quiet: bool
     ) -> tuple[Run, list[str]]:
         """Trains, and takes note of whether lwpf_patch warned of dead bags."""
-        stdout, messages = train(variant, self.command(options, seed, folder, quiet), folder, options.threads)
+        # DeepRC asks for three threads, wherever it runs; this is the one limit that it cannot lift.
+        threads = dict.fromkeys(("OMP_THREAD_LIMIT", "OMP_NUM_THREADS"), str(options.threads))
+        # Its progress bars cannot be switched off and are held back, with what lwpf_patch writes in their midst. It
+        # also asks before it downloads gigabytes: that is for a person to answer, not for a comparison.
+        arguments = self.command(options, seed, folder, quiet=True)
+        stdout, stderr = train(self.host, variant, arguments, folder, quiet=True, environment=threads)
+        messages = re.findall(r"lwpf_patch: .*", stderr)
         warned = any("forgot every score" in message for message in messages)
         return {**self.read(folder, stdout), "warned": warned}, messages
 
@@ -147,6 +134,78 @@ class ImmuneRepertoire(Recipe):
             **named("test", scores(tested[1])),
         }
 
+    def summarise(self, runs: Runs) -> dict[str, dict[str, Any]]:
+        """Counts the seeds that lwpf_patch warned of and those that were dead as well."""
+        summary = super().summarise(runs)
+        for variant, repeats in runs.items():
+            summary[variant] |= {key: sum(run[key] for run in repeats) for key in ("warned", "dead")}
+        return summary
+
+    def table(self, summary: dict[str, dict[str, Any]]) -> str:
+        """Returns the summary as text."""
+        metrics = [metric for metric in self.metrics if metric.key in SHOWN]
+        widths = [max(15, len(metric.name) + 2) for metric in metrics]
+        columns = "".join(f"{metric.name:>{width}}" for metric, width in zip(metrics, widths, strict=True))
+        lines = [f"{'variant':<17}{columns}{'warned':>8}{'dead':>6}{'seconds':>9}"]
+        lines.append("-" * len(lines[0]))
+        for variant, row in summary.items():
+            cells = ""
+            for metric, width in zip(metrics, widths, strict=True):
+                figures = row[metric.key]
+                cell = f"{figures['mean']:.3f}"
+                if figures["deviation"] is not None:
+                    cell += f" ± {figures['deviation']:.3f}"
+                cells += f"{cell:>{width}}"
+            lines.append(f"{variant:<17}{cells}{row['warned']:>8}{row['dead']:>6}{row['seconds_mean']:>9.1f}")
+        return "\n".join(lines)
+
+    def verdicts(self, options: argparse.Namespace, runs: Runs, summary: dict[str, dict[str, Any]]) -> list[str]:
+        """Says what the figures are good for.
+
+        Random repertoires can be learned by heart only, so there it is the training set that counts. A difference
+        stands out if it is larger than the distance between the best and the worst seed of either variant.
+
+        Returns:
+            One sentence, of all variants.
+        """
+        random_data = options.script == EXAMPLE and options.data == "example"
+        key = "train_roc_auc" if random_data else "test_roc_auc"
+        plain = summary[PLAIN][key]
+        parts = []
+        for variant, row in summary.items():
+            if variant == PLAIN:
+                continue
+            spread = max(max(figures["values"]) - min(figures["values"]) for figures in (row[key], plain))
+            difference = row[key]["mean"] - plain["mean"]
+            dead = f", {row['dead']} of {options.seeds} dead" if row["dead"] else ""
+            parts.append(f"{variant} {difference:+.3f} (seeds alone: {spread:.3f}{dead})")
+        metric = next(metric.name for metric in self.metrics if metric.key == key)
+        sentence = f"Against plain attention's {metric} of {plain['mean']:.3f}: {'; '.join(parts)}"
+        if options.seeds == 1:
+            sentence += "; a single seed cannot show whether that is more than chance"
+        if random_data:
+            sentence += "; the labels are random, so this is learning by heart, and the test set says nothing"
+        return [f"{sentence}."]
+
+    def heading(self, options: argparse.Namespace) -> str:
+        """Names the script, and the example's data."""
+        title = f"DeepRC's {options.script.rpartition('.')[2]}"
+        if options.script == EXAMPLE:
+            title += f" on {'random' if options.data == 'example' else 'implanted'} repertoires"
+        return title
+
+    def plot(self, options: argparse.Namespace, runs: Runs) -> Figure:
+        """Draws the learning curves, with a thin line for each seed: means alone would hide that some are dead."""
+        figure = super().plot(options, runs)
+        for axes, curve in zip(figure.axes, self.curves, strict=True):
+            for variant in self.variants:
+                looks = {"color": variant.colour, "linestyle": variant.style, "linewidth": 0.7}
+                for run in runs[variant.name]:
+                    positions = [entry[self.step] for entry in run[f"{self.step}s"]]
+                    axes.plot(positions, curve.of(run, self.step), **looks)
+        figure.axes[0].legend(loc="center right")  # between the dead ones, at 0.5, and the others
+        return figure
+
 
 RECIPE = ImmuneRepertoire(
     name="immune_repertoire",
@@ -168,65 +227,13 @@ RECIPE = ImmuneRepertoire(
     items="repertoires",
     confident=False,
     step="update",
+    # Plain attention is a patched DeepRC too, one that forgets nothing: the patch brings the shims without which
+    # DeepRC does not run in a current environment.
+    variants=(
+        *(dataclasses.replace(each, func_d="none") if each.name == PLAIN else each for each in VARIANTS),
+        REMEDY,
+    ),
 )
-#: The metrics that the table has room for.
-SHOWN = ("train_roc_auc", "test_roc_auc", "train_bacc", "train_loss")
-
-
-def main() -> None:
-    """Compares, and says where the figures are."""
-    options = parse_arguments(RECIPE)
-    title = f"DeepRC's {options.script.rpartition('.')[2]}"
-    if options.script == EXAMPLE:
-        title += f" on {'random' if options.data == 'example' else 'implanted'} repertoires"
-    recipe = dataclasses.replace(RECIPE, title=title)
-    start = time.perf_counter()
-    runs = run_all(recipe, options)
-    total_seconds = time.perf_counter() - start
-    summary = summarise(recipe, runs)
-    for variant, repeats in runs.items():
-        summary[variant] |= {key: sum(run[key] for run in repeats) for key in ("warned", "dead")}
-    judgement = verdict(recipe, options, summary)
-    print(table(recipe, summary), judgement, f"The whole comparison took {total_seconds:.0f} s.", sep="\n")
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "arguments": {name: value for name, value in vars(options).items() if name != "output"},
-        "versions": runs[PLAIN][0]["versions"] | {name: version(name) for name in ("lwpf_patch", "matplotlib")},
-        "cpu_count": os.cpu_count(),
-        "total_seconds": total_seconds,
-        "func_d": VARIANTS,
-        "summary": summary,
-        "verdict": judgement,
-        "runs": runs,
-    }
-    data, picture = (options.output / f"{recipe.name}{suffix}" for suffix in (".json", ".png"))
-    data.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    plot_every_seed(recipe, options, runs).savefig(picture, dpi=150)
-    print(f"Wrote {data} and {picture}")
-
-
-def train(variant: str, arguments: list[str], folder: Path, threads: int) -> tuple[str, list[str]]:
-    """Trains in an interpreter of its own.
-
-    Returns:
-        What it printed, and what lwpf_patch said on stderr.
-
-    Raises:
-        SystemExit: It failed.
-    """
-    wrapper = ["-m", "lwpf_patch", "run", "--patch", "deeprc", "--func-d", str(VARIANTS[variant])]
-    command = [sys.executable, *wrapper, *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LWPF_")}
-    # DeepRC asks for three threads, wherever it runs; this is the one limit that it cannot lift.
-    environment |= {"OMP_THREAD_LIMIT": str(threads), "OMP_NUM_THREADS": str(threads)}
-    # It also asks before it downloads gigabytes: that is for a person to answer, not for a comparison. Its progress
-    # bars cannot be switched off and are held back, together with what lwpf_patch writes in their midst.
-    child = subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True)
-    stdout, stderr = (stream.decode(errors="replace") for stream in (child.stdout, child.stderr))
-    if child.returncode:
-        sys.exit(f"{stderr}compare.py: a {variant} run failed with exit code {child.returncode}: {' '.join(command)}")
-    return stdout, re.findall(r"lwpf_patch: .*", stderr)
 
 
 def scores(text: str) -> dict[str, float]:
@@ -326,69 +333,5 @@ def write_dataset(folder: Path, repertoires: Sequence[Sequence[str]], labels: Se
         file["sampledata/sample_sequences_start_end"] = np.stack([np.append(0, ends[:-1]), ends], axis=1)
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
-
-
-def table(recipe: Recipe, summary: dict[str, dict[str, Any]]) -> str:
-    """Returns the summary as text."""
-    metrics = [metric for metric in recipe.metrics if metric.key in SHOWN]
-    widths = [max(15, len(metric.name) + 2) for metric in metrics]
-    columns = "".join(f"{metric.name:>{width}}" for metric, width in zip(metrics, widths, strict=True))
-    lines = [f"{'variant':<17}{columns}{'warned':>8}{'dead':>6}{'seconds':>9}"]
-    lines.append("-" * len(lines[0]))
-    for variant, row in summary.items():
-        cells = ""
-        for metric, width in zip(metrics, widths, strict=True):
-            figures = row[metric.key]
-            cell = f"{figures['mean']:.3f}"
-            if figures["deviation"] is not None:
-                cell += f" ± {figures['deviation']:.3f}"
-            cells += f"{cell:>{width}}"
-        lines.append(f"{variant:<17}{cells}{row['warned']:>8}{row['dead']:>6}{row['seconds_mean']:>9.1f}")
-    return "\n".join(lines)
-
-
-def plot_every_seed(recipe: Recipe, options: argparse.Namespace, runs: Runs) -> Figure:
-    """Draws the learning curves, with a thin line for each seed: means alone would hide that some are dead."""
-    figure = plot(recipe, options, runs)
-    for axes, curve in zip(figure.axes, recipe.curves, strict=True):
-        for variant, repeats in runs.items():
-            colour, style = STYLES[variant]
-            for run in repeats:
-                positions = [entry[recipe.step] for entry in run[f"{recipe.step}s"]]
-                axes.plot(positions, curve.of(run, recipe.step), color=colour, linestyle=style, linewidth=0.7)
-    figure.axes[0].legend(loc="center right")  # between the dead ones, at 0.5, and the others
-    return figure
-
-
-def verdict(recipe: Recipe, options: argparse.Namespace, summary: dict[str, dict[str, Any]]) -> str:
-    """Says what the figures are good for.
-
-    Random repertoires can be learned by heart only, so there it is the training set that counts. A difference stands
-    out if it is larger than the distance between the best and the worst seed of either variant.
-
-    Returns:
-        One sentence.
-    """
-    random_data = options.script == EXAMPLE and options.data == "example"
-    key = "train_roc_auc" if random_data else "test_roc_auc"
-    plain = summary[PLAIN][key]
-    parts = []
-    for variant, row in summary.items():
-        if variant == PLAIN:
-            continue
-        spread = max(max(figures["values"]) - min(figures["values"]) for figures in (row[key], plain))
-        difference = row[key]["mean"] - plain["mean"]
-        dead = f", {row['dead']} of {options.seeds} dead" if row["dead"] else ""
-        parts.append(f"{variant} {difference:+.3f} (seeds alone: {spread:.3f}{dead})")
-    metric = next(metric.name for metric in recipe.metrics if metric.key == key)
-    sentence = f"Against plain attention's {metric} of {plain['mean']:.3f}: {'; '.join(parts)}"
-    if options.seeds == 1:
-        sentence += "; a single seed cannot show whether that is more than chance"
-    if random_data:
-        sentence += "; the labels are random, so this is learning by heart, and the test set says nothing"
-    return f"{sentence}."
-
-
 if __name__ == "__main__":
-    main()
+    main(RECIPE)

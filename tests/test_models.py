@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -80,7 +81,7 @@ def test_copies_pickles_scripts_and_compiles(fused):
         torch.compile(model, fullgraph=True, backend="aot_eager"),
         torch.export.export(model, (x,)).module(),
     ):
-        torch.testing.assert_close(again(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(x), expected)
 
 
 def test_pickles_do_not_need_the_process_that_wrote_them(python, tmp_path):
@@ -114,3 +115,18 @@ def test_what_cannot_be_patched():
         patch_model(vit(), exclude="*")
     with pytest.raises(SettingsError, match=r"unknown func_d 'rleu' \(from patch_model\(func_d=...\)\)"):
         patch_model(vit(), func_d="rleu")
+
+
+def test_the_backend_that_computes_is_said_once_with_its_reason(caplog):
+    lwpf_patch.apply("timm", func_d="relu:empty=plain")
+    model = vit()
+    with caplog.at_level(logging.INFO, "lwpf_patch"):
+        model(images())
+        lwpf_patch.patch_model(model, backend="cpu")
+        model(images())
+    lines = [record.message for record in caplog.records if "is computed by backend" in record.message]
+    assert lines == [
+        "timm: attention is computed by backend eager: there are few scores",
+        "timm: attention is computed by backend cpu: as asked",
+    ]
+    assert lwpf_patch.status()["hosts"]["timm"]["backends"] == {"cpu": ["as asked"], "eager": ["there are few scores"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import oracle
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention
-from lwpf_patch.backends import cpu, cpu_median, tiles
+from lwpf_patch.backends import cpu, cpu_kept, cpu_median, tiles
 
 INF = float("inf")
 
@@ -25,10 +26,20 @@ FUNC_DS = {
 }
 
 
-@pytest.fixture(params=["eager", "cpu"])
+@pytest.fixture(params=["eager", "cpu, scores made again", "cpu, weights kept"])
 def backend(request, monkeypatch):
-    """Every backend; that of the CPU with tiles so small that there are many."""
+    """Every backend; both ways of the CPU's, with tiles so small that there are many."""
     monkeypatch.setattr(cpu, "TILE", 64)
+    name, _, way = request.param.partition(", ")
+    if way:
+        monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: way == "weights kept")
+    return name
+
+
+@pytest.fixture(params=[False, True], ids=["scores made again", "weights kept"])
+def kept(request, monkeypatch):
+    """Both ways of the CPU's backend."""
+    monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: request.param)
     return request.param
 
 
@@ -448,9 +459,8 @@ def test_second_derivatives_of_the_eager_form():
 
 @pytest.mark.parametrize("kind", ["normal", "whole numbers", "all 0", "mostly 0", "float64"])
 @pytest.mark.parametrize("mask_name", ["none", "boolean", "additive"])
-def test_the_median_is_exact(kind, mask_name, monkeypatch):
+def test_the_median_is_exact(kind, mask_name, kept):
     """Rank, value and number of equal scores, over sizes on both sides of a tile."""
-    monkeypatch.setattr(cpu, "TILE", 1 << 11)
     for _ in range(20):
         batch, length, keys = (int(torch.randint(1, high, ())) for high in (4, 90, 90))
         query, key = torch.randn(batch, length, 4), torch.randn(batch, keys, 4)
@@ -468,7 +478,7 @@ def test_the_median_is_exact(kind, mask_name, monkeypatch):
         elif mask_name == "additive":
             mask = torch.randn(1, 1, length, keys, dtype=query.dtype).round()
             mask = mask.masked_fill(torch.rand(mask.shape) < 0.3, -INF)
-        problem = tiles.Problem(query, key, mask, 1, False, 1 << 11)
+        problem = tiles.Problem(query, key, 0.5, mask, 1, False, 1 << 11, 1)
         scores = []
         for tile in problem.tiles():  # their very values: another product of matrices would round differently
             part, excluded = problem.scores(tile)
@@ -476,6 +486,11 @@ def test_the_median_is_exact(kind, mask_name, monkeypatch):
         scores = torch.cat(scores)
         if len(scores) == 0:
             continue
+        if kept:
+            made = torch.full((batch, length, keys), math.nan, dtype=query.dtype)
+            for tile in problem.tiles():
+                problem.scores(tile, out=made)
+            problem = problem._replace(made=made)
         ties = torch.zeros(cpu_median.TIES + 1, dtype=torch.int64)
         expected = sorted(scores.tolist())[(len(scores) - 1) // 2]
         assert cpu_median.median(problem, ties) == expected
@@ -483,7 +498,7 @@ def test_the_median_is_exact(kind, mask_name, monkeypatch):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_gradient_of_a_median_with_many_ties(masked):
+def test_the_gradient_of_a_median_with_many_ties(masked, kept):
     """More scores are equal to the median than positions are noted; whole numbers, so that ties are exact."""
     query, key, value = (torch.randint(-1, 2, (2, 20, 3)).double().requires_grad_() for _ in range(3))
     mask = torch.rand(20, 20) < 0.8 if masked else None
@@ -493,6 +508,12 @@ def test_the_gradient_of_a_median_with_many_ties(masked):
         query, key, value, func_d=Forgetting("pfu", "dmedian", "mu"), attn_mask=mask, scale=1.0
     )  # fmt: skip
     compare(ours, expected, [query, key, value])
+
+
+def test_weights_are_kept_where_they_take_no_more_memory_than_what_there_is():
+    for length, keys, width, expected in ((197, 197, 64, True), (256, 256, 64, True), (257, 257, 64, False)):
+        query, key, value = (torch.empty(3, n, width, device="meta") for n in (length, keys, keys))
+        assert cpu_kept.suits(query, key, value) == expected
 
 
 def test_no_tensor_of_the_size_of_all_scores():
@@ -534,7 +555,7 @@ def test_auto_takes_the_backend_of_the_cpu_for_many_scores(monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_compute_the_same_every_time(threads):
+def test_threads_compute_the_same_every_time(threads, kept):
     # In float64: rounding in float32 may make a neighbour of the median the median.
     query, key, value = (torch.randn(8, 300, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.randn(300, 300, dtype=torch.float64, requires_grad=True)
@@ -572,8 +593,9 @@ def test_opcheck(func_d, dropout_p):
     seed, eps = torch.tensor(3), torch.tensor(0.1)
     mask = torch.randn(1, 1, 9, 9, requires_grad=True)
     for m in (None, mask, mask > 0):
-        arguments = (query, key, value, m, 2, dropout_p, False, 64, mu, bias, eps, seed)
+        arguments = (query, key, value, 0.5, m, 2, dropout_p, False, 32, 2, mu, bias, eps, seed)
         torch.library.opcheck(torch.ops.lwpf_patch.cpu_attention, arguments)
+        torch.library.opcheck(torch.ops.lwpf_patch.cpu_kept_attention, arguments)
 
 
 def test_there_is_no_second_derivative_by_the_cpu_backend():

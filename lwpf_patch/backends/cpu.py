@@ -12,6 +12,8 @@ With R the kept keys, Z the denominator, L = log Z + the row's maximum, and G = 
 
 A forgotten key has no gradient of its own. Where b is the threshold a, and a the median, db goes to the scores that are
 equal to the median, shared evenly.
+
+Short sequences, whose weights may be kept in that memory too, go to :mod:`lwpf_patch.backends.cpu_kept`.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from . import cpu_kept
 from .arguments import flat_mask, widen_mask
 from .cpu_median import TIES, median
-from .tiles import Problem, Tile
+from .cpu_steps import add_to_mask, add_to_query_and_key, add_to_ties, dropout, keep
+from .tiles import Problem
 
-#: Scores in a tile for each thread: small enough for a core's second cache, large enough that calls do not count.
-TILE = 1 << 17
+#: Scores in a tile for each thread: few enough for the caches, enough rows for products of matrices to be fast.
+TILE = 1 << 19
 #: Scores no larger than this need no maximum taken off before their exponentials, which are far from any limit.
 BOUND = 60.0
 
@@ -79,7 +82,7 @@ def attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     flat = [
         tensor.expand(*lead, *tensor.shape[-2:]).reshape(lead.numel(), *tensor.shape[-2:])
-        for tensor in (query * factor, key, value)
+        for tensor in (query, key, value)
     ]
     mask = None
     if attn_mask is not None:
@@ -88,15 +91,16 @@ def attention(
             mask = mask.expand(*mask.shape[:-1], key.shape[-2])
     seed = torch.randint(2**62, ()) if dropout_p > 0 else torch.zeros((), dtype=torch.int64)
     noise = torch.zeros((), dtype=flat[0].dtype) if eps is None else eps.to(flat[0].dtype)
-    out, *_ = torch.ops.lwpf_patch.cpu_attention(
-        *flat, mask, lead[-1] if lead else 1, dropout_p, is_causal, _tile_size(), mu, bias, noise, seed
+    operator = cpu_kept.forward if cpu_kept.suits(*flat) else _forward
+    out, *_ = operator(
+        *flat, factor, mask, lead[-1] if lead else 1, dropout_p, is_causal, TILE, _threads(), mu, bias, noise, seed
     )
     return out.reshape(*lead, *out.shape[-2:]).to(dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tile_size() -> int:
-    return TILE * min(torch.get_num_threads(), 32)  # counts of the scores in a tile shall be exact in float32
+def _threads() -> int:
+    return min(torch.get_num_threads(), 32)  # counts of the scores in a tile shall be exact in float32
 
 
 @torch.library.custom_op("lwpf_patch::cpu_attention", mutates_args=(), device_types="cpu")
@@ -104,11 +108,13 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: float,
     mask: Tensor | None,
     heads: int,
     dropout_p: float,
     is_causal: bool,
     tile_size: int,
+    threads: int,
     mu: float | None,
     bias: float | None,
     eps: Tensor,
@@ -118,7 +124,7 @@ def _forward(
 
     The ties are the number of scores that are equal to the median, and the positions of some of them.
     """
-    problem = Problem(query, key, mask, heads, is_causal, tile_size)
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
     ties = torch.zeros(TIES + 1, dtype=torch.int64)
     centre = torch.full((), median(problem, ties) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
@@ -128,11 +134,12 @@ def _forward(
     log_sum = query.new_empty(query.shape[:2])
     rho = query.new_zeros(query.shape[:2])
     small = _are_small(problem, b)
+    scratch = problem.scratch()
     for tile in problem.tiles():
         scores, excluded = problem.scores(tile)
         if excluded is not None:
             scores.masked_fill_(excluded, a)  # not above the threshold, so not kept
-        weights = F.threshold(scores, a, b)
+        weights = torch.ops.aten.threshold.out(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
         if small:
             weights.exp_()
         else:
@@ -145,11 +152,11 @@ def _forward(
         total = weights.sum(-1, keepdim=True)
         if excluded is not None or not tile.keys:
             total.masked_fill_(total == 0, 1)  # a row with no key left gives 0
-        kept = _keep_(weights, scores, a)
+        kept = keep(weights, scores, a, out=weights)
         if mu is None:
             rho[tile.batch, tile.rows] = 1 - (kept.sum(-1, keepdim=True) / total).squeeze(-1)
         if dropout_p > 0:
-            kept *= _dropout(kept, dropout_p, seed, tile)
+            kept *= dropout(kept, dropout_p, seed, tile)
         torch.bmm(kept, value[tile.batch, : tile.keys], out=out[tile.batch, tile.rows]).div_(total)
         log_total = total.log_() if small else total.log_().add_(highest)
         log_sum[tile.batch, tile.rows] = log_total.squeeze(-1)
@@ -167,12 +174,7 @@ def _are_small(problem: Problem, b: float) -> bool:
     if not problem.query.numel() or not problem.key.numel():
         return True
     largest = problem.query.norm(dim=-1).amax() * problem.key.norm(dim=-1).amax()
-    return largest.item() <= BOUND and abs(b) <= BOUND
-
-
-def _keep_(weights: Tensor, scores: Tensor, a: float) -> Tensor:
-    """Puts 0 in place of the weights of all scores but those above the threshold, several times as fast as where()."""
-    return torch.ops.aten.threshold_backward.grad_input(weights, scores, a, grad_input=weights)
+    return largest.item() * abs(problem.scale) <= BOUND and abs(b) <= BOUND
 
 
 def _exp_(x: Tensor) -> Tensor:
@@ -180,15 +182,8 @@ def _exp_(x: Tensor) -> Tensor:
     return x.clamp_(min=-87.0 if x.dtype == torch.float32 else -700.0).exp_()
 
 
-def _dropout(like: Tensor, p: float, seed: Tensor, tile: Tile) -> Tensor:
-    """Makes the dropout mask of a tile, the same in both passes."""
-    place = tile.batch.start * 2**31 + tile.rows.start
-    generator = torch.Generator().manual_seed((int(seed) + place) % 2**62)
-    return torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(max(1 - p, 1e-30))
-
-
 @_forward.register_fake
-def _(query, key, value, mask, heads, dropout_p, is_causal, tile_size, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
     rows = query.new_empty(query.shape[:2])
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
@@ -201,6 +196,7 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: float,
     mask: Tensor | None,
     out: Tensor,
     log_sum: Tensor,
@@ -213,12 +209,13 @@ def _backward(
     dropout_p: float,
     is_causal: bool,
     tile_size: int,
+    threads: int,
     mu: float | None,
     bias: float | None,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
-    problem = Problem(query, key, mask, heads, is_causal, tile_size)
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
     a = threshold.item()
     # Whether there are first rows, which see every key and write its gradient; later ones add theirs.
     new = torch.zeros_like if is_causal or not query.shape[1] else torch.empty_like
@@ -229,91 +226,60 @@ def _backward(
     if small:  # exp(s - L) = exp(s) exp(-L), and exp(-L) can multiply rows of features in place of scores
         row = (-log_sum).exp_()[..., None]
         grad, row_delta = grad * row, delta * row
+    scratch = problem.scratch()
     for tile in problem.tiles():
         scores, excluded = problem.scores(tile)
         if excluded is not None:
             scores.masked_fill_(excluded, a)
-        weights = scores.exp() if small else _exp_(scores - log_sum[tile.batch, tile.rows, None])
-        weights = _keep_(weights, scores, a)
+        weights = scratch[: scores.numel()].view(scores.shape)
+        if small:
+            torch.exp(scores, out=weights)
+        else:
+            _exp_(torch.sub(scores, log_sum[tile.batch, tile.rows, None], out=weights))
+        weights = keep(weights, scores, a, out=weights)
         tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
         beta = 1 if is_causal or tile.rows.start > 0 else 0
         inner = torch.bmm(tile_grad, value[tile.batch, tile_keys].transpose(1, 2), out=scores)
         if dropout_p > 0:
-            keep = _dropout(weights, dropout_p, seed, tile)
-            inner *= keep
-            grad_value[tile.batch, tile_keys].baddbmm_((weights * keep).transpose(1, 2), tile_grad, beta=beta)
+            dropped = dropout(weights, dropout_p, seed, tile)
+            inner *= dropped
+            grad_value[tile.batch, tile_keys].baddbmm_((weights * dropped).transpose(1, 2), tile_grad, beta=beta)
         else:
             grad_value[tile.batch, tile_keys].baddbmm_(weights.transpose(1, 2), tile_grad, beta=beta)
         inner.sub_((row_delta if small else delta)[tile.batch, tile.rows]).mul_(weights)
-        torch.bmm(inner, key[tile.batch, tile_keys], out=grad_query[tile.batch, tile.rows])
-        grad_key[tile.batch, tile_keys].baddbmm_(inner.transpose(1, 2), query[tile.batch, tile.rows], beta=beta)
+        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, beta, beta_query=0)
         if grad_mask.numel():
-            _add_to_mask(grad_mask, problem, tile, inner)
+            add_to_mask(grad_mask, problem, tile, inner)
     if mu is None and bias is None:
         # The forgotten scores become the threshold, and pass their gradient on to it; the comparison has none.
         share = -(rho * delta.squeeze(-1)).sum() / ties[0].clamp(min=1)
-        _add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
+        add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
     return grad_query, grad_key, grad_value, grad_mask
 
 
-def _add_to_mask(grad_mask: Tensor, problem: Problem, tile: Tile, inner: Tensor) -> None:
-    part = grad_mask[problem.mask_index(tile)]
-    part += inner.sum_to_size(part.shape)
-
-
-def _add_to_ties(
-    problem: Problem,
-    centre: Tensor,
-    ties: Tensor,
-    share: Tensor,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_mask: Tensor,
-) -> None:
-    """Gives each score that is equal to the median its share of the threshold's gradient."""
-    if ties[0] > TIES or ties[1] < 0:  # they were not noted: look again
-        for tile in problem.tiles():
-            scores, excluded = problem.scores(tile)
-            equal = scores == centre
-            if excluded is not None:
-                equal &= ~excluded
-            inner = equal.to(scores.dtype).mul_(share)
-            grad_query[tile.batch, tile.rows].baddbmm_(inner, problem.key[tile.batch, : tile.keys])
-            grad_key[tile.batch, : tile.keys].baddbmm_(inner.transpose(1, 2), problem.query[tile.batch, tile.rows])
-            if grad_mask.numel():
-                _add_to_mask(grad_mask, problem, tile, inner)
-        return
-    length, keys = problem.query.shape[1], problem.key.shape[1]
-    for position in ties[1 : 1 + int(ties[0])].tolist():
-        batch, row, column = position // (length * keys), position // keys % length, position % keys
-        grad_query[batch, row] += share * problem.key[batch, column]
-        grad_key[batch, column] += share * problem.query[batch, row]
-        if grad_mask.numel():
-            tile = Tile(slice(batch, batch + 1), slice(row, row + 1), keys)
-            grad_mask[problem.mask_index(tile)][..., column] += share
-
-
 @_backward.register_fake
-def _(grad, query, key, value, mask, *rest):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-def]
     grad_mask = torch.empty_like(mask) if mask is not None and rest[-1] else query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, mask, heads, dropout_p, is_causal, tile_size, mu, bias, _, seed = inputs
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, _, seed = inputs
     ctx.save_for_backward(query, key, value, mask, *output, seed)
-    ctx.options = (heads, dropout_p, is_causal, tile_size, mu, bias)
-    ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient
+    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, mu, bias)
+    ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
 def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     query, key, value, mask, out, log_sum, rho, threshold, centre, ties, seed = ctx.saved_tensors
     grads = torch.ops.lwpf_patch.cpu_attention_backward(
-        grad.contiguous(), query, key, value, mask, out, log_sum, rho, threshold, centre, ties, seed, *ctx.options,
-        ctx.mask_needs_grad,
+        grad.contiguous(), query, key, value, ctx.scale, mask, out, log_sum, rho, threshold, centre, ties, seed,
+        *ctx.options, ctx.mask_needs_grad,
     )  # fmt: skip
     grad_mask = grads[3] if ctx.mask_needs_grad else None
-    return *grads[:3], grad_mask, *[None] * 8
+    return *grads[:3], None, grad_mask, *[None] * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -20,13 +20,40 @@ TIES = 64
 FEW = 1 << 15
 
 
+class _Collected(NamedTuple):
+    """The scores of a tile within the bracket.
+
+    Attributes:
+        tile: The tile.
+        values: The scores.
+        words: Flat positions in the tile of groups of scores.
+        chosen: Which of the scores of these groups, one after another, the values are.
+        size: How many scores a group has.
+    """
+
+    tile: Tile
+    values: Tensor
+    words: Tensor
+    chosen: Tensor
+    size: int
+
+    def positions(self, problem: Problem, which: Tensor) -> Tensor:
+        """Returns the flat positions of some of the values among all scores, (B H, L, S)."""
+        chosen = self.chosen[which]
+        place = self.words[chosen // self.size] * self.size + chosen % self.size
+        tile, rows = self.tile, self.tile.rows.stop - self.tile.rows.start
+        row, column = place // tile.keys, place % tile.keys
+        row = (tile.batch.start + row // rows) * problem.query.shape[1] + tile.rows.start + row % rows
+        return row * problem.key.shape[1] + column
+
+
 class _Count(NamedTuple):
-    """How many scores count, lie below the bracket, and within; and these, with their places in the tiles."""
+    """How many scores count, lie below the bracket, and within; and these, tile by tile."""
 
     valid: int
     below: int
     within: int
-    collected: list[tuple[Tile, Tensor, Tensor]]
+    collected: list[_Collected]
 
 
 def median(problem: Problem, ties: Tensor) -> float:
@@ -55,9 +82,8 @@ def median(problem: Problem, ties: Tensor) -> float:
         if flat:
             ties[0], ties[1] = found.within, -1
             return sample[(len(sample) - 1) // 2].item()
-        value = _kth_value(torch.cat([values for _, values, _ in found.collected]), rank)
-        places = [_positions(problem, tile, where[values == value]) for tile, values, where in found.collected]
-        equal = torch.cat(places)
+        value = _kth_value(torch.cat([part.values for part in found.collected]), rank)
+        equal = torch.cat([part.positions(problem, part.values == value) for part in found.collected])
         ties[0] = len(equal)
         ties[1 : 1 + min(len(equal), TIES)] = equal[:TIES]
         return value
@@ -83,17 +109,21 @@ def _count(problem: Problem, low: float, high: float, keep: bool) -> _Count:
         count = int(inside.sum())
         within += count
         if count and keep:
-            where = inside.flatten().nonzero().squeeze(1)
-            collected.append((tile, scores.flatten()[where], where))
+            collected.append(_collect(tile, scores.flatten(), inside.flatten(), low, high))
     return _Count(valid, below, within, collected)
 
 
-def _positions(problem: Problem, tile: Tile, where: Tensor) -> Tensor:
-    """Converts flat positions in a tile to flat positions among all scores."""
-    rows = tile.rows.stop - tile.rows.start
-    row, column = where // tile.keys, where % tile.keys
-    row = (tile.batch.start + row // rows) * problem.query.shape[1] + tile.rows.start + row % rows
-    return row * problem.key.shape[1] + column
+def _collect(tile: Tile, scores: Tensor, inside: Tensor, low: float, high: float) -> _Collected:
+    """Collects the scores within the bracket, of which there are few.
+
+    What is not 0 is searched for in words of 8 bytes, twice as fast as number by number.
+    """
+    even = (len(scores) * scores.itemsize) % 8 == (scores.storage_offset() * scores.itemsize) % 8 == 0
+    word = torch.int64 if even else torch.int32
+    words = inside.view(word).nonzero().squeeze(1)
+    values = scores.view(word).take(words).view(scores.dtype)
+    chosen = ((values > low) & (values < high)).nonzero().squeeze(1)
+    return _Collected(tile, values.take(chosen), words, chosen, word.itemsize // scores.itemsize)
 
 
 def _kth_value(values: Tensor, rank: int) -> float:
@@ -117,7 +147,10 @@ def _sample(problem: Problem) -> Tensor:
     size = int((batch * length * keys) ** 0.6)
     generator = torch.Generator().manual_seed(batch * length * keys)  # of its own: the script's draws stay the same
     b, i, j = (torch.randint(high, (size,), generator=generator) for high in (batch, length, keys))
-    scores = (problem.query[b, i] * problem.key[b, j]).sum(-1)
+    if problem.made is not None:
+        scores = problem.made[b, i, j]  # with the mask
+    else:
+        scores = (problem.query[b, i] * problem.key[b, j]).sum(-1) * problem.scale
     if problem.is_causal:
         scores = scores[j <= i]
     elif problem.mask is not None:
@@ -125,7 +158,10 @@ def _sample(problem: Problem) -> Tensor:
         at = (b // problem.heads, b % problem.heads, i, j)
         drawn = mask[tuple(index if extent > 1 else 0 for index, extent in zip(at, mask.shape, strict=True))]
         drawn = drawn.expand(size)
-        scores = scores[drawn] if mask.dtype == torch.bool else (scores + drawn)[drawn > lowest(mask.dtype)]
+        if mask.dtype == torch.bool:
+            scores = scores[drawn]
+        else:
+            scores = (scores if problem.made is not None else scores + drawn)[drawn > lowest(mask.dtype)]
     return scores.sort().values
 
 

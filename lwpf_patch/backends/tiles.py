@@ -26,23 +26,29 @@ class Tile(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What both passes compute with; q is scaled already.
+    """What both passes compute with.
 
     Attributes:
         query: (B H, L, E).
         key: (B H, S, E).
+        scale: Factor of the products of query and key.
         mask: (B or 1, H or 1, L or 1, S or 1), boolean or additive, or None.
         heads: H.
         is_causal: Whether query i sees the keys 0 to i only.
-        size: How many scores a tile has, about.
+        size: How many scores a thread has of a tile, about.
+        threads: How many threads share a tile: batch items of their own where there are as many.
+        made: All scores, made before: (B H, L, S); None: they are made tile by tile.
     """
 
     query: Tensor
     key: Tensor
+    scale: float
     mask: Tensor | None
     heads: int
     is_causal: bool
     size: int
+    threads: int
+    made: Tensor | None = None
 
     def tiles(self) -> Iterator[Tile]:
         """Yields the tiles, which cover every score once.
@@ -50,8 +56,10 @@ class Problem(NamedTuple):
         They are always the same, so that scores made again are the same bit by bit.
         """
         batch, length, keys = self.query.shape[0], self.query.shape[1], self.key.shape[1]
-        rows = max(1, min(length, max(16, self.size // max(keys, 1))))
-        group = max(1, self.size // max(rows * keys, 1))
+        sharing = max(1, min(self.threads, batch))
+        size = self.size * self.threads // sharing
+        rows = max(1, min(length, max(16, size // max(keys, 1))))
+        group = sharing * max(1, size // max(rows * keys, 1))
         varies = self.mask is not None and self.mask.shape[:2].numel() > 1
         for start in range(0, batch, self.heads) if varies else (0,):
             end = start + self.heads if varies else batch
@@ -74,17 +82,34 @@ class Problem(NamedTuple):
             slice(0, tile.keys),
         )
 
-    def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        """Makes the scores of a tile, and the mask of the keys that are excluded."""
-        query, key = self.query[tile.batch, tile.rows], self.key[tile.batch, : tile.keys]
-        scores = torch.bmm(query, key.transpose(1, 2))
+    def scratch(self) -> Tensor:
+        """Returns memory for as many numbers as the largest tile has scores."""
+        sizes = ((t.batch.stop - t.batch.start) * (t.rows.stop - t.rows.start) * t.keys for t in self.tiles())
+        return self.query.new_empty(max(sizes, default=0))
+
+    def scores(self, tile: Tile, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Makes the scores of a tile, and the mask of the keys that are excluded.
+
+        Args:
+            tile: The tile.
+            out: (B H, L, S): where all scores are to lie; None: in memory of their own.
+        """
+        where = self.made if out is None else out
+        part = None if where is None else where[tile.batch, tile.rows, : tile.keys]
+        if out is not None or part is None:
+            query, key = self.query[tile.batch, tile.rows], self.key[tile.batch, : tile.keys]
+            scores = query.new_empty(query.shape[0], query.shape[1], tile.keys) if part is None else part
+            scores.baddbmm_(query, key.transpose(1, 2), beta=0, alpha=self.scale)
+        else:
+            scores = part
         excluded = None
         if self.mask is not None:
             mask = self.mask[self.mask_index(tile)]
             if mask.dtype == torch.bool:
                 excluded = ~mask
             else:
-                scores += mask
+                if self.made is None:
+                    scores += mask
                 excluded = mask <= lowest(mask.dtype)
         elif self.is_causal:
             rows = torch.arange(tile.rows.start, tile.rows.stop)

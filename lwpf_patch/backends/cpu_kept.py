@@ -1,0 +1,173 @@
+"""CPU, short sequences: the weights of the forward pass are kept for the backward pass.
+
+Where the scores take no more memory than query, key, value and output, keeping them leaves memory linear, and saves the
+backward pass a product of matrices and the exponentials. With P the weights of the kept keys, 0 elsewhere, and
+G = dO V^T (times the dropout mask)::
+
+    forward    P = [s > a] softmax(D(s))    out = P V
+    backward   dS = P (G - rowsum(P G)), which is the backward of the softmax;   dQ = scale dS K, dK = scale dS^T Q
+
+The gradient of the threshold is that of :mod:`lwpf_patch.backends.cpu`, whose tiles these are too: what is computed of
+a tile one step after another stays in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .cpu_median import TIES, median
+from .cpu_steps import add_to_mask, add_to_query_and_key, add_to_ties, dropout, keep
+from .tiles import Problem
+
+
+def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Returns whether the scores take no more memory than query, key, value and output together."""
+    length, keys = query.shape[1], key.shape[1]
+    return length * keys <= (length + keys) * (query.shape[2] + value.shape[2])
+
+
+@torch.library.custom_op("lwpf_patch::cpu_kept_attention", mutates_args=(), device_types="cpu")
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    heads: int,
+    dropout_p: float,
+    is_causal: bool,
+    tile_size: int,
+    threads: int,
+    mu: float | None,
+    bias: float | None,
+    eps: Tensor,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the output; the weights; rho of each row; the threshold with and without noise; and the ties.
+
+    The arguments, rho and the ties are those of ``cpu_attention``.
+    """
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
+    # With is_causal no tile reaches the last keys of the first rows.
+    new = query.new_zeros if is_causal else query.new_empty
+    weights = new(query.shape[0], query.shape[1], key.shape[1])
+    ties = torch.zeros(TIES + 1, dtype=torch.int64)
+    if mu is None:
+        for tile in problem.tiles():
+            problem.scores(tile, out=weights)
+        problem = problem._replace(made=weights)
+    centre = torch.full((), median(problem, ties) if mu is None else mu, dtype=query.dtype)
+    threshold = centre + eps
+    a = threshold.item()
+    b = a if bias is None else bias
+    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    rho = query.new_zeros(query.shape[:2])
+    scratch = problem.scratch()
+    for tile in problem.tiles():
+        scores, excluded = problem.scores(tile, out=weights if mu is not None else None)
+        if excluded is not None:
+            scores.masked_fill_(excluded, -math.inf)  # not above the threshold, so not kept
+        normalised = torch.ops.aten.threshold.out(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
+        if excluded is not None:
+            normalised.masked_fill_(excluded, -math.inf)
+        torch.softmax(normalised, -1, out=normalised)
+        if excluded is not None:
+            normalised.masked_fill_(excluded, 0)  # and a row with no key left, which is NaN, gives 0
+        kept = keep(normalised, scores, a, out=scores)
+        if mu is None:
+            rho[tile.batch, tile.rows] = 1 - kept.sum(-1)
+        if dropout_p > 0:
+            kept = kept * dropout(kept, dropout_p, seed, tile)
+        torch.bmm(kept, value[tile.batch, : tile.keys], out=out[tile.batch, tile.rows])
+    return out, weights, rho, threshold, centre, ties
+
+
+@forward.register_fake
+def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    weights = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
+    ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
+    return out, weights, query.new_empty(query.shape[:2]), query.new_empty(()), query.new_empty(()), ties
+
+
+@torch.library.custom_op("lwpf_patch::cpu_kept_attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    out: Tensor,
+    weights: Tensor,
+    rho: Tensor,
+    centre: Tensor,
+    ties: Tensor,
+    seed: Tensor,
+    heads: int,
+    dropout_p: float,
+    is_causal: bool,
+    tile_size: int,
+    threads: int,
+    median_has_gradient: bool,
+    mask_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
+    # Whether there are first rows, which see every key and write its gradient; later ones add theirs.
+    new = torch.zeros_like if is_causal or not query.shape[1] else torch.empty_like
+    grad_query, grad_key, grad_value = torch.empty_like(query), new(key), new(value)
+    grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
+    scratch = problem.scratch()
+    for tile in problem.tiles():
+        kept = weights[tile.batch, tile.rows, : tile.keys]
+        tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
+        beta = 1 if is_causal or tile.rows.start > 0 else 0
+        inner = scratch[: kept.numel()].view(kept.shape)
+        torch.bmm(tile_grad, value[tile.batch, tile_keys].transpose(1, 2), out=inner)
+        used = kept
+        if dropout_p > 0:
+            dropped = dropout(kept, dropout_p, seed, tile)
+            inner *= dropped
+            used = kept * dropped
+        grad_value[tile.batch, tile_keys].baddbmm_(used.transpose(1, 2), tile_grad, beta=beta)
+        if tile.keys:
+            inner = torch.ops.aten._softmax_backward_data.out(inner, kept, -1, inner.dtype, grad_input=inner)
+        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, beta, beta_query=0)
+        if grad_mask.numel():
+            add_to_mask(grad_mask, problem, tile, inner)
+    if median_has_gradient:
+        share = -(rho * (grad * out).sum(-1)).sum() / ties[0].clamp(min=1)
+        add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
+    return grad_query, grad_key, grad_value, grad_mask
+
+
+@_backward.register_fake
+def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-def]
+    grad_mask = torch.empty_like(mask) if mask is not None and rest[-1] else query.new_empty(0)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, _, seed = inputs
+    out, weights, rho, _, centre, ties = output
+    ctx.save_for_backward(query, key, value, mask, out, weights, rho, centre, ties, seed)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient, and the weights are large
+    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, mu is None and bias is None)
+    ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
+
+
+def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    query, key, value, mask, *saved = ctx.saved_tensors
+    grads = torch.ops.lwpf_patch.cpu_kept_attention_backward(
+        grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad
+    )
+    grad_mask = grads[3] if ctx.mask_needs_grad else None
+    return *grads[:3], None, grad_mask, *[None] * 9
+
+
+forward.register_autograd(_autograd, setup_context=_setup_context)

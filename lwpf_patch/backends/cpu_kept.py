@@ -55,11 +55,9 @@ def forward(
     new = query.new_zeros if is_causal else query.new_empty
     weights = new(query.shape[0], query.shape[1], key.shape[1])
     ties = torch.zeros(TIES + 1, dtype=torch.int64)
+    centre = torch.full((), median(problem, ties, made=weights) if mu is None else mu, dtype=query.dtype)
     if mu is None:
-        for tile in problem.tiles():
-            problem.scores(tile, out=weights)
         problem = problem._replace(made=weights)
-    centre = torch.full((), median(problem, ties) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
     a = threshold.item()
     b = a if bias is None else bias

@@ -18,6 +18,9 @@ from .tiles import Problem, Tile
 TIES = 64
 #: So many numbers are searched without another sample.
 FEW = 1 << 15
+#: Width of the bracket to either side, in roots of the sample's size: 3.5 standard deviations of the median's rank, so
+#: that one in 2,000 brackets misses the median, and another is tried.
+MARGIN = 1.75
 
 
 class _Collected(NamedTuple):
@@ -56,13 +59,14 @@ class _Count(NamedTuple):
     collected: list[_Collected]
 
 
-def median(problem: Problem, ties: Tensor) -> float:
+def median(problem: Problem, ties: Tensor, made: Tensor | None = None) -> float:
     """Finds the median, the lower of two middle values.
 
     Args:
         problem: What makes the scores.
         ties: (TIES + 1): gets the number of scores that are equal to the median, and the flat positions of these among
             (B H, L, S); -1 in place of the first position where they are not known.
+        made: (B H, L, S): gets the scores, which are made for this anyway; None: they are not kept.
 
     Returns:
         The median; 0 if every score is excluded, NaN if one that counts is NaN.
@@ -71,9 +75,9 @@ def median(problem: Problem, ties: Tensor) -> float:
         return 0.0
     sample = _sample(problem)
     for attempt in range(8):
-        margin = 2.5 * math.sqrt(len(sample)) * 4**attempt if attempt < 7 else math.inf
+        margin = MARGIN * math.sqrt(len(sample)) * 4**attempt if attempt < 7 else math.inf
         low, high, flat = _bracket(sample, (len(sample) - 1) // 2, margin)
-        found = _count(problem, low, high, keep=not flat)
+        found = _count(problem, low, high, made, keep=not flat)
         if found.valid == 0:
             return 0.0
         rank = (found.valid - 1) // 2 - found.below
@@ -90,13 +94,13 @@ def median(problem: Problem, ties: Tensor) -> float:
     return math.nan  # only where scores are NaN
 
 
-def _count(problem: Problem, low: float, high: float, keep: bool) -> _Count:
+def _count(problem: Problem, low: float, high: float, made: Tensor | None, keep: bool) -> _Count:
     """Counts the scores below and strictly within a bracket, and collects those within."""
     one = problem.query.new_ones(())
     valid = below = within = 0
     collected = []
     for tile in problem.tiles():
-        scores, excluded = problem.scores(tile)
+        scores, excluded = problem.scores(tile, out=made)
         count = scores.numel()
         if excluded is not None:
             scores.masked_fill_(excluded, -math.inf)  # in no bracket
@@ -131,7 +135,7 @@ def _kth_value(values: Tensor, rank: int) -> float:
     generator = torch.Generator().manual_seed(0)
     while len(values) > FEW:
         sample = values[torch.randint(len(values), (FEW // 8,), generator=generator)].sort().values
-        low, high, flat = _bracket(sample, rank * len(sample) // len(values), 2.5 * math.sqrt(len(sample)))
+        low, high, flat = _bracket(sample, rank * len(sample) // len(values), MARGIN * math.sqrt(len(sample)))
         inside = (values > low) & (values < high)
         below = int((values <= low).sum())
         count = int(inside.sum())
@@ -147,10 +151,7 @@ def _sample(problem: Problem) -> Tensor:
     size = int((batch * length * keys) ** 0.6)
     generator = torch.Generator().manual_seed(batch * length * keys)  # of its own: the script's draws stay the same
     b, i, j = (torch.randint(high, (size,), generator=generator) for high in (batch, length, keys))
-    if problem.made is not None:
-        scores = problem.made[b, i, j]  # with the mask
-    else:
-        scores = (problem.query[b, i] * problem.key[b, j]).sum(-1) * problem.scale
+    scores = (problem.query[b, i] * problem.key[b, j]).sum(-1) * problem.scale
     if problem.is_causal:
         scores = scores[j <= i]
     elif problem.mask is not None:
@@ -158,10 +159,7 @@ def _sample(problem: Problem) -> Tensor:
         at = (b // problem.heads, b % problem.heads, i, j)
         drawn = mask[tuple(index if extent > 1 else 0 for index, extent in zip(at, mask.shape, strict=True))]
         drawn = drawn.expand(size)
-        if mask.dtype == torch.bool:
-            scores = scores[drawn]
-        else:
-            scores = (scores if problem.made is not None else scores + drawn)[drawn > lowest(mask.dtype)]
+        scores = scores[drawn] if mask.dtype == torch.bool else (scores + drawn)[drawn > lowest(mask.dtype)]
     return scores.sort().values
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention
-from lwpf_patch.backends import cpu, cpu_kept, cpu_median, tiles
+from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_products, tiles
 
 INF = float("inf")
 
@@ -25,13 +25,17 @@ FUNC_DS = {
 }
 
 
-@pytest.fixture(params=["eager", "cpu, scores made again", "cpu, weights kept"])
+@pytest.fixture(params=["eager", "cpu, made again", "cpu, kept", "cpu, made again, by heads", "cpu, kept, by heads"])
 def backend(request, monkeypatch):
-    """Every backend; both ways of the CPU's, with tiles so small that there are many."""
+    """Every backend; all ways of the CPU's, with tiles so small that there are many."""
     monkeypatch.setattr(cpu, "TILE", 64)
-    name, _, way = request.param.partition(", ")
+    name, *way = request.param.split(", ")
     if way:
-        monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: way == "weights kept")
+        monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: "kept" in way)
+    if "by heads" in way:  # as oneDNN multiplies, which knows float32 only
+        monkeypatch.setattr(cpu, "_onednn_suits", lambda dtype: True)
+        monkeypatch.setattr(tiles, "MANY", 0)
+        monkeypatch.setattr(cpu_products, "linear", lambda left, right: left @ right.t())
     return name
 
 
@@ -477,7 +481,7 @@ def test_the_median_is_exact(kind, mask_name, kept):
         elif mask_name == "additive":
             mask = torch.randn(1, 1, length, keys, dtype=query.dtype).round()
             mask = mask.masked_fill(torch.rand(mask.shape) < 0.3, -INF)
-        problem = tiles.Problem(query, key, 0.5, mask, 1, False, 1 << 11, 1)
+        problem = tiles.Problem(query, key, 0.5, mask, 1, False, 1 << 11, 1, False)
         scores = []
         for tile in problem.tiles():  # their very values: another product of matrices would round differently
             part, excluded = problem.scores(tile)
@@ -485,10 +489,14 @@ def test_the_median_is_exact(kind, mask_name, kept):
         scores = torch.cat(scores)
         if len(scores) == 0:
             continue
-        made = query.new_empty(batch, length, keys) if kept else None
+        if kept:
+            made = query.new_empty(batch, length, keys)
+            for tile in problem.tiles():
+                problem.scores(tile, out=made)
+            problem = problem._replace(made=made)
         ties = torch.zeros(cpu_median.TIES + 1, dtype=torch.int64)
         expected = sorted(scores.tolist())[(len(scores) - 1) // 2]
-        assert cpu_median.median(problem, ties, made) == expected
+        assert cpu_median.median(problem, ties, problem.scratch()) == expected
         assert ties[0] == (scores == expected).sum()
 
 
@@ -509,6 +517,67 @@ def test_weights_are_kept_where_they_take_no_more_memory_than_what_there_is():
     for length, keys, width, expected in ((197, 197, 64, True), (256, 256, 64, True), (257, 257, 64, False)):
         query, key, value = (torch.empty(3, n, width, device="meta") for n in (length, keys, keys))
         assert cpu_kept.suits(query, key, value) == expected
+
+
+needs_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this PyTorch brings no oneDNN with such an operator",
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("turned", list(itertools.product([False, True], repeat=3)))
+def test_onednn_multiplies_any_layout(turned):
+    """Into memory of its own, into that of another, and onto a total."""
+
+    def part_of_larger(turn, rows, columns):
+        if turn:
+            return part_of_larger(False, columns, rows).mT
+        return torch.randn(2, rows + 2, columns + 3)[:, 1 : rows + 1, 1 : columns + 1]
+
+    for rows, inner, columns in ((5, 3, 7), (130, 64, 200), (1, 1, 1), (4, 0, 3), (0, 2, 3)):
+        shapes = ((rows, inner), (inner, columns), (rows, columns))
+        left, right, total = (part_of_larger(turn, *shape) for turn, shape in zip(turned, shapes, strict=True))
+        wanted = left.double() @ right.double()
+        compared = dict(rtol=0, atol=1e-4, check_dtype=False)
+        torch.testing.assert_close(cpu_products.product(left, right, True), wanted, **compared)
+        before = total.double()
+        cpu_products.add_product(total, left, right, True, factor=-0.5)
+        torch.testing.assert_close(total, before - 0.5 * wanted, **compared)
+        cpu_products.add_product(total, left, right, True, first=True, factor=2)
+        torch.testing.assert_close(total, 2 * wanted, **compared)
+
+
+@needs_onednn
+@pytest.mark.parametrize("func_d", [ReLU(), PFU(mu=-0.2, sigma=0), PFU(sigma=0)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_onednn_multiplies_where_there_are_many_scores(func_d, causal, monkeypatch):
+    """In float32, with errors of no more than a small factor of the eager form's; all agree on the scores."""
+    monkeypatch.setattr(cpu, "_onednn_suits", lambda dtype: True)
+    inputs = [torch.randint(-8, 9, (1, 2, n, 16)) / 8 for n in (300, 500, 500)]
+    cotangent = torch.randn(1, 2, 300, 16)
+
+    def results(dtype, backend):
+        placed = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        out = lwpf_attention(*placed, func_d=func_d, training=False, backend=backend, is_causal=causal)
+        return [out, *torch.autograd.grad(out, placed, cotangent.to(dtype))]
+
+    for one, other, true in zip(
+        results(torch.float32, "cpu"), results(torch.float32, "eager"), results(torch.float64, "eager"), strict=True
+    ):
+        error, allowed = ((figures - true).abs().max() / true.abs().max() for figures in (one, other))
+        assert error <= 8 * allowed + 1e-6
+
+
+def test_onednn_is_not_used_where_it_is_switched_off(monkeypatch):
+    monkeypatch.setattr(cpu_products, "_onednn_suits_the_processor", lambda: True)
+    assert cpu_products.onednn_is_faster()
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # mkldnn.flags() warns of other things
+    try:
+        assert not cpu_products.onednn_is_faster()
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def test_no_tensor_of_the_size_of_all_scores():
@@ -588,7 +657,7 @@ def test_opcheck(func_d, dropout_p):
     seed, eps = torch.tensor(3), torch.tensor(0.1)
     mask = torch.randn(1, 1, 9, 9, requires_grad=True)
     for m in (None, mask, mask > 0):
-        arguments = (query, key, value, 0.5, m, 2, dropout_p, False, 32, 2, mu, bias, eps, seed)
+        arguments = (query, key, value, 0.5, m, 2, dropout_p, False, 32, 2, False, mu, bias, eps, seed)
         torch.library.opcheck(torch.ops.lwpf_patch.cpu_attention, arguments)
         torch.library.opcheck(torch.ops.lwpf_patch.cpu_kept_attention, arguments)
 

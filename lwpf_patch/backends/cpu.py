@@ -23,9 +23,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import cpu_kept
+from . import cpu_kept, cpu_products
 from .arguments import flat_mask, widen_mask
 from .cpu_median import TIES, median
+from .cpu_products import add_product, product
 from .cpu_steps import add_to_mask, add_to_query_and_key, add_to_ties, dropout, keep
 from .tiles import Problem
 
@@ -91,9 +92,22 @@ def attention(
             mask = mask.expand(*mask.shape[:-1], key.shape[-2])
     seed = torch.randint(2**62, ()) if dropout_p > 0 else torch.zeros((), dtype=torch.int64)
     noise = torch.zeros((), dtype=flat[0].dtype) if eps is None else eps.to(flat[0].dtype)
+    onednn = _onednn_suits(flat[0].dtype)
     operator = cpu_kept.forward if cpu_kept.suits(*flat) else _forward
     out, *_ = operator(
-        *flat, factor, mask, lead[-1] if lead else 1, dropout_p, is_causal, TILE, _threads(), mu, bias, noise, seed
+        *flat,
+        factor,
+        mask,
+        lead[-1] if lead else 1,
+        dropout_p,
+        is_causal,
+        TILE,
+        _threads(),
+        onednn,
+        mu,
+        bias,
+        noise,
+        seed,
     )
     return out.reshape(*lead, *out.shape[-2:]).to(dtype)
 
@@ -101,6 +115,11 @@ def attention(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _threads() -> int:
     return min(torch.get_num_threads(), 32)  # counts of the scores in a tile shall be exact in float32
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _onednn_suits(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and cpu_products.onednn_is_faster()
 
 
 @torch.library.custom_op("lwpf_patch::cpu_attention", mutates_args=(), device_types="cpu")
@@ -115,6 +134,7 @@ def _forward(
     is_causal: bool,
     tile_size: int,
     threads: int,
+    onednn: bool,
     mu: float | None,
     bias: float | None,
     eps: Tensor,
@@ -124,9 +144,10 @@ def _forward(
 
     The ties are the number of scores that are equal to the median, and the positions of some of them.
     """
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     ties = torch.zeros(TIES + 1, dtype=torch.int64)
-    centre = torch.full((), median(problem, ties) if mu is None else mu, dtype=query.dtype)
+    scratch = problem.scratch()
+    centre = torch.full((), median(problem, ties, scratch) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
     a = threshold.item()
     b = a if bias is None else bias
@@ -134,7 +155,6 @@ def _forward(
     log_sum = query.new_empty(query.shape[:2])
     rho = query.new_zeros(query.shape[:2])
     small = _are_small(problem, b)
-    scratch = problem.scratch()
     for tile in problem.tiles():
         scores, excluded = problem.scores(tile)
         if excluded is not None:
@@ -157,7 +177,7 @@ def _forward(
             rho[tile.batch, tile.rows] = 1 - (kept.sum(-1, keepdim=True) / total).squeeze(-1)
         if dropout_p > 0:
             kept *= dropout(kept, dropout_p, seed, tile)
-        torch.bmm(kept, value[tile.batch, : tile.keys], out=out[tile.batch, tile.rows]).div_(total)
+        product(kept, value[tile.batch, : tile.keys], problem.uses_onednn, out=out[tile.batch, tile.rows]).div_(total)
         log_total = total.log_() if small else total.log_().add_(highest)
         log_sum[tile.batch, tile.rows] = log_total.squeeze(-1)
     return out, log_sum, rho, threshold, centre, ties
@@ -183,7 +203,7 @@ def _exp_(x: Tensor) -> Tensor:
 
 
 @_forward.register_fake
-def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
     rows = query.new_empty(query.shape[:2])
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
@@ -210,16 +230,17 @@ def _backward(
     is_causal: bool,
     tile_size: int,
     threads: int,
+    onednn: bool,
     mu: float | None,
     bias: float | None,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     a = threshold.item()
     # Whether there are first rows, which see every key and write its gradient; later ones add theirs.
-    new = torch.zeros_like if is_causal or not query.shape[1] else torch.empty_like
-    grad_query, grad_key, grad_value = torch.empty_like(query), new(key), new(value)
+    new = query.new_zeros if is_causal or not query.shape[1] else query.new_empty
+    grad_query, grad_key, grad_value = torch.empty_like(query), new(key.mT.shape), new(value.mT.shape)
     grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
     delta = (grad * out).sum(-1, keepdim=True)
     small = _are_small(problem, a if bias is None else bias)
@@ -238,23 +259,25 @@ def _backward(
             _exp_(torch.sub(scores, log_sum[tile.batch, tile.rows, None], out=weights))
         weights = keep(weights, scores, a, out=weights)
         tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
-        beta = 1 if is_causal or tile.rows.start > 0 else 0
-        inner = torch.bmm(tile_grad, value[tile.batch, tile_keys].transpose(1, 2), out=scores)
+        first = not is_causal and tile.rows.start == 0
+        reusable = None if problem.uses_onednn else scores
+        inner = product(tile_grad, value[tile.batch, tile_keys].mT, problem.uses_onednn, out=reusable)
         if dropout_p > 0:
             dropped = dropout(weights, dropout_p, seed, tile)
             inner *= dropped
-            grad_value[tile.batch, tile_keys].baddbmm_((weights * dropped).transpose(1, 2), tile_grad, beta=beta)
+            used = weights * dropped
         else:
-            grad_value[tile.batch, tile_keys].baddbmm_(weights.transpose(1, 2), tile_grad, beta=beta)
+            used = weights
+        add_product(grad_value[tile.batch, :, tile_keys], tile_grad.mT, used, problem.uses_onednn, first)
         inner.sub_((row_delta if small else delta)[tile.batch, tile.rows]).mul_(weights)
-        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, beta, beta_query=0)
+        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, first, first_query=True)
         if grad_mask.numel():
             add_to_mask(grad_mask, problem, tile, inner)
     if mu is None and bias is None:
         # The forgotten scores become the threshold, and pass their gradient on to it; the comparison has none.
         share = -(rho * delta.squeeze(-1)).sum() / ties[0].clamp(min=1)
         add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
-    return grad_query, grad_key, grad_value, grad_mask
+    return grad_query, grad_key.mT.contiguous(), grad_value.mT.contiguous(), grad_mask
 
 
 @_backward.register_fake
@@ -264,11 +287,11 @@ def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, _, seed = inputs
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, _, seed = inputs
     ctx.save_for_backward(query, key, value, mask, *output, seed)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient
-    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, mu, bias)
+    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias)
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
@@ -279,7 +302,7 @@ def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
         *ctx.options, ctx.mask_needs_grad,
     )  # fmt: skip
     grad_mask = grads[3] if ctx.mask_needs_grad else None
-    return *grads[:3], None, grad_mask, *[None] * 9
+    return *grads[:3], None, grad_mask, *[None] * 10
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .cpu_median import TIES, median
+from .cpu_products import add_product, product
 from .cpu_steps import add_to_mask, add_to_query_and_key, add_to_ties, dropout, keep
 from .tiles import Problem
 
@@ -41,6 +42,7 @@ def forward(
     is_causal: bool,
     tile_size: int,
     threads: int,
+    onednn: bool,
     mu: float | None,
     bias: float | None,
     eps: Tensor,
@@ -50,20 +52,22 @@ def forward(
 
     The arguments, rho and the ties are those of ``cpu_attention``.
     """
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     # With is_causal no tile reaches the last keys of the first rows.
     new = query.new_zeros if is_causal else query.new_empty
     weights = new(query.shape[0], query.shape[1], key.shape[1])
     ties = torch.zeros(TIES + 1, dtype=torch.int64)
-    centre = torch.full((), median(problem, ties, made=weights) if mu is None else mu, dtype=query.dtype)
+    scratch = problem.scratch()
     if mu is None:
+        for tile in problem.tiles():
+            problem.scores(tile, out=weights)
         problem = problem._replace(made=weights)
+    centre = torch.full((), median(problem, ties, scratch) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
     a = threshold.item()
     b = a if bias is None else bias
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     rho = query.new_zeros(query.shape[:2])
-    scratch = problem.scratch()
     for tile in problem.tiles():
         scores, excluded = problem.scores(tile, out=weights if mu is not None else None)
         if excluded is not None:
@@ -79,12 +83,12 @@ def forward(
             rho[tile.batch, tile.rows] = 1 - kept.sum(-1)
         if dropout_p > 0:
             kept = kept * dropout(kept, dropout_p, seed, tile)
-        torch.bmm(kept, value[tile.batch, : tile.keys], out=out[tile.batch, tile.rows])
+        product(kept, value[tile.batch, : tile.keys], problem.uses_onednn, out=out[tile.batch, tile.rows])
     return out, weights, rho, threshold, centre, ties
 
 
 @forward.register_fake
-def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     weights = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
     ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
@@ -110,37 +114,38 @@ def _backward(
     is_causal: bool,
     tile_size: int,
     threads: int,
+    onednn: bool,
     median_has_gradient: bool,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads)
+    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     # Whether there are first rows, which see every key and write its gradient; later ones add theirs.
-    new = torch.zeros_like if is_causal or not query.shape[1] else torch.empty_like
-    grad_query, grad_key, grad_value = torch.empty_like(query), new(key), new(value)
+    new = query.new_zeros if is_causal or not query.shape[1] else query.new_empty
+    grad_query, grad_key, grad_value = torch.empty_like(query), new(key.mT.shape), new(value.mT.shape)
     grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
     scratch = problem.scratch()
     for tile in problem.tiles():
         kept = weights[tile.batch, tile.rows, : tile.keys]
         tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
-        beta = 1 if is_causal or tile.rows.start > 0 else 0
+        first = not is_causal and tile.rows.start == 0
         inner = scratch[: kept.numel()].view(kept.shape)
-        torch.bmm(tile_grad, value[tile.batch, tile_keys].transpose(1, 2), out=inner)
+        product(tile_grad, value[tile.batch, tile_keys].mT, problem.uses_onednn, out=inner)
         used = kept
         if dropout_p > 0:
             dropped = dropout(kept, dropout_p, seed, tile)
             inner *= dropped
             used = kept * dropped
-        grad_value[tile.batch, tile_keys].baddbmm_(used.transpose(1, 2), tile_grad, beta=beta)
+        add_product(grad_value[tile.batch, :, tile_keys], tile_grad.mT, used, problem.uses_onednn, first)
         if tile.keys:
             inner = torch.ops.aten._softmax_backward_data.out(inner, kept, -1, inner.dtype, grad_input=inner)
-        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, beta, beta_query=0)
+        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, first, first_query=True)
         if grad_mask.numel():
             add_to_mask(grad_mask, problem, tile, inner)
     if median_has_gradient:
         share = -(rho * (grad * out).sum(-1)).sum() / ties[0].clamp(min=1)
         add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
-    return grad_query, grad_key, grad_value, grad_mask
+    return grad_query, grad_key.mT.contiguous(), grad_value.mT.contiguous(), grad_mask
 
 
 @_backward.register_fake
@@ -150,12 +155,12 @@ def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, mu, bias, _, seed = inputs
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, _, seed = inputs
     out, weights, rho, _, centre, ties = output
     ctx.save_for_backward(query, key, value, mask, out, weights, rho, centre, ties, seed)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient, and the weights are large
-    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, mu is None and bias is None)
+    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu is None and bias is None)
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
@@ -165,7 +170,7 @@ def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
         grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad
     )
     grad_mask = grads[3] if ctx.mask_needs_grad else None
-    return *grads[:3], None, grad_mask, *[None] * 9
+    return *grads[:3], None, grad_mask, *[None] * 10
 
 
 forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -18,6 +18,8 @@ from .tiles import Problem, Tile
 TIES = 64
 #: So many numbers are searched without another sample.
 FEW = 1 << 15
+#: Size of the sample, as a power of the number of scores. Where they are not made yet, each takes a product of its own.
+SAMPLED, SAMPLED_OF_MADE = 0.6, 0.65
 #: Width of the bracket to either side, in roots of the sample's size: 3.5 standard deviations of the median's rank, so
 #: that one in 2,000 brackets misses the median, and another is tried.
 MARGIN = 1.75
@@ -59,14 +61,14 @@ class _Count(NamedTuple):
     collected: list[_Collected]
 
 
-def median(problem: Problem, ties: Tensor, made: Tensor | None = None) -> float:
+def median(problem: Problem, ties: Tensor, scratch: Tensor) -> float:
     """Finds the median, the lower of two middle values.
 
     Args:
         problem: What makes the scores.
         ties: (TIES + 1): gets the number of scores that are equal to the median, and the flat positions of these among
             (B H, L, S); -1 in place of the first position where they are not known.
-        made: (B H, L, S): gets the scores, which are made for this anyway; None: they are not kept.
+        scratch: The problem's.
 
     Returns:
         The median; 0 if every score is excluded, NaN if one that counts is NaN.
@@ -77,7 +79,7 @@ def median(problem: Problem, ties: Tensor, made: Tensor | None = None) -> float:
     for attempt in range(8):
         margin = MARGIN * math.sqrt(len(sample)) * 4**attempt if attempt < 7 else math.inf
         low, high, flat = _bracket(sample, (len(sample) - 1) // 2, margin)
-        found = _count(problem, low, high, made, keep=not flat)
+        found = _count(problem, low, high, scratch, keep=not flat)
         if found.valid == 0:
             return 0.0
         rank = (found.valid - 1) // 2 - found.below
@@ -85,7 +87,7 @@ def median(problem: Problem, ties: Tensor, made: Tensor | None = None) -> float:
             continue
         if flat:
             ties[0], ties[1] = found.within, -1
-            return sample[(len(sample) - 1) // 2].item()
+            return sample.kthvalue((len(sample) + 1) // 2).values.item()
         value = _kth_value(torch.cat([part.values for part in found.collected]), rank)
         equal = torch.cat([part.positions(problem, part.values == value) for part in found.collected])
         ties[0] = len(equal)
@@ -94,22 +96,22 @@ def median(problem: Problem, ties: Tensor, made: Tensor | None = None) -> float:
     return math.nan  # only where scores are NaN
 
 
-def _count(problem: Problem, low: float, high: float, made: Tensor | None, keep: bool) -> _Count:
+def _count(problem: Problem, low: float, high: float, scratch: Tensor, keep: bool) -> _Count:
     """Counts the scores below and strictly within a bracket, and collects those within."""
     one = problem.query.new_ones(())
     valid = below = within = 0
     collected = []
     for tile in problem.tiles():
-        scores, excluded = problem.scores(tile, out=made)
+        scores, excluded = problem.scores(tile)
         count = scores.numel()
         if excluded is not None:
             scores.masked_fill_(excluded, -math.inf)  # in no bracket
             count -= int(excluded.expand_as(scores).count_nonzero())
-        ones = one.expand_as(scores)
+        ones, marks = one.expand_as(scores), scratch[: scores.numel()].view(scores.shape)
         # These two count several times as fast as comparisons do: 1 for what is > low, 1 for what is in between.
-        above = torch.ops.aten.threshold_backward(ones, scores, low)
+        above = torch.ops.aten.threshold_backward.grad_input(ones, scores, low, grad_input=marks)
         valid, below = valid + count, below + count - int(above.sum())
-        inside = torch.ops.aten.hardtanh_backward.grad_input(ones, scores, low, high, grad_input=above)
+        inside = torch.ops.aten.hardtanh_backward.grad_input(ones, scores, low, high, grad_input=marks)
         count = int(inside.sum())
         within += count
         if count and keep:
@@ -134,7 +136,7 @@ def _kth_value(values: Tensor, rank: int) -> float:
     """Returns the value of a rank, from 0 on."""
     generator = torch.Generator().manual_seed(0)
     while len(values) > FEW:
-        sample = values[torch.randint(len(values), (FEW // 8,), generator=generator)].sort().values
+        sample = values[torch.randint(len(values), (FEW // 8,), generator=generator)]
         low, high, flat = _bracket(sample, rank * len(sample) // len(values), MARGIN * math.sqrt(len(sample)))
         inside = (values > low) & (values < high)
         below = int((values <= low).sum())
@@ -146,12 +148,15 @@ def _kth_value(values: Tensor, rank: int) -> float:
 
 
 def _sample(problem: Problem) -> Tensor:
-    """Draws some scores, sorted."""
+    """Draws some scores."""
     batch, length, keys = problem.query.shape[0], problem.query.shape[1], problem.key.shape[1]
-    size = int((batch * length * keys) ** 0.6)
+    size = int((batch * length * keys) ** (SAMPLED if problem.made is None else SAMPLED_OF_MADE))
     generator = torch.Generator().manual_seed(batch * length * keys)  # of its own: the script's draws stay the same
     b, i, j = (torch.randint(high, (size,), generator=generator) for high in (batch, length, keys))
-    scores = (problem.query[b, i] * problem.key[b, j]).sum(-1) * problem.scale
+    if problem.made is None:
+        scores = (problem.query[b, i] * problem.key[b, j]).sum(-1) * problem.scale
+    else:
+        scores = problem.made.take((b * length + i) * keys + j)
     if problem.is_causal:
         scores = scores[j <= i]
     elif problem.mask is not None:
@@ -159,16 +164,19 @@ def _sample(problem: Problem) -> Tensor:
         at = (b // problem.heads, b % problem.heads, i, j)
         drawn = mask[tuple(index if extent > 1 else 0 for index, extent in zip(at, mask.shape, strict=True))]
         drawn = drawn.expand(size)
-        scores = scores[drawn] if mask.dtype == torch.bool else (scores + drawn)[drawn > lowest(mask.dtype)]
-    return scores.sort().values
+        if mask.dtype == torch.bool:
+            scores = scores[drawn]
+        else:
+            scores = (scores if problem.made is not None else scores + drawn)[drawn > lowest(mask.dtype)]
+    return scores
 
 
 def _bracket(sample: Tensor, rank: int, margin: float) -> tuple[float, float, bool]:
     """Returns bounds strictly between which the number of some rank lies, most likely.
 
     Args:
-        sample: A sample, sorted.
-        rank: Where in the sample it should be.
+        sample: A sample.
+        rank: Where in the sample, sorted, it should be.
         margin: How many of the sample to go to either side from there.
 
     Returns:
@@ -177,6 +185,6 @@ def _bracket(sample: Tensor, rank: int, margin: float) -> tuple[float, float, bo
     first, last = math.floor(rank - margin), math.ceil(rank + margin)
     if first < 0 or last >= len(sample):
         return -math.inf, math.inf, False
-    low, high = sample[first], sample[last]
+    low, high = (sample.kthvalue(number + 1).values for number in (first, last))
     infinity = torch.full_like(low, math.inf)
     return low.nextafter(-infinity).item(), high.nextafter(infinity).item(), bool(low == high)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .cpu_median import TIES
+from .cpu_products import add_product
 from .tiles import Problem, Tile
 
 
@@ -25,7 +26,7 @@ def dropout(like: Tensor, p: float, seed: Tensor, tile: Tile) -> Tensor:
 
 
 def add_to_query_and_key(
-    problem: Problem, tile: Tile, inner: Tensor, grad_query: Tensor, grad_key: Tensor, beta: int, beta_query: int = 1
+    problem: Problem, tile: Tile, inner: Tensor, grad_query: Tensor, grad_key: Tensor, first: bool, first_query: bool
 ) -> None:
     """Adds what a tile's gradient of the scores gives query and key.
 
@@ -34,13 +35,14 @@ def add_to_query_and_key(
         tile: The tile.
         inner: The gradient of its scores.
         grad_query: (B H, L, E).
-        grad_key: (B H, S, E).
-        beta: 0: this is the first tile of its keys, whose gradient is not there yet; else 1.
-        beta_query: The same for the queries.
+        grad_key: (B H, E, S), which is faster than transposing the scores.
+        first: Whether this is the first tile of its keys, whose gradient is not there yet.
+        first_query: The same for the queries.
     """
     query, key = problem.query[tile.batch, tile.rows], problem.key[tile.batch, : tile.keys]
-    grad_query[tile.batch, tile.rows].baddbmm_(inner, key, beta=beta_query, alpha=problem.scale)
-    grad_key[tile.batch, : tile.keys].baddbmm_(inner.transpose(1, 2), query, beta=beta, alpha=problem.scale)
+    own, shared = grad_query[tile.batch, tile.rows], grad_key[tile.batch, :, : tile.keys]
+    add_product(own, inner, key, problem.uses_onednn, first_query, problem.scale)
+    add_product(shared, query.mT, inner, problem.uses_onednn, first, problem.scale)
 
 
 def add_to_mask(grad_mask: Tensor, problem: Problem, tile: Tile, inner: Tensor) -> None:
@@ -66,7 +68,7 @@ def add_to_ties(
             if excluded is not None:
                 equal &= ~excluded
             inner = equal.to(scores.dtype).mul_(share)
-            add_to_query_and_key(problem, tile, inner, grad_query, grad_key, beta=1)
+            add_to_query_and_key(problem, tile, inner, grad_query, grad_key, first=False, first_query=False)
             if grad_mask.numel():
                 add_to_mask(grad_mask, problem, tile, inner)
         return
@@ -74,7 +76,7 @@ def add_to_ties(
     for position in ties[1 : 1 + int(ties[0])].tolist():
         batch, row, column = position // (length * keys), position // keys % length, position % keys
         grad_query[batch, row] += share * problem.scale * problem.key[batch, column]
-        grad_key[batch, column] += share * problem.scale * problem.query[batch, row]
+        grad_key[batch, :, column] += share * problem.scale * problem.query[batch, row]
         if grad_mask.numel():
             tile = Tile(slice(batch, batch + 1), slice(row, row + 1), keys)
             grad_mask[problem.mask_index(tile)][..., column] += share

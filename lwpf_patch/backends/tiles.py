@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cpu_products import MANY, product
 from .eager import lowest
 
 
@@ -37,6 +38,7 @@ class Problem(NamedTuple):
         is_causal: Whether query i sees the keys 0 to i only.
         size: How many scores a thread has of a tile, about.
         threads: How many threads share a tile: batch items of their own where there are as many.
+        onednn: Whether oneDNN multiplies such numbers faster than torch.bmm, where a head has many scores.
         made: All scores, made before: (B H, L, S); None: they are made tile by tile.
     """
 
@@ -48,7 +50,13 @@ class Problem(NamedTuple):
     is_causal: bool
     size: int
     threads: int
+    onednn: bool
     made: Tensor | None = None
+
+    @property
+    def uses_onednn(self) -> bool:
+        """Whether oneDNN multiplies, one batch item at a time."""
+        return self.onednn and self.query.shape[1] * self.key.shape[1] >= MANY
 
     def tiles(self) -> Iterator[Tile]:
         """Yields the tiles, which cover every score once.
@@ -56,10 +64,10 @@ class Problem(NamedTuple):
         They are always the same, so that scores made again are the same bit by bit.
         """
         batch, length, keys = self.query.shape[0], self.query.shape[1], self.key.shape[1]
-        sharing = max(1, min(self.threads, batch))
+        sharing = 1 if self.uses_onednn else max(1, min(self.threads, batch))
         size = self.size * self.threads // sharing
         rows = max(1, min(length, max(16, size // max(keys, 1))))
-        group = sharing * max(1, size // max(rows * keys, 1))
+        group = 1 if self.uses_onednn else sharing * max(1, size // max(rows * keys, 1))
         varies = self.mask is not None and self.mask.shape[:2].numel() > 1
         for start in range(0, batch, self.heads) if varies else (0,):
             end = start + self.heads if varies else batch
@@ -98,8 +106,7 @@ class Problem(NamedTuple):
         part = None if where is None else where[tile.batch, tile.rows, : tile.keys]
         if out is not None or part is None:
             query, key = self.query[tile.batch, tile.rows], self.key[tile.batch, : tile.keys]
-            scores = query.new_empty(query.shape[0], query.shape[1], tile.keys) if part is None else part
-            scores.baddbmm_(query, key.transpose(1, 2), beta=0, alpha=self.scale)
+            scores = product(query, key.mT, self.uses_onednn, out=part, factor=self.scale)
         else:
             scores = part
         excluded = None

@@ -11,6 +11,13 @@ from torch import Tensor
 from .eager import lowest
 
 
+def batch_shape(*shapes: torch.Size) -> torch.Size:
+    """Broadcasts batch dimensions."""
+    if all(shape == shapes[0] for shape in shapes):  # torch's function takes its time
+        return shapes[0]
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+
+
 def flat_mask(attn_mask: Tensor, lead: Sequence[int]) -> Tensor:
     """Brings a mask to four dimensions, each of its full extent or 1.
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from . import cpu_kept, cpu_products
-from .arguments import flat_mask, widen_mask
+from .arguments import batch_shape, flat_mask, widen_mask
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
-from .cpu_steps import add_to_mask, add_to_query_and_key, add_to_ties, dropout, keep
+from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, keep
 from .tiles import Problem
 
 #: Scores in a tile for each thread: few enough for the caches, enough rows for products of matrices to be fast.
@@ -74,9 +74,7 @@ def attention(
     Returns:
         (..., L, Ev), of the query's dtype.
     """
-    lead: torch.Size = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
-        query.shape[:-2], key.shape[:-2], value.shape[:-2]
-    )
+    lead = batch_shape(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
@@ -238,9 +236,9 @@ def _backward(
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
     problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     a = threshold.item()
-    # Whether there are first rows, which see every key and write its gradient; later ones add theirs.
-    new = query.new_zeros if is_causal or not query.shape[1] else query.new_empty
-    grad_query, grad_key, grad_value = torch.empty_like(query), new(key.mT.shape), new(value.mT.shape)
+    new = torch.empty_like if query.shape[1] else torch.zeros_like  # without a query, no tile writes them
+    grad_query, grad_key, grad_value = new(query), new(key), new(value)
+    key_sum, value_sum = KeySum(grad_key, problem), KeySum(grad_value, problem)
     grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
     delta = (grad * out).sum(-1, keepdim=True)
     small = _are_small(problem, a if bias is None else bias)
@@ -259,7 +257,6 @@ def _backward(
             _exp_(torch.sub(scores, log_sum[tile.batch, tile.rows, None], out=weights))
         weights = keep(weights, scores, a, out=weights)
         tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
-        first = not is_causal and tile.rows.start == 0
         reusable = None if problem.uses_onednn else scores
         inner = product(tile_grad, value[tile.batch, tile_keys].mT, problem.uses_onednn, out=reusable)
         if dropout_p > 0:
@@ -268,16 +265,19 @@ def _backward(
             used = weights * dropped
         else:
             used = weights
-        add_product(grad_value[tile.batch, :, tile_keys], tile_grad.mT, used, problem.uses_onednn, first)
+        value_sum.add(tile, used, tile_grad)
         inner.sub_((row_delta if small else delta)[tile.batch, tile.rows]).mul_(weights)
-        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, first, first_query=True)
+        add_product(
+            grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], problem.uses_onednn, True, scale
+        )
+        key_sum.add(tile, inner, query[tile.batch, tile.rows], scale)
         if grad_mask.numel():
             add_to_mask(grad_mask, problem, tile, inner)
     if mu is None and bias is None:
         # The forgotten scores become the threshold, and pass their gradient on to it; the comparison has none.
         share = -(rho * delta.squeeze(-1)).sum() / ties[0].clamp(min=1)
         add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
-    return grad_query, grad_key.mT.contiguous(), grad_value.mT.contiguous(), grad_mask
+    return grad_query, grad_key, grad_value, grad_mask
 
 
 @_backward.register_fake

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
-from .cpu_steps import add_to_mask, add_to_query_and_key, add_to_ties, dropout, keep
+from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, keep
 from .tiles import Problem
 
 
@@ -120,15 +120,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
     problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
-    # Whether there are first rows, which see every key and write its gradient; later ones add theirs.
-    new = query.new_zeros if is_causal or not query.shape[1] else query.new_empty
-    grad_query, grad_key, grad_value = torch.empty_like(query), new(key.mT.shape), new(value.mT.shape)
+    new = torch.empty_like if query.shape[1] else torch.zeros_like  # without a query, no tile writes them
+    grad_query, grad_key, grad_value = new(query), new(key), new(value)
+    key_sum, value_sum = KeySum(grad_key, problem), KeySum(grad_value, problem)
     grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
     scratch = problem.scratch()
     for tile in problem.tiles():
         kept = weights[tile.batch, tile.rows, : tile.keys]
         tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
-        first = not is_causal and tile.rows.start == 0
         inner = scratch[: kept.numel()].view(kept.shape)
         product(tile_grad, value[tile.batch, tile_keys].mT, problem.uses_onednn, out=inner)
         used = kept
@@ -136,16 +135,19 @@ def _backward(
             dropped = dropout(kept, dropout_p, seed, tile)
             inner *= dropped
             used = kept * dropped
-        add_product(grad_value[tile.batch, :, tile_keys], tile_grad.mT, used, problem.uses_onednn, first)
+        value_sum.add(tile, used, tile_grad)
         if tile.keys:
             inner = torch.ops.aten._softmax_backward_data.out(inner, kept, -1, inner.dtype, grad_input=inner)
-        add_to_query_and_key(problem, tile, inner, grad_query, grad_key, first, first_query=True)
+        add_product(
+            grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], problem.uses_onednn, True, scale
+        )
+        key_sum.add(tile, inner, query[tile.batch, tile.rows], scale)
         if grad_mask.numel():
             add_to_mask(grad_mask, problem, tile, inner)
     if median_has_gradient:
         share = -(rho * (grad * out).sum(-1)).sum() / ties[0].clamp(min=1)
         add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
-    return grad_query, grad_key.mT.contiguous(), grad_value.mT.contiguous(), grad_mask
+    return grad_query, grad_key, grad_value, grad_mask
 
 
 @_backward.register_fake

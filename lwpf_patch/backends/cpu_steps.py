@@ -25,24 +25,44 @@ def dropout(like: Tensor, p: float, seed: Tensor, tile: Tile) -> Tensor:
     return torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(max(1 - p, 1e-30))
 
 
-def add_to_query_and_key(
-    problem: Problem, tile: Tile, inner: Tensor, grad_query: Tensor, grad_key: Tensor, first: bool, first_query: bool
-) -> None:
-    """Adds what a tile's gradient of the scores gives query and key.
+class KeySum:
+    """Adds up a gradient of keys or values over the tiles of their queries.
+
+    oneDNN is slow where it reads scores across. For it the features lie along the rows, in a sum that holds the batch
+    items of one tile and is turned into the gradient with the last of their tiles.
 
     Args:
+        total: (B H, S, E), where the gradient is to lie.
         problem: The problem.
-        tile: The tile.
-        inner: The gradient of its scores.
-        grad_query: (B H, L, E).
-        grad_key: (B H, E, S), which is faster than transposing the scores.
-        first: Whether this is the first tile of its keys, whose gradient is not there yet.
-        first_query: The same for the queries.
     """
-    query, key = problem.query[tile.batch, tile.rows], problem.key[tile.batch, : tile.keys]
-    own, shared = grad_query[tile.batch, tile.rows], grad_key[tile.batch, :, : tile.keys]
-    add_product(own, inner, key, problem.uses_onednn, first_query, problem.scale)
-    add_product(shared, query.mT, inner, problem.uses_onednn, first, problem.scale)
+
+    def __init__(self, total: Tensor, problem: Problem) -> None:
+        self._total, self._problem = total, problem
+        self._turned = total.new_empty(0)
+
+    def add(self, tile: Tile, scores: Tensor, rows: Tensor, factor: float = 1.0) -> None:
+        """Adds ``factor * scores^T rows``.
+
+        Args:
+            tile: The tile.
+            scores: (G, rows, keys): its weights, or the gradient of its scores.
+            rows: (G, rows, E): what they are multiplied with.
+            factor: Factor of the product.
+        """
+        problem, total = self._problem, self._total[tile.batch]
+        first = tile.rows.start == 0
+        if first and problem.uses_onednn:
+            self._turned = total.new_empty(total.mT.shape)
+        turned = self._turned if problem.uses_onednn else total.mT
+        if first and problem.is_causal:  # its keys are not all: later queries see more
+            turned.zero_()
+            first = False
+        if problem.uses_onednn:
+            add_product(turned[..., : tile.keys], rows.mT, scores, True, first, factor)
+            if tile.rows.stop == problem.query.shape[1]:
+                total.copy_(turned.mT)
+        else:
+            add_product(total[:, : tile.keys], scores.mT, rows, False, first, factor)
 
 
 def add_to_mask(grad_mask: Tensor, problem: Problem, tile: Tile, inner: Tensor) -> None:
@@ -68,7 +88,9 @@ def add_to_ties(
             if excluded is not None:
                 equal &= ~excluded
             inner = equal.to(scores.dtype).mul_(share)
-            add_to_query_and_key(problem, tile, inner, grad_query, grad_key, first=False, first_query=False)
+            query, key = problem.query[tile.batch, tile.rows], problem.key[tile.batch, : tile.keys]
+            grad_query[tile.batch, tile.rows].baddbmm_(inner, key, alpha=problem.scale)
+            grad_key[tile.batch, : tile.keys].baddbmm_(inner.mT, query, alpha=problem.scale)
             if grad_mask.numel():
                 add_to_mask(grad_mask, problem, tile, inner)
         return
@@ -76,7 +98,7 @@ def add_to_ties(
     for position in ties[1 : 1 + int(ties[0])].tolist():
         batch, row, column = position // (length * keys), position // keys % length, position % keys
         grad_query[batch, row] += share * problem.scale * problem.key[batch, column]
-        grad_key[batch, :, column] += share * problem.scale * problem.query[batch, row]
+        grad_key[batch, column] += share * problem.scale * problem.query[batch, row]
         if grad_mask.numel():
             tile = Tile(slice(batch, batch + 1), slice(row, row + 1), keys)
             grad_mask[problem.mask_index(tile)][..., column] += share

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import flat_mask, widen_mask
+from .arguments import batch_shape, flat_mask, widen_mask
 from .eager import lowest
 
 #: Features per head that the tiles hold at most.
@@ -101,7 +101,7 @@ def attention(
                 f"{of_value[-1]} of the value"
             )
         of_key = of_value = torch.Size((*of_key[:-1], of_query[-1]))
-    lead: torch.Size = torch.broadcast_shapes(of_query, of_key, of_value)  # type: ignore[no-untyped-call]
+    lead = batch_shape(of_query, of_key, of_value)
     heads = lead[-1] if lead else 1
     query = _flat(query, lead, heads)
     key = _flat(key, lead, key.shape[-3] if shared else heads)

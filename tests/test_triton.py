@@ -61,9 +61,11 @@ from triton.compiler import ASTSource
 from lwpf_patch.backends import triton as backend, triton_kernels
 
 TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8",
 }
 backend.capability = lambda device: divmod(int(sys.argv[1]), 10)
+COLLECTING = "atom.relaxed.gpu.global.add.u32 place"  # what a thread does that collects scores near the median
 launched = []
 triton_kernels.launch = lambda kernel, programs, *values, **options: launched.append((kernel, values, options))
 
@@ -106,7 +108,7 @@ def resources(compiled):
         Path(file.name).write_bytes(compiled.asm["cubin"])
         shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", shown).groups()
-    return int(registers), int(stack) + int(local), compiled.metadata.shared
+    return int(registers), int(stack) + int(local), compiled.metadata.shared, compiled.asm["ptx"].count(COLLECTING)
 
 for dtype, width, mu, of_mask, dropout_p in json.loads(sys.argv[2]):
     of_mask = of_mask and getattr(torch, of_mask)
@@ -147,10 +149,12 @@ def test_the_kernels_compile_and_spill_nothing(python, capability):
     result = python(str(capability), json.dumps(variants), code=COMPILE)
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(kernels) == number
-    for *name, registers, spilled, shared in kernels:
+    for *name, registers, spilled, shared, collecting in kernels:
         print(f"sm_{capability} {name}: {registers} registers, {shared} bytes shared")
         assert spilled == 0, f"{name} spills {spilled} bytes"
         assert shared <= 99 * 1024, f"{name} takes {shared} bytes of shared memory; the smaller Amperes have 99 KB"
+        # For each loop over keys once: a thread has no more scores than its part, so that none is collected twice.
+        assert collecting == (2 if name[0] == "count_kernel" else 0), name
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

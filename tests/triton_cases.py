@@ -345,7 +345,7 @@ WAYS = {
     "collected": {},
     "sampled": {"COLLECT_ALL": 0, "LEAST_SAMPLED": 512},
     "missed": {"COLLECT_ALL": 0, "LEAST_SAMPLED": 128, "MARGIN": 0.0},
-    "overflowing": {"MOST_COLLECTED": 4, "COLLECT_ALL": 0},
+    "overflowing": {"MOST_COLLECTED": 4 * 128, "COLLECT_ALL": 0},
 }
 
 

@@ -249,7 +249,7 @@ _TILES: _Tiles = {
     "query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
     "key": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 64, 8, 1)},
     "mask": {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 1)},
-    "median": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 4, 2)},
+    "median": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
 }
 # Where others are wanted: with a mask, whose entries and their places take registers; before Hopper; and for both
 # reasons. In bfloat16 and up to width 128 none is spilled then, with dropout or without, but two by the search for the
@@ -258,6 +258,7 @@ _TILES_MASKED: _Tiles = {
     "forward": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
     "query": {64: (64, 64, 8, 2), 128: (64, 16, 8, 2)},
     "key": {64: (32, 128, 8, 2), 128: (16, 64, 8, 2)},
+    "median": {128: (64, 32, 4, 2)},
 }
 _TILES_BEFORE_HOPPER: _Tiles = {"forward": {128: (128, 32, 8, 2)}, "mask": {64: (64, 32, 8, 1)}}
 _TILES_MASKED_BEFORE_HOPPER: _Tiles = {

@@ -1,11 +1,10 @@
 """The exact median of all scores on the GPU, without all scores and without asking the GPU anything.
 
 A sample of the scores, sorted, gives a bracket in which the median lies, all but surely. One pass over the tiles counts
-what lies below, at and above its two ends, and collects what lies strictly between them. The median is one of the ends,
-or it is among those collected: a radix select finds it there, eight bits of its number at a time. If the bracket missed
-it, or more was collected than there is room for, the same select goes over all tiles again: slower, and as exact.
-Which of these it is, each program reads from the counters, so that no number travels to the CPU and a CUDA graph
-can hold it all.
+what lies below it and within, and collects what lies within. Among those a radix select finds the median, eight bits of
+its number at a time. If the bracket missed it, or more was collected than there is room for, the same select goes over
+all tiles again: slower, and as exact. Which of these it is, each program reads from the counters, so that no number
+travels to the CPU and a CUDA graph can hold it all.
 
 The rank is that of ``torch.median``: the lower of two middle values. -0 is 0, and one NaN that counts makes the median
 NaN. Without any score it is 0.
@@ -15,6 +14,7 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,60 +23,32 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_kernels
-from .triton_kernels import head_of, not_, rows_of, score_products, scores_of
+from .triton_kernels import INTERPRETED, head_of, not_, rows_of, score_products, scores_of
 
+#: The size of the sample is this power of the number of scores, rounded to a power of 2.
+SAMPLED_POWER = 0.58
 #: With no more scores than this, all are collected and none is sampled.
 COLLECT_ALL = 1 << 20
 #: Room for this many collected scores at most.
-MOST_COLLECTED = 1 << 24
+MOST_COLLECTED = 1 << 25
 #: Scores that are sampled: at least, and at most. Powers of 2.
 LEAST_SAMPLED, MOST_SAMPLED = 1 << 12, 1 << 18
 #: As many programs go over the tiles; each takes every so manieth.
 PROGRAMS = 1 << 11
-#: Half the width of the bracket, in square roots of the sample's size: five standard deviations of the median's rank.
-MARGIN = 2.5
+#: Half the width of the bracket, in square roots of the sample's size: 3.5 standard deviations of the median's rank, so
+#: that one bracket in 2,000 misses it.
+MARGIN = 1.75
 
-#: The counters: scores that count, NaNs among them, scores below and up to the bracket's ends, those collected, and
-#: samples that count.
-COUNTED, NANS, BELOW_LOW, UP_TO_LOW, BELOW_HIGH, UP_TO_HIGH, COLLECTED, SAMPLED = (tl.constexpr(i) for i in range(8))
+#: The counters: scores that count, rows with a NaN among them, scores up to the bracket's lower end, whether it holds a
+#: single value, and samples that count.
+COUNTED, NANS, UP_TO_LOW, FLAT, SAMPLED = (tl.constexpr(i) for i in range(5))
 COUNTERS = 8
+#: What is collected lies in so many parts, each with a counter of its own (int32, this far apart): one for all would
+#: have every program wait for the others. It counts what lies within the bracket, also what finds no room.
+PARTS, APART = tl.constexpr(128), tl.constexpr(32)
 #: Digits of a score's number: how many, and how many values of one.
 DIGITS, VALUES = tl.constexpr(4), tl.constexpr(256)
 CHUNK = tl.constexpr(4096)
-
-
-@triton.jit
-def bracket_of(sample, counters, margin, SAMPLES: tl.constexpr):
-    """Reads the bracket's ends from the sorted sample."""
-    low, high = tl.full([], float("-inf"), tl.float32), tl.full([], float("inf"), tl.float32)
-    if SAMPLES > 0:
-        sampled = tl.load(counters + SAMPLED).to(tl.int32)
-        middle = (sampled - 1) // 2
-        steps = (margin * tl.sqrt(sampled.to(tl.float32))).to(tl.int32) + 1
-        inside = steps <= middle
-        first, last = tl.where(inside, middle - steps, 0), tl.where(inside, middle + steps, 0)
-        low = tl.where(inside, tl.load(sample + first), low)
-        high = tl.where(inside, tl.load(sample + last), high)
-    return low, high
-
-
-@triton.jit
-def plan(counters, room):
-    """Reads from the counters where the median is.
-
-    Returns:
-        Whether it is NaN, is the bracket's lower end, is its upper end, or is among the scores collected (elsewhere it
-        is found from all scores); and its rank there.
-    """
-    counted = tl.load(counters + COUNTED)
-    rank = tl.maximum(counted - 1, 0) // 2
-    broken = tl.load(counters + NANS) > 0
-    below_low, up_to_low = tl.load(counters + BELOW_LOW), tl.load(counters + UP_TO_LOW)
-    below_high, up_to_high = tl.load(counters + BELOW_HIGH), tl.load(counters + UP_TO_HIGH)
-    is_low = (below_low <= rank) & (rank < up_to_low)
-    is_high = (below_high <= rank) & (rank < up_to_high)
-    inside = (up_to_low <= rank) & (rank < below_high) & (tl.load(counters + COLLECTED) <= room)
-    return broken, is_low, is_high, inside, tl.where(inside, rank - up_to_low, rank)
 
 
 @triton.jit
@@ -91,6 +63,47 @@ def score_of(number):
     """Returns the score of a number."""
     bits = number.to(tl.int32, bitcast=True)
     return (bits ^ ((~bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bracket_of(sample, counters, margin, SAMPLES: tl.constexpr):
+    """Reads the bracket from the sorted sample.
+
+    Returns:
+        Its ends, strictly between which the median should lie; a value within; and whether that is the only one.
+    """
+    low, high = tl.full([], float("-inf"), tl.float32), tl.full([], float("inf"), tl.float32)
+    least, flat = tl.full([], 0.0, tl.float32), tl.full([], False, tl.int1)
+    if SAMPLES > 0:
+        sampled = tl.load(counters + SAMPLED).to(tl.int32)
+        middle = (sampled - 1) // 2
+        steps = (margin * tl.sqrt(sampled.to(tl.float32))).to(tl.int32) + 1
+        inside = steps <= middle
+        least = tl.load(sample + tl.where(inside, middle - steps, 0))
+        most = tl.load(sample + tl.where(inside, middle + steps, 0))
+        below = number_of(least) - tl.where(least == 0, 2, 1).to(tl.uint32)  # next to 0 is -0, which is the same
+        low = tl.where(inside, score_of(below), low)
+        high = tl.where(inside, score_of(number_of(most) + 1), high)
+        flat = inside & (least == most)
+    return low, high, least, flat
+
+
+@triton.jit
+def plan(counters, filled, room):
+    """Reads from the counters where the median is.
+
+    Returns:
+        Whether it is NaN, is the bracket's only value, or is among the scores collected (elsewhere it is found from all
+        scores); and its rank there.
+    """
+    rank = tl.maximum(tl.load(counters + COUNTED) - 1, 0) // 2
+    broken = tl.load(counters + NANS) > 0
+    up_to_low = tl.load(counters + UP_TO_LOW)
+    many = tl.load(filled + tl.arange(0, PARTS) * APART)
+    within = (up_to_low <= rank) & (rank < up_to_low + tl.sum(many.to(tl.int64), 0))
+    only = within & (tl.load(counters + FLAT) > 0)
+    inside = within & not_(only) & (tl.max(many, 0) <= room)
+    return broken, only, inside, tl.where(inside, rank - up_to_low, rank)
 
 
 @triton.jit
@@ -148,22 +161,104 @@ def sample_kernel(
     tl.atomic_add(counters + SAMPLED, tl.sum(valid.to(tl.int32), 0).to(tl.int64))
 
 
+@functools.lru_cache
+def collecting(number: int) -> tuple[str, str]:
+    """Writes, in the words of the GPU, how a thread collects those of its scores that lie between two numbers.
+
+    In Triton's words each score would first travel to another thread, and an address be made for each, for the few that
+    there are to collect.
+
+    Args:
+        number: How many scores a thread has.
+
+    Returns:
+        The instructions; and their operands: a result that means nothing, the score, the two numbers, the place of the
+        counter and that of the memory, and how many fit there; each so many times.
+    """
+    every = range(number)
+    score, above, below, filled, part, room = ([f"${number * (1 + which) + i}" for i in every] for which in range(6))
+    lines = [
+        f".reg .pred in<{number}>, some;",
+        ".reg .u32 many, place;",
+        ".reg .u64 address;",
+        "mov.u32 many, 0;",
+        *(f"setp.gt.f32 in{i}, {score[i]}, {above[0]};" for i in every),
+        *(f"setp.lt.and.f32 in{i}, {score[i]}, {below[0]}, in{i};" for i in every),
+        *(f"@in{i} add.u32 many, many, 1;" for i in every),
+        "setp.ne.u32 some, many, 0;",
+        "@!some bra DONE;",
+        f"atom.relaxed.gpu.global.add.u32 place, [{filled[0]}], many;",
+        "add.u32 many, place, many;",
+        f"setp.le.u32 some, many, {room[0]};",
+        "@!some bra DONE;",
+        f"mad.wide.u32 address, place, 4, {part[0]};",
+        *(f"@in{i} st.global.f32 [address], {score[i]}; @in{i} add.u64 address, address, 4;" for i in every),
+    ]
+    operands = ["=r", "f", "f", "f", "l", "l", "r"]
+    return "{" + " ".join(lines) + " DONE: }", ",".join(kind for kind in operands for _ in every)
+
+
+@triton.jit
+def greatest(one, other):
+    """The greater of two numbers, or NaN."""
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def count_tiles(
+    up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
+    stride_mask_key, start_row, first, last, length, count, scale, lowest, low, high, filled, part, room,
+    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, FEATURES: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLLECT: tl.constexpr,
+    OPERANDS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Goes over the keys from ``first`` to ``last`` for one tile of queries; see :func:`count_kernel`."""
+    rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
+    for start in range(first, last, KEYS):
+        key_rows = rows_of(key_head, stride_key_row, start, count, BOUNDS, KEYS, FEATURES, BLOCK_FEATURES)
+        scores, valid = scores_of(
+            score_products(queries, tl.trans(key_rows)), start_row, start, rows, keys, length, count, mask_head,
+            stride_mask_row, stride_mask_key, scale, lowest, FOLD, MASKED, BOUNDS, CAUSAL,
+        )  # fmt: skip
+        scores = tl.where(valid, scores, float("inf"))  # which is in no bracket, and is no NaN
+        worst = greatest(worst, tl.reduce(scores, 1, greatest))
+        if MASKED:
+            counted += tl.sum(valid.to(tl.int32), 1)
+        above = scores > low
+        up_to_low += tl.sum(not_(above).to(tl.int32), 1)
+        if INTERPRETED:
+            within = above & (scores < high)
+            places = tl.atomic_add(filled + tl.zeros([ROWS, KEYS], tl.int32), 1, mask=within)
+            tl.store(part + places, scores, mask=within & (places < room))
+        else:
+            tl.inline_asm_elementwise(
+                COLLECT, OPERANDS, [scores, low, high, tl.cast(filled, tl.int64), tl.cast(part, tl.int64), room],
+                dtype=tl.int32, is_pure=False, pack=TOGETHER,
+            )  # fmt: skip
+    return up_to_low, counted, worst
+
+
 @triton.jit
 def count_kernel(
-    query, key, mask, sample, counters, collected,
+    query, key, mask, sample, counters, filled, collected,
     stride_query_batch, stride_query_head, stride_query_row,
     stride_key_batch, stride_key_head, stride_key_row,
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
-    batches, heads, group, length, count, scale, lowest, margin, room,
+    batches, heads, group, length, count, scale, lowest, margin, room, known,
     FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SAMPLES: tl.constexpr, FEATURES: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLLECT: tl.constexpr,
+    OPERANDS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Counts all scores, and collects those strictly within the bracket."""
-    low, high = bracket_of(sample, counters, margin, SAMPLES)
+    """Counts all scores, and collects those strictly within the bracket.
+
+    ``known`` is how many scores count, where no mask decides.
+    """
+    low, high, _, flat = bracket_of(sample, counters, margin, SAMPLES)
     tiles = tl.cdiv(length, ROWS)
-    rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
-    zero = tl.full([], 0, tl.int64)
-    counted, nans, below_low, up_to_low, below_high, up_to_high = zero, zero, zero, zero, zero, zero
+    number = tl.program_id(0) % PARTS
+    own, part = filled + number * APART, collected + tl.cast(number, tl.int64) * room
+    up_to_low, counted = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
+    worst = tl.full([ROWS], float("-inf"), tl.float32)
     for unit in range(tl.program_id(0), batches * heads * tiles, tl.num_programs(0)):
         head, start_row = unit // tiles, unit % tiles * ROWS
         batch, query_head = head // heads, head % heads
@@ -174,32 +269,29 @@ def count_kernel(
         key_head = head_of(key, batch, query_head // group, stride_key_batch, stride_key_head)
         mask_head = head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head)
         end = count
+        whole = count // KEYS * KEYS
         if CAUSAL:
             end = tl.minimum(count, start_row + ROWS)
-        for start in range(0, end, KEYS):
-            key_rows = rows_of(key_head, stride_key_row, start, count, True, KEYS, FEATURES, BLOCK_FEATURES)
-            scores, valid = scores_of(
-                score_products(queries, tl.trans(key_rows)), start_row, start, rows, keys, length, count, mask_head,
-                stride_mask_row, stride_mask_key, scale, lowest, FOLD, MASKED, True, CAUSAL,
-            )  # fmt: skip
-            counted += tl.sum(tl.sum(valid.to(tl.int32), 1), 0)
-            nans += tl.sum(tl.sum((valid & (scores != scores)).to(tl.int32), 1), 0)
-            below_low += tl.sum(tl.sum((valid & (scores < low)).to(tl.int32), 1), 0)
-            up_to_low += tl.sum(tl.sum((valid & (scores <= low)).to(tl.int32), 1), 0)
-            below_high += tl.sum(tl.sum((valid & (scores < high)).to(tl.int32), 1), 0)
-            up_to_high += tl.sum(tl.sum((valid & (scores <= high)).to(tl.int32), 1), 0)
-            within = valid & (scores > low) & (scores < high)
-            chosen = within.to(tl.int32)
-            in_row = tl.sum(chosen, 1)
-            before = tl.atomic_add(counters + COLLECTED, tl.sum(in_row, 0).to(tl.int64))
-            place = before + (tl.cumsum(in_row, 0) - in_row)[:, None] + tl.cumsum(chosen, 1) - chosen
-            tl.store(collected + place, scores, mask=within & (place < room))
-    tl.atomic_add(counters + COUNTED, counted)
-    tl.atomic_add(counters + NANS, nans)
-    tl.atomic_add(counters + BELOW_LOW, below_low)
-    tl.atomic_add(counters + UP_TO_LOW, up_to_low)
-    tl.atomic_add(counters + BELOW_HIGH, below_high)
-    tl.atomic_add(counters + UP_TO_HIGH, up_to_high)
+            whole = tl.minimum(start_row, count) // KEYS * KEYS
+        whole = tl.where(start_row + ROWS <= length, whole, 0)  # the last queries' tile may reach beyond them
+        up_to_low, counted, worst = count_tiles(
+            up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
+            stride_mask_key, start_row, 0, whole, length, count, scale, lowest, low, high, own, part, room,
+            FOLD, MASKED, False, False, FEATURES, BLOCK_FEATURES, ROWS, KEYS, COLLECT, OPERANDS, TOGETHER,
+        )  # fmt: skip
+        up_to_low, counted, worst = count_tiles(
+            up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
+            stride_mask_key, start_row, whole, end, length, count, scale, lowest, low, high, own, part, room,
+            FOLD, MASKED, True, CAUSAL, FEATURES, BLOCK_FEATURES, ROWS, KEYS, COLLECT, OPERANDS, TOGETHER,
+        )  # fmt: skip
+    tl.atomic_add(counters + UP_TO_LOW, tl.sum(up_to_low.to(tl.int64), 0))
+    tl.atomic_add(counters + NANS, tl.sum((worst != worst).to(tl.int64), 0))
+    if MASKED:
+        tl.atomic_add(counters + COUNTED, tl.sum(counted.to(tl.int64), 0))
+    if tl.program_id(0) == 0:
+        if not MASKED:
+            tl.store(counters + COUNTED, known)
+        tl.store(counters + FLAT, flat.to(tl.int64))
 
 
 @triton.jit
@@ -217,7 +309,7 @@ def histogram_of(scores, valid, prefix, DIGIT: tl.constexpr, SIZE: tl.constexpr)
 
 @triton.jit
 def digit_kernel(
-    query, key, mask, counters, collected, histograms,
+    query, key, mask, counters, filled, collected, histograms,
     stride_query_batch, stride_query_head, stride_query_row,
     stride_key_batch, stride_key_head, stride_key_row,
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
@@ -226,16 +318,20 @@ def digit_kernel(
     BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Makes the histogram of one digit, over the scores collected or over all."""
-    broken, is_low, is_high, inside, rank = plan(counters, room)
+    broken, only, inside, rank = plan(counters, filled, room)
     prefix, rank, _ = digits_found(histograms, rank, DIGIT)
     totals = tl.zeros([VALUES], tl.int64)
-    found = broken | is_low | is_high
+    found = broken | only
     if inside & not_(found):
-        many = tl.load(counters + COLLECTED).to(tl.int32)
-        for start in range(tl.program_id(0) * CHUNK, many, tl.num_programs(0) * CHUNK):
-            places = start + tl.arange(0, CHUNK)
-            scores = tl.load(collected + places, mask=places < many, other=0.0)
-            totals += histogram_of(scores, places < many, prefix, DIGIT, CHUNK)
+        # A part for several programs, or several for one.
+        sharing = tl.maximum(tl.num_programs(0) // PARTS, 1)
+        for number in range(tl.program_id(0) // sharing, PARTS, tl.cdiv(tl.num_programs(0), sharing)):
+            many = tl.load(filled + number * APART)
+            part = collected + tl.cast(number, tl.int64) * room
+            for start in range(tl.program_id(0) % sharing * CHUNK, many, sharing * CHUNK):
+                places = start + tl.arange(0, CHUNK)
+                scores = tl.load(part + places, mask=places < many, other=0.0)
+                totals += histogram_of(scores, places < many, prefix, DIGIT, CHUNK)
     if not_(inside) & not_(found):
         tiles = tl.cdiv(length, ROWS)
         rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
@@ -263,16 +359,15 @@ def digit_kernel(
 
 
 @triton.jit
-def result_kernel(sample, counters, histograms, median, ties, margin, room, SAMPLES: tl.constexpr):
+def result_kernel(sample, counters, filled, histograms, median, ties, margin, room, SAMPLES: tl.constexpr):
     """Writes the median, and how many scores are equal to it."""
-    low, high = bracket_of(sample, counters, margin, SAMPLES)
-    broken, is_low, is_high, _, rank = plan(counters, room)
+    _, _, value, _ = bracket_of(sample, counters, margin, SAMPLES)
+    broken, only, _, rank = plan(counters, filled, room)
     number, _, many = digits_found(histograms, rank, DIGITS)
-    result = score_of(number)
-    many = tl.where(is_high, tl.load(counters + UP_TO_HIGH) - tl.load(counters + BELOW_HIGH), many)
-    result = tl.where(is_high, high, result)
-    many = tl.where(is_low, tl.load(counters + UP_TO_LOW) - tl.load(counters + BELOW_LOW), many)
-    result = tl.where(is_low, low, result)
+    within = tl.sum(tl.load(filled + tl.arange(0, PARTS) * APART).to(tl.int64), 0)
+    many = tl.where(only, within, many)
+    result = tl.where(only, value, score_of(number))
+    result = tl.where(result == 0, 0.0, result)  # -0 is 0
     result = tl.where(broken, float("nan"), result)
     result = tl.where(tl.load(counters + COUNTED) == 0, 0.0, result)
     tl.store(median, result)
@@ -305,39 +400,52 @@ def find(
     launch = triton_kernels.launch
     query = tensors[0]
     batches, heads, _, length, count = sizes
+    rows = tile["ROWS"]
+    units = batches * heads * triton.cdiv(length, rows)
+    programs = min(PROGRAMS, units)
     total = batches * heads * length * count
-    samples, room = _extent(total)
+    diagonal = min(length, count)  # with causality, query i sees min(i + 1, S) keys
+    seen = diagonal * (diagonal + 1) // 2 + (length - diagonal) * count if flags["CAUSAL"] else length * count
+    samples, room = _extent(total, triton.cdiv(units, min(programs, PARTS.value) or 1) * rows * count)
     device = query.device
     counters = torch.zeros(COUNTERS + DIGITS.value * VALUES.value, dtype=torch.int64, device=device)
     histograms = counters[COUNTERS:]
+    filled = torch.zeros(PARTS.value * APART.value, dtype=torch.int32, device=device)
     median, ties = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
-    collected = torch.empty(room, dtype=torch.float32, device=device)
+    collected = torch.empty(min(programs, PARTS.value) * room, dtype=torch.float32, device=device)
     sample = counters
     numbers = (*strides, *sizes, scale, lowest)
     if samples:
         drawn = torch.empty(samples, dtype=torch.float32, device=device)
         launch(sample_kernel, samples // 128, *tensors, drawn, counters, *numbers, **flags, BLOCK=128)
         sample = drawn.sort().values  # NaN comes last
-    programs = min(PROGRAMS, batches * heads * triton.cdiv(length, tile["ROWS"]))
     if total:
+        together = rows * tile["KEYS"] // (32 * tile["num_warps"])  # the scores of a thread
+        collect, operands = collecting(together)
         launch(
-            count_kernel, programs, *tensors, sample, counters, collected, *numbers, MARGIN, room, **flags, **tile,
-            SAMPLES=samples,
+            count_kernel, programs, *tensors, sample, counters, filled, collected, *numbers, MARGIN, room,
+            batches * heads * seen, **flags, **tile, SAMPLES=samples, COLLECT=collect, OPERANDS=operands,
+            TOGETHER=together,
         )  # fmt: skip
         for digit in range(DIGITS.value):
             launch(
-                digit_kernel, programs, *tensors, counters, collected, histograms, *numbers, room, **flags, **tile,
-                DIGIT=digit,
+                digit_kernel, programs, *tensors, counters, filled, collected, histograms, *numbers, room, **flags,
+                **tile, DIGIT=digit,
             )  # fmt: skip
-    launch(result_kernel, 1, sample, counters, histograms, median, ties, MARGIN, room, SAMPLES=samples)
+    launch(result_kernel, 1, sample, counters, filled, histograms, median, ties, MARGIN, room, SAMPLES=samples)
     return median, ties
 
 
-def _extent(total: int) -> tuple[int, int]:
-    """Returns how many of so many scores to sample, none if all can be collected, and how many to have room for."""
+def _extent(total: int, most: int) -> tuple[int, int]:
+    """Returns how many scores to sample, and how many to have room for in each part of those collected.
+
+    Args:
+        total: How many scores there are. None is sampled if all can be collected.
+        most: How many of them fall to one part at most.
+    """
     if total <= COLLECT_ALL:
-        return 0, max(1, total)
-    wanted = int(total**0.65)
+        return 0, max(1, most)
+    wanted = int(total**SAMPLED_POWER)
     samples = max(LEAST_SAMPLED, min(MOST_SAMPLED, 1 << wanted.bit_length()))
     expected = int(2 * MARGIN * total / samples**0.5)  # fewer where keys are excluded
-    return samples, min(total, MOST_COLLECTED, max(COLLECT_ALL, 2 * expected))
+    return samples, min(most, MOST_COLLECTED // PARTS.value, 4096 + 2 * expected // PARTS.value)

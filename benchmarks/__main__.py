@@ -9,9 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import attention, reporting, separation, startup, train_step
+from . import attention, reporting, separation, startup, tiles, train_step
 
-BENCHMARKS = {"attention": attention, "train_step": train_step, "separation": separation, "startup": startup}
+BENCHMARKS = {
+    "attention": attention,
+    "train_step": train_step,
+    "separation": separation,
+    "startup": startup,
+    "tiles": tiles,
+}
 
 
 def main() -> None:

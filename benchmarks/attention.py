@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     options.base = options.base or BASES[options.device]
     if options.memory_of:
         variant = variants(options.backend)[options.memory_of]
-        measuring.print_memory(_subject(variant, *_inputs(options, options.shapes[0])), options.device)
+        measuring.print_memory(_subject(variant, *make_inputs(options, options.shapes[0])), options.device)
         return
     known, left_out = available(options.device, options.backend)
     for name, why in left_out.items():
@@ -242,7 +242,8 @@ def _why_no_flex_attention() -> str:
     return ""
 
 
-def _inputs(options: argparse.Namespace, shape: str) -> tuple[list[Any], Any]:
+def make_inputs(options: argparse.Namespace, shape: str) -> tuple[list[Any], Any]:
+    """Draws query, key and value, and a gradient of the output."""
     import torch
 
     sizes = tuple(int(part) for part in shape.split(","))
@@ -274,7 +275,7 @@ def _measure(options: argparse.Namespace, shape: str, chosen: dict[str, Variant]
     from . import measuring
 
     torch.compiler.reset()  # every shape compiles anew: no limit on how often, and no program for changing shapes
-    inputs, cotangent = _inputs(options, shape)
+    inputs, cotangent = make_inputs(options, shape)
     subjects = {name: _subject(variant, inputs, cotangent) for name, variant in chosen.items()}
     rows = measuring.compare(options, subjects, options.base, "--shapes", shape)
     batch, heads, length, width = (int(part) for part in shape.split(","))

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,22 @@ def test_attention(bench, tmp_path):
         assert not row["failures"]
         assert len(row["forward_ratio"]) == len(row["both_ratio"]) == 3
     assert said.err.count("left out: SDPA") == 2
+
+
+def test_tiles(python, tmp_path):
+    """In Triton's interpreter, which has to be a process of its own."""
+    arguments = ("tiles", "--device", "cpu", "--quick", "--output", "out/t")
+    said = python("-m", "benchmarks", *arguments, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))
+    rows = check_files(SimpleNamespace(out=said.stdout), tmp_path / "out" / "t", plot=False)
+    names = [(row["kernel"], row["variant"]) for row in rows]
+    assert names[:3] == [("forward", "current"), ("forward", "64, 32, 4, 2"), ("forward", "64, 32, 4, 3")]
+    assert len(names) == 12
+    assert not any(row["failures"] for row in rows)
+
+
+def test_tiles_need_a_gpu(bench):
+    with pytest.raises(SystemExit, match="the Triton backend does not run here: the tensors are on cpu"):
+        bench("tiles", "--device", "cpu", "--quick")
 
 
 def test_attention_memory(bench, tmp_path):

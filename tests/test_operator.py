@@ -666,5 +666,5 @@ def test_there_is_no_second_derivative_by_the_cpu_backend():
     query, key, value = tensors((3, 2), (4, 2), (4, 2))
     out = lwpf_attention(query, key, value, func_d="relu", backend="cpu")
     (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no autograd formula was registered|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
         torch.autograd.grad(grad.sum(), key)

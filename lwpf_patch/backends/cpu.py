@@ -19,6 +19,8 @@ Short sequences, whose weights may be kept in that memory too, go to :mod:`lwpf_
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from .arguments import batch_shape, flat_mask, widen_mask
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
 from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, keep
+from .operators import Operator
 from .tiles import Problem
 
 #: Scores in a tile for each thread: few enough for the caches, enough rows for products of matrices to be fast.
@@ -91,21 +94,9 @@ def attention(
     seed = torch.randint(2**62, ()) if dropout_p > 0 else torch.zeros((), dtype=torch.int64)
     noise = torch.zeros((), dtype=flat[0].dtype) if eps is None else eps.to(flat[0].dtype)
     onednn = _onednn_suits(flat[0].dtype)
-    operator = cpu_kept.forward if cpu_kept.suits(*flat) else _forward
-    out, *_ = operator(
-        *flat,
-        factor,
-        mask,
-        lead[-1] if lead else 1,
-        dropout_p,
-        is_causal,
-        TILE,
-        _threads(),
-        onednn,
-        mu,
-        bias,
-        noise,
-        seed,
+    heads = lead[-1] if lead else 1
+    out = (cpu_kept.operator if cpu_kept.suits(*flat) else operator)(
+        *flat, factor, mask, heads, dropout_p, is_causal, TILE, _threads(), onednn, mu, bias, noise, seed
     )
     return out.reshape(*lead, *out.shape[-2:]).to(dtype)
 
@@ -120,7 +111,6 @@ def _onednn_suits(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and cpu_products.onednn_is_faster()
 
 
-@torch.library.custom_op("lwpf_patch::cpu_attention", mutates_args=(), device_types="cpu")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -200,7 +190,10 @@ def _exp_(x: Tensor) -> Tensor:
     return x.clamp_(min=-87.0 if x.dtype == torch.float32 else -700.0).exp_()
 
 
-@_forward.register_fake
+_registered = torch.library.custom_op("lwpf_patch::cpu_attention", _forward, mutates_args=(), device_types="cpu")
+
+
+@_registered.register_fake
 def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
     rows = query.new_empty(query.shape[:2])
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
@@ -208,7 +201,6 @@ def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, th
     return out, rows, torch.empty_like(rows), query.new_empty(()), query.new_empty(()), ties
 
 
-@torch.library.custom_op("lwpf_patch::cpu_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -280,7 +272,12 @@ def _backward(
     return grad_query, grad_key, grad_value, grad_mask
 
 
-@_backward.register_fake
+_registered_backward = torch.library.custom_op(
+    "lwpf_patch::cpu_attention_backward", _backward, mutates_args=(), device_types="cpu"
+)
+
+
+@_registered_backward.register_fake
 def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-def]
     grad_mask = torch.empty_like(mask) if mask is not None and rest[-1] else query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
@@ -295,14 +292,11 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
-def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
-    query, key, value, mask, out, log_sum, rho, threshold, centre, ties, seed = ctx.saved_tensors
-    grads = torch.ops.lwpf_patch.cpu_attention_backward(
-        grad.contiguous(), query, key, value, ctx.scale, mask, out, log_sum, rho, threshold, centre, ties, seed,
-        *ctx.options, ctx.mask_needs_grad,
-    )  # fmt: skip
+def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
+    query, key, value, mask, *saved = ctx.saved_tensors
+    grads = backward(grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad)
     grad_mask = grads[3] if ctx.mask_needs_grad else None
     return *grads[:3], None, grad_mask, *[None] * 10
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+operator = Operator((_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients)

@@ -14,6 +14,8 @@ a tile one step after another stays in the cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch import Tensor
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
 from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, keep
+from .operators import Operator
 from .tiles import Problem
 
 
@@ -30,8 +33,7 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return length * keys <= (length + keys) * (query.shape[2] + value.shape[2])
 
 
-@torch.library.custom_op("lwpf_patch::cpu_kept_attention", mutates_args=(), device_types="cpu")
-def forward(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -72,10 +74,12 @@ def forward(
         scores, excluded = problem.scores(tile, out=weights if mu is not None else None)
         if excluded is not None:
             scores.masked_fill_(excluded, -math.inf)  # not above the threshold, so not kept
-        normalised = torch.ops.aten.threshold.out(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
+        # Unless b is above a, D(s) may take the place of s: what is above the threshold stays it, and nothing else is.
+        free = scratch[: scores.numel()].view(scores.shape)
+        changed = torch.ops.aten.threshold.out(scores, a, b, out=scores if b <= a else free)
         if excluded is not None:
-            normalised.masked_fill_(excluded, -math.inf)
-        torch.softmax(normalised, -1, out=normalised)
+            changed.masked_fill_(excluded, -math.inf)
+        normalised = torch.softmax(changed, -1, out=free)  # slower in place
         if excluded is not None:
             normalised.masked_fill_(excluded, 0)  # and a row with no key left, which is NaN, gives 0
         kept = keep(normalised, scores, a, out=scores)
@@ -87,7 +91,10 @@ def forward(
     return out, weights, rho, threshold, centre, ties
 
 
-@forward.register_fake
+_registered = torch.library.custom_op("lwpf_patch::cpu_kept_attention", _forward, mutates_args=(), device_types="cpu")
+
+
+@_registered.register_fake
 def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     weights = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
@@ -95,7 +102,6 @@ def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, th
     return out, weights, query.new_empty(query.shape[:2]), query.new_empty(()), query.new_empty(()), ties
 
 
-@torch.library.custom_op("lwpf_patch::cpu_kept_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -150,7 +156,12 @@ def _backward(
     return grad_query, grad_key, grad_value, grad_mask
 
 
-@_backward.register_fake
+_registered_backward = torch.library.custom_op(
+    "lwpf_patch::cpu_kept_attention_backward", _backward, mutates_args=(), device_types="cpu"
+)
+
+
+@_registered_backward.register_fake
 def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-def]
     grad_mask = torch.empty_like(mask) if mask is not None and rest[-1] else query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
@@ -166,13 +177,11 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
-def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
     query, key, value, mask, *saved = ctx.saved_tensors
-    grads = torch.ops.lwpf_patch.cpu_kept_attention_backward(
-        grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad
-    )
+    grads = backward(grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad)
     grad_mask = grads[3] if ctx.mask_needs_grad else None
     return *grads[:3], None, grad_mask, *[None] * 10
 
 
-forward.register_autograd(_autograd, setup_context=_setup_context)
+operator = Operator((_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients)

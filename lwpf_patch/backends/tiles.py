@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -69,6 +70,9 @@ class Problem(NamedTuple):
         rows = max(1, min(length, max(16, size // max(keys, 1))))
         group = 1 if self.uses_onednn else sharing * max(1, size // max(rows * keys, 1))
         varies = self.mask is not None and self.mask.shape[:2].numel() > 1
+        extent = self.heads if varies else batch
+        if extent:  # groups of about the same size
+            group = min(group, sharing * math.ceil(extent / sharing / math.ceil(extent / group)))
         for start in range(0, batch, self.heads) if varies else (0,):
             end = start + self.heads if varies else batch
             for first in range(start, end, group):

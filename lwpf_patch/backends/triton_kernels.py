@@ -26,6 +26,10 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 #: Below every score, and finite, so that differences are numbers.
 BOTTOM = tl.constexpr(-1.0e30)
 
+#: What is left over by tiles of full width is gone over in steps of so many keys, or queries: a vision transformer's
+#: sequence is often a few longer than some squares.
+REST = tl.constexpr(16)
+
 #: What MASKED says of the mask.
 NO_MASK, BOOLEAN, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -123,15 +127,15 @@ def scores_of(
         lowest: At and below which an additive mask excludes a key.
         FOLD: Whether scores are the bare products.
         MASKED: Which kind of mask there is.
-        BOUNDS: Whether the tile may reach beyond the last query or key.
+        BOUNDS: Whether the tile may reach beyond the last key.
         CAUSAL: Whether it may hold keys that come after their query.
 
     Returns:
-        The scores, and whether each counts.
+        The scores, and whether each counts; queries beyond the last are not told from others.
     """
     valid = tl.full(products.shape, True, tl.int1)
     if BOUNDS:
-        valid = valid & (start_row + rows < length) & (start_key + keys < count)
+        valid = valid & (start_key + keys < count)
     if CAUSAL:
         valid = valid & (start_key + keys <= start_row + rows)
     scores = products
@@ -265,6 +269,7 @@ def forward_kernel(
     highest = tl.full([ROWS], BOTTOM, tl.float32)
     if SAME:
         highest = tl.maximum(highest, threshold)
+    STEP: tl.constexpr = KEYS if CAUSAL else REST
     end = count
     whole = count // KEYS * KEYS
     if CAUSAL:
@@ -280,7 +285,7 @@ def forward_kernel(
         outs, highest, total, forgotten, queries, key_head, value_head, mask_head, stride_key_row, stride_value_row,
         stride_mask_row, stride_mask_key, start_row, whole, end, length, count, head, threshold, seed, scale, unit,
         lowest, dropout_p, keep_factor, FOLD, MASKED, True, CAUSAL, SAME, COUNT, DROPOUT, FEATURES, BLOCK_FEATURES,
-        VALUES, BLOCK_VALUES, ROWS, KEYS,
+        VALUES, BLOCK_VALUES, ROWS, STEP,
     )  # fmt: skip
 
     rows = start_row + tl.arange(0, ROWS)
@@ -430,6 +435,7 @@ def query_kernel(
         share = tl.load(shares)
 
     totals = tl.zeros([ROWS, BLOCK_FEATURES], tl.float32)
+    STEP: tl.constexpr = KEYS if CAUSAL else REST
     end = count
     whole = count // KEYS * KEYS
     if CAUSAL:
@@ -445,7 +451,7 @@ def query_kernel(
         totals, queries, grads, log_sums, deltas, key_head, value_head, mask_head, stride_key_row, stride_value_row,
         stride_mask_row, stride_mask_key, start_row, whole, end, length, count, head, middle, threshold, share, seed,
         scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED, True, CAUSAL, TIES, DROPOUT, FEATURES,
-        BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
+        BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, STEP,
     )  # fmt: skip
     put_rows(
         head_of(grad_query, batch, query_head, stride_result_batch, stride_result_head), stride_result_row, start_row,
@@ -458,19 +464,23 @@ def key_tiles(
     grad_keys, grad_values, key, value, query_head, grad_head, log_sum, delta, mask_head, stride_query, stride_grad,
     stride_mask_row, stride_mask_key, start_key, first, last, length, count, head, middle, threshold, share, seed,
     scale, unit, lowest, dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr, DROPOUT: tl.constexpr,
-    FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
+    DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Goes over the queries from ``first`` to ``last`` for one tile of keys; see :func:`key_kernel`."""
     rows, keys = tl.arange(0, ROWS)[None, :], tl.arange(0, KEYS)[:, None]
     numbers = tl.arange(0, ROWS)
     for start in range(first, last, ROWS):
-        # Queries beyond the last are zeros with an infinite L, so that their weights are 0; keys beyond are not stored.
-        query = rows_of(query_head, stride_query, start, length, True, ROWS, FEATURES, BLOCK_FEATURES)
-        grad = rows_of(grad_head, stride_grad, start, length, True, ROWS, VALUES, BLOCK_VALUES)
-        log_sums = tl.load(log_sum + start + numbers, mask=start + numbers < length, other=float("inf"))
-        deltas = tl.load(delta + start + numbers, mask=start + numbers < length, other=0.0)
+        query = rows_of(query_head, stride_query, start, length, BOUNDS, ROWS, FEATURES, BLOCK_FEATURES)
+        grad = rows_of(grad_head, stride_grad, start, length, BOUNDS, ROWS, VALUES, BLOCK_VALUES)
+        if BOUNDS:
+            # Queries beyond the last are zeros with an infinite L: their weights are 0. Keys beyond are not stored.
+            log_sums = tl.load(log_sum + start + numbers, mask=start + numbers < length, other=float("inf"))
+            deltas = tl.load(delta + start + numbers, mask=start + numbers < length, other=0.0)
+        else:
+            log_sums = tl.load(log_sum + start + numbers)
+            deltas = tl.load(delta + start + numbers)
         met, of_scores = backward_tile(
             score_products(key, tl.trans(query)), product(value, tl.trans(grad)), log_sums[None, :], deltas[None, :],
             start, start_key, rows, keys, length, count, mask_head, stride_mask_row, stride_mask_key, head, middle,
@@ -521,6 +531,7 @@ def key_kernel(
     if TIES:
         share = tl.load(shares)
 
+    whole = length // ROWS * ROWS
     grad_keys = tl.zeros([KEYS, BLOCK_FEATURES], tl.float32)
     grad_values = tl.zeros([KEYS, BLOCK_VALUES], tl.float32)
     for member in range(0, group):
@@ -539,7 +550,7 @@ def key_kernel(
                 head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head),
                 stride_query_row, stride_grad_row, stride_mask_row, stride_mask_key, start_key, first, past, length,
                 count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED,
-                True, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
+                True, True, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
             )  # fmt: skip
             first = past
         grad_keys, grad_values = key_tiles(
@@ -548,9 +559,19 @@ def key_kernel(
             head_of(grad, batch, query_head, stride_grad_batch, stride_grad_head),
             log_sum + rows_before, delta + rows_before,
             head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head),
-            stride_query_row, stride_grad_row, stride_mask_row, stride_mask_key, start_key, first, length, length,
+            stride_query_row, stride_grad_row, stride_mask_row, stride_mask_key, start_key, first, whole, length,
             count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED,
-            False, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
+            False, False, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
+        )  # fmt: skip
+        grad_keys, grad_values = key_tiles(
+            grad_keys, grad_values, keys, values,
+            head_of(query, batch, query_head, stride_query_batch, stride_query_head),
+            head_of(grad, batch, query_head, stride_grad_batch, stride_grad_head),
+            log_sum + rows_before, delta + rows_before,
+            head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head),
+            stride_query_row, stride_grad_row, stride_mask_row, stride_mask_key, start_key, tl.maximum(first, whole),
+            length, length, count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor,
+            FOLD, MASKED, True, False, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, REST, KEYS,
         )  # fmt: skip
     put_rows(
         head_of(grad_key, batch, inner, stride_result_batch, stride_result_head), stride_result_row, start_key, count,
@@ -633,7 +654,7 @@ def mask_kernel(
             head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED, True,
             False, TIES, DROPOUT,
         )  # fmt: skip
-        totals += of_scores
+        totals += tl.where((start_row + rows < length)[:, None], of_scores, 0.0)
     if mask_rows == 1:
         totals = tl.where(rows[:, None] == 0, tl.sum(totals, 0)[None, :], 0.0)
     if mask_keys == 1:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_kernels
-from .triton_kernels import INTERPRETED, head_of, not_, rows_of, score_products, scores_of
+from .triton_kernels import INTERPRETED, REST, head_of, not_, rows_of, score_products, scores_of
 
 #: The size of the sample is this power of the number of scores, rounded to a power of 2.
 SAMPLED_POWER = 0.58
@@ -214,12 +214,14 @@ def count_tiles(
 ):  # fmt: skip
     """Goes over the keys from ``first`` to ``last`` for one tile of queries; see :func:`count_kernel`."""
     rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
+    there = start_row + rows < length
     for start in range(first, last, KEYS):
         key_rows = rows_of(key_head, stride_key_row, start, count, BOUNDS, KEYS, FEATURES, BLOCK_FEATURES)
         scores, valid = scores_of(
             score_products(queries, tl.trans(key_rows)), start_row, start, rows, keys, length, count, mask_head,
             stride_mask_row, stride_mask_key, scale, lowest, FOLD, MASKED, BOUNDS, CAUSAL,
         )  # fmt: skip
+        valid = valid & there
         scores = tl.where(valid, scores, float("inf"))  # which is in no bracket, and is no NaN
         worst = greatest(worst, tl.reduce(scores, 1, greatest))
         if MASKED:
@@ -247,7 +249,8 @@ def count_kernel(
     batches, heads, group, length, count, scale, lowest, margin, room, known,
     FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SAMPLES: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLLECT: tl.constexpr,
-    OPERANDS: tl.constexpr, TOGETHER: tl.constexpr,
+    OPERANDS: tl.constexpr, TOGETHER: tl.constexpr, COLLECT_REST: tl.constexpr, OPERANDS_REST: tl.constexpr,
+    TOGETHER_REST: tl.constexpr,
 ):  # fmt: skip
     """Counts all scores, and collects those strictly within the bracket.
 
@@ -268,12 +271,12 @@ def count_kernel(
         )  # fmt: skip
         key_head = head_of(key, batch, query_head // group, stride_key_batch, stride_key_head)
         mask_head = head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head)
+        STEP: tl.constexpr = KEYS if CAUSAL else REST
         end = count
         whole = count // KEYS * KEYS
         if CAUSAL:
             end = tl.minimum(count, start_row + ROWS)
             whole = tl.minimum(start_row, count) // KEYS * KEYS
-        whole = tl.where(start_row + ROWS <= length, whole, 0)  # the last queries' tile may reach beyond them
         up_to_low, counted, worst = count_tiles(
             up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
             stride_mask_key, start_row, 0, whole, length, count, scale, lowest, low, high, own, part, room,
@@ -282,7 +285,8 @@ def count_kernel(
         up_to_low, counted, worst = count_tiles(
             up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
             stride_mask_key, start_row, whole, end, length, count, scale, lowest, low, high, own, part, room,
-            FOLD, MASKED, True, CAUSAL, FEATURES, BLOCK_FEATURES, ROWS, KEYS, COLLECT, OPERANDS, TOGETHER,
+            FOLD, MASKED, True, CAUSAL, FEATURES, BLOCK_FEATURES, ROWS, STEP, COLLECT if CAUSAL else COLLECT_REST,
+            OPERANDS if CAUSAL else OPERANDS_REST, TOGETHER if CAUSAL else TOGETHER_REST,
         )  # fmt: skip
     tl.atomic_add(counters + UP_TO_LOW, tl.sum(up_to_low.to(tl.int64), 0))
     tl.atomic_add(counters + NANS, tl.sum((worst != worst).to(tl.int64), 0))
@@ -353,6 +357,7 @@ def digit_kernel(
                     score_products(queries, tl.trans(key_rows)), start_row, start, rows, keys, length, count, mask_head,
                     stride_mask_row, stride_mask_key, scale, lowest, FOLD, MASKED, True, CAUSAL,
                 )  # fmt: skip
+                valid = valid & (start_row + rows < length)
                 totals += histogram_of(scores, valid, prefix, DIGIT, ROWS * KEYS)
     places = histograms + DIGIT * VALUES + tl.arange(0, VALUES)
     tl.atomic_add(places, totals, mask=totals > 0)
@@ -420,12 +425,15 @@ def find(
         launch(sample_kernel, samples // 128, *tensors, drawn, counters, *numbers, **flags, BLOCK=128)
         sample = drawn.sort().values  # NaN comes last
     if total:
-        together = rows * tile["KEYS"] // (32 * tile["num_warps"])  # the scores of a thread
-        collect, operands = collecting(together)
+        # The scores of a thread, in tiles of full width and in those of the rest.
+        together, together_rest = (
+            rows * keys // (32 * tile["num_warps"]) for keys in (tile["KEYS"], triton_kernels.REST.value)
+        )
+        (collect, operands), (collect_rest, operands_rest) = collecting(together), collecting(together_rest)
         launch(
             count_kernel, programs, *tensors, sample, counters, filled, collected, *numbers, MARGIN, room,
             batches * heads * seen, **flags, **tile, SAMPLES=samples, COLLECT=collect, OPERANDS=operands,
-            TOGETHER=together,
+            TOGETHER=together, COLLECT_REST=collect_rest, OPERANDS_REST=operands_rest, TOGETHER_REST=together_rest,
         )  # fmt: skip
         for digit in range(DIGITS.value):
             launch(

@@ -302,7 +302,13 @@ def _backend_of(variant: Variant, inputs: list[Any]) -> str:
 
 def _plot(rows: list[Row], figure: Any, base: str) -> None:
     """Draws time and memory over the length; a row of panels for each width of a head."""
-    from matplotlib.ticker import LogFormatter  # which writes 2 and not 2 x 10^0
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Writes 0.6, and not 6e-01, where a label is wanted."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     figures = {
         "forward_ratio": "Forward, time",
@@ -326,8 +332,8 @@ def _plot(rows: list[Row], figure: Any, base: str) -> None:
             axes.set_xticks(lengths, map(str, lengths))
             axes.minorticks_off()
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+            axes.yaxis.set_major_formatter(Plain())
+            axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))
             axes.axhline(1, color="black", linewidth=0.8)
             axes.grid(True, alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import oracle
@@ -660,6 +661,28 @@ def test_opcheck(func_d, dropout_p):
         arguments = (query, key, value, 0.5, m, 2, dropout_p, False, 32, 2, False, mu, bias, eps, seed)
         torch.library.opcheck(torch.ops.lwpf_patch.cpu_attention, arguments)
         torch.library.opcheck(torch.ops.lwpf_patch.cpu_kept_attention, arguments)
+
+
+def test_a_mode_sees_the_operator(kept):
+    """In plain eager code the CPU's operators are called past the dispatcher; what watches sees them nevertheless."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    query, key, value = tensors((3, 2), (4, 2), (4, 2))
+    results = []
+    for watched in (False, True):
+        with Watch() if watched else contextlib.nullcontext():
+            out = lwpf_attention(query, key, value, func_d="pfu", training=False, backend="cpu")
+            results.append([out, *torch.autograd.grad(out.sum(), [query, key, value])])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    name = "lwpf_patch::cpu_kept_attention" if kept else "lwpf_patch::cpu_attention"
+    assert [one for one in seen if one.startswith("lwpf")] == [name, f"{name}_backward"]
 
 
 def test_there_is_no_second_derivative_by_the_cpu_backend():

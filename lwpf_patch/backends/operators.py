@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef
 
+#: What PyTorch is asked. No part of its public interface: should one be gone, all goes through the dispatcher.
+_QUESTIONS = ("_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_get_tracing_state")
+_CAN_ASK = all(hasattr(torch._C, name) for name in _QUESTIONS)
+
 
 class Operator:
     """An operator with a gradient, of which the first result is what counts.
@@ -63,8 +67,7 @@ class Operator:
 def _are_seen(arguments: tuple[Any, ...]) -> bool:
     """Returns whether something that works with operators is at work: a transform, a mode, a tracer, a subclass."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        not _CAN_ASK
+        or any(getattr(torch._C, name)() for name in _QUESTIONS)
         or any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in arguments)
     )

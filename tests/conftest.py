@@ -36,10 +36,10 @@ def skip_for_host(message: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _unpatched() -> Iterator[None]:
-    # Fresh random inputs at every run; a failure shows which, and LWPF_TEST_SEED repeats them.
-    seed = int(os.environ.get("LWPF_TEST_SEED", torch.seed() % 2**31))
+    # Fresh random inputs at every run; a failure shows which, and TESTS_SEED repeats them.
+    seed = int(os.environ.get("TESTS_SEED", torch.seed() % 2**31))
     torch.manual_seed(seed)
-    print(f"LWPF_TEST_SEED={seed}")
+    print(f"TESTS_SEED={seed}")
     yield
     lwpf_patch.revert()
 

@@ -49,10 +49,13 @@ class _Row:
     scores: Tensor
 
 
-def assert_equal(got: Tensor, wanted: Tensor) -> None:
-    """Asserts that float64 figures are the same to 1e-12, of the largest among them where that is above 1."""
-    scale = max(1.0, float(wanted.detach().abs().max())) if wanted.numel() else 1.0
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 * scale)
+def assert_equal(got: Tensor, wanted: Tensor, *others: Tensor) -> None:
+    """Asserts that float64 figures are the same to 1e-12, of the largest among them where that is above 1.
+
+    Others are figures that were computed along with them, and whose rounding is in them too.
+    """
+    largest = (float(figures.detach().abs().max()) for figures in (wanted, *others) if figures.numel())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 * max([1.0, *largest]))
 
 
 def attention(

@@ -96,7 +96,7 @@ def _compare(core: HopfieldCore, call: dict, **oracle_options) -> None:
     got = torch.autograd.grad(ours[0], leaves, cotangent, materialize_grads=True)
     wanted = torch.autograd.grad(expected[0], leaves, cotangent, materialize_grads=True)
     for ours_grad, oracle_grad in zip(got, wanted, strict=True):
-        oracle.assert_equal(ours_grad, oracle_grad)
+        oracle.assert_equal(ours_grad, oracle_grad, *wanted)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -69,12 +69,12 @@ COLLECTING = "atom.relaxed.gpu.global.add.u32 place"  # what a thread does that 
 launched = []
 triton_kernels.launch = lambda kernel, programs, *values, **options: launched.append((kernel, values, options))
 
-def launches(dtype, width, mu, of_mask, dropout_p):
-    '''Has the backend start its kernels for a vision transformer, without starting them.'''
+def launches(dtype, width, mu, of_mask, dropout_p, length=197):
+    '''Has the backend start its kernels, as for a vision transformer, without starting them.'''
     launched.clear()
-    packed = torch.empty(64, 197, 3, 12, width, dtype=dtype, device="meta")
+    packed = torch.empty(64, length, 3, 12, width, dtype=dtype, device="meta")
     inputs = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None if of_mask is None else torch.empty(64, 12, 197, 197, dtype=of_mask, device="meta")
+    mask = None if of_mask is None else torch.empty(64, 12, length, length, dtype=of_mask, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
     options = (dropout_p, False, width**-0.5, mu, mu)
     results = backend._forward._init_fn(*inputs, mask, *options, None, seed)
@@ -110,24 +110,27 @@ def resources(compiled):
     registers, stack, local = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", shown).groups()
     return int(registers), int(stack) + int(local), compiled.metadata.shared, compiled.asm["ptx"].count(COLLECTING)
 
-for dtype, width, mu, of_mask, dropout_p in json.loads(sys.argv[2]):
+for dtype, width, mu, of_mask, dropout_p, *length in json.loads(sys.argv[2]):
     of_mask = of_mask and getattr(torch, of_mask)
-    for kernel, values, options in launches(getattr(torch, dtype), width, mu, of_mask, dropout_p):
+    for kernel, values, options in launches(getattr(torch, dtype), width, mu, of_mask, dropout_p, *length):
         if options.get("DIGIT", 1) == 1 and kernel.__name__ not in ("delta_kernel", "sample_kernel", "result_kernel"):
             compiled = compile(kernel, values, options, int(sys.argv[1]))
             print(json.dumps((kernel.__name__, dtype, width, mu, str(of_mask), dropout_p, *resources(compiled))))
 """
 
 
-#: Dtype, width, mu (that of ReLU, or the median), dtype of the mask, dropout; and how many kernels these are.
+#: Dtype, width, mu (that of ReLU, or the median), dtype of the mask, dropout, and the length if it is not that of a
+#: vision transformer; and how many kernels these are.
 COMPILED = {
     90: (
         [
             *(("bfloat16", width, mu, None, 0.0) for width in (64, 128) for mu in (0.0, None)),
             ("bfloat16", 64, None, "bfloat16", 0.1),
             ("bfloat16", 128, 0.0, "bool", 0.1),
+            ("bfloat16", 64, 0.0, None, 0.0, 4096),
+            ("bfloat16", 128, 0.0, None, 0.1, 4096),
         ],
-        25,
+        31,
     ),
     80: (
         [("bfloat16", 64, 0.0, "bfloat16", 0.0), ("bfloat16", 128, None, None, 0.0), ("float16", 64, 0.0, None, 0.0)],

@@ -231,7 +231,10 @@ class _Call(NamedTuple):
     def tile(self, kernel: str) -> dict[str, int]:
         """Returns the size of a kernel's tiles, and how it is compiled."""
         width = max(_block(self.query.shape[3]), _block(self.value.shape[3]))
-        return tile_of(kernel, self.query.dtype, width, capability(self.query.device), self.mask is not None)
+        return tile_of(
+            kernel, self.query.dtype, width, capability(self.query.device), self.mask is not None,
+            self.key.shape[2] >= LONG,
+        )  # fmt: skip
 
 
 def _block(width: int) -> int:
@@ -242,25 +245,33 @@ def _block(width: int) -> int:
 #: Rows of queries and of keys in a tile, warps and stages, for each kernel and width.
 _Tiles = dict[str, dict[int, tuple[int, int, int, int]]]
 
-# In half precision and up to width 128, these spill no register on Hopper or Ampere where there is neither a mask nor
-# dropout; with dropout a few on Hopper at width 128. The smallest Ampere has the shared memory for its own.
+# Of those that spill no register on Hopper, in half precision and up to width 128, the ones with few instructions a
+# score. All take no more shared memory than the smallest Ampere has.
 _TILES: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-    "key": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 64, 8, 1)},
+    "query": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
+    "key": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
     "mask": {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 1)},
     "median": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
 }
 # Where others are wanted: with a mask, whose entries and their places take registers; before Hopper; and for both
-# reasons. In bfloat16 and up to width 128 none is spilled then, with dropout or without, but two by the search for the
-# median before Hopper.
+# reasons. In bfloat16 and up to width 128 none is spilled then, with dropout or without, but a few by the search for
+# the median.
 _TILES_MASKED: _Tiles = {
     "forward": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
     "query": {64: (64, 64, 8, 2), 128: (64, 16, 8, 2)},
     "key": {64: (32, 128, 8, 2), 128: (16, 64, 8, 2)},
     "median": {128: (64, 32, 4, 2)},
 }
-_TILES_BEFORE_HOPPER: _Tiles = {"forward": {128: (128, 32, 8, 2)}, "mask": {64: (64, 32, 8, 1)}}
+# For long sequences: fewer instructions a score, but more keys are left over.
+_TILES_LONG: _Tiles = {"forward": {64: (128, 128, 8, 2)}}
+LONG = 1024
+_TILES_BEFORE_HOPPER: _Tiles = {
+    "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2)},
+    "query": {128: (64, 64, 8, 2)},
+    "key": {128: (64, 64, 8, 2)},
+    "mask": {64: (64, 32, 8, 1)},
+}
 _TILES_MASKED_BEFORE_HOPPER: _Tiles = {
     "forward": {64: (64, 32, 8, 2)},
     "query": {64: (64, 32, 8, 2)},
@@ -276,7 +287,9 @@ _TILES_FLOAT32: _Tiles = {
 }
 
 
-def tile_of(kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool) -> dict[str, int]:
+def tile_of(
+    kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool, long: bool
+) -> dict[str, int]:
     """Returns the size of a kernel's tiles, and how it is compiled.
 
     Args:
@@ -285,10 +298,12 @@ def tile_of(kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int]
         width: The features that a tile holds, a power of 2.
         device: The device's capability.
         masked: Whether there is a mask.
+        long: Whether there are many keys.
     """
     width, before_hopper = max(64, width), device < (9, 0)
     tile = _TILES[kernel][width]
     for table, wanted in (
+        (_TILES_LONG, long),
         (_TILES_BEFORE_HOPPER, before_hopper),
         (_TILES_MASKED, masked),
         (_TILES_MASKED_BEFORE_HOPPER, masked and before_hopper),

@@ -555,6 +555,8 @@ def test_onednn_multiplies_any_layout(turned):
 def test_onednn_multiplies_where_there_are_many_scores(func_d, causal, monkeypatch):
     """In float32, with errors of no more than a small factor of the eager form's; all agree on the scores."""
     monkeypatch.setattr(cpu, "_onednn_suits", lambda dtype: True)
+    multiply, calls = cpu_products.linear, []
+    monkeypatch.setattr(cpu_products, "linear", lambda *matrices: (calls.append(1), multiply(*matrices))[1])
     inputs = [torch.randint(-8, 9, (1, 2, n, 16)) / 8 for n in (300, 500, 500)]
     cotangent = torch.randn(1, 2, 300, 16)
 
@@ -568,6 +570,7 @@ def test_onednn_multiplies_where_there_are_many_scores(func_d, causal, monkeypat
     ):
         error, allowed = ((figures - true).abs().max() / true.abs().max() for figures in (one, other))
         assert error <= 8 * allowed + 1e-6
+    assert len(calls) >= 2 * 7  # products of two heads
 
 
 def test_onednn_is_not_used_where_it_is_switched_off(monkeypatch):

@@ -108,7 +108,11 @@ def resources(compiled):
         Path(file.name).write_bytes(compiled.asm["cubin"])
         shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", shown).groups()
-    return int(registers), int(stack) + int(local), compiled.metadata.shared, compiled.asm["ptx"].count(COLLECTING)
+    text = compiled.asm["ptx"]
+    return (
+        int(registers), int(stack) + int(local), compiled.metadata.shared, text.count(COLLECTING),
+        [name for name in ("wgmma.mma_async", "mma.sync") if name in text],
+    )
 
 for dtype, width, mu, of_mask, dropout_p, *length in json.loads(sys.argv[2]):
     of_mask = of_mask and getattr(torch, of_mask)
@@ -152,12 +156,14 @@ def test_the_kernels_compile_and_spill_nothing(python, capability):
     result = python(str(capability), json.dumps(variants), code=COMPILE)
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(kernels) == number
-    for *name, registers, spilled, shared, collecting in kernels:
+    for *name, registers, spilled, shared, collecting, products in kernels:
         print(f"sm_{capability} {name}: {registers} registers, {shared} bytes shared")
         assert spilled == 0, f"{name} spills {spilled} bytes"
         assert shared <= 99 * 1024, f"{name} takes {shared} bytes of shared memory; the smaller Amperes have 99 KB"
         # For each loop over keys once: a thread has no more scores than its part, so that none is collected twice.
         assert collecting == (2 if name[0] == "count_kernel" else 0), name
+        # One instruction makes the scores in all of them, so that they are the same bit by bit.
+        assert products == (["wgmma.mma_async"] if capability == 90 else ["mma.sync"]), name
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -406,12 +406,10 @@ def find(
     query = tensors[0]
     batches, heads, _, length, count = sizes
     rows = tile["ROWS"]
-    units = batches * heads * triton.cdiv(length, rows)
-    programs = min(PROGRAMS, units)
     total = batches * heads * length * count
     diagonal = min(length, count)  # with causality, query i sees min(i + 1, S) keys
     seen = diagonal * (diagonal + 1) // 2 + (length - diagonal) * count if flags["CAUSAL"] else length * count
-    samples, room = _extent(total, triton.cdiv(units, min(programs, PARTS.value) or 1) * rows * count)
+    samples, programs, room = extent(batches * heads, length, count, rows)
     device = query.device
     counters = torch.zeros(COUNTERS + DIGITS.value * VALUES.value, dtype=torch.int64, device=device)
     histograms = counters[COUNTERS:]
@@ -444,16 +442,27 @@ def find(
     return median, ties
 
 
-def _extent(total: int, most: int) -> tuple[int, int]:
-    """Returns how many scores to sample, and how many to have room for in each part of those collected.
+def extent(heads: int, length: int, count: int, rows: int) -> tuple[int, int, int]:
+    """Settles how much is done and kept.
 
     Args:
-        total: How many scores there are. None is sampled if all can be collected.
-        most: How many of them fall to one part at most.
+        heads: Heads of all batch items.
+        length: Queries.
+        count: Keys.
+        rows: Queries in a tile, of which each program takes every so manieth.
+
+    Returns:
+        How many scores to sample, none if all can be collected; how many programs go over the tiles; and how many
+        scores to have room for in each part of those collected, of which there are no more than programs.
     """
+    total = heads * length * count
+    tiles = heads * triton.cdiv(length, rows)
+    programs = min(PROGRAMS, tiles)
+    # What falls to one part at most: a tile has no more queries than there are.
+    most = triton.cdiv(tiles, min(programs, PARTS.value) or 1) * min(rows, length) * count
     if total <= COLLECT_ALL:
-        return 0, max(1, most)
+        return 0, programs, max(1, most)
     wanted = int(total**SAMPLED_POWER)
     samples = max(LEAST_SAMPLED, min(MOST_SAMPLED, 1 << wanted.bit_length()))
     expected = int(2 * MARGIN * total / samples**0.5)  # fewer where keys are excluded
-    return samples, min(most, MOST_COLLECTED // PARTS.value, 4096 + 2 * expected // PARTS.value)
+    return samples, programs, min(most, MOST_COLLECTED // PARTS.value, 4096 + 2 * expected // PARTS.value)

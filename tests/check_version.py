@@ -1,8 +1,18 @@
-"""Run by test_timm_versions in a child whose timm is of some version: that version, patched, against the oracle."""
+"""Run by test_timm_versions in a child whose timm is of some version: that version, patched, against the oracle.
+
+Its arguments are the version and the way in which it is patched: ``variable`` and ``run`` (by whoever starts it, with
+the first of CASES), ``before`` or ``after`` (by a call of apply before or after timm is imported).
+"""
 
 from __future__ import annotations
 
 import sys
+
+VERSION, WAY = sys.argv[1:]
+if WAY == "before":
+    import lwpf_patch
+
+    lwpf_patch.apply("timm", func_d="relu", backend="eager")
 
 import oracle
 import timm
@@ -59,13 +69,18 @@ def check(name: str, cls: type, func_d: str) -> None:
 
 
 def main() -> None:
-    assert timm.__version__ == sys.argv[1], timm.__version__
+    assert timm.__version__ == VERSION, timm.__version__
+    if WAY != "after":  # patched already, and nothing else is done to it
+        for name, cls in attention_classes().items():
+            check(name, cls, "relu")
+        lwpf_patch.revert()
     plain = {name: cls.forward.__code__ for name, cls in attention_classes().items()}
-    for func_d in CASES:
+    for func_d in CASES if WAY == "after" else ():
         lwpf_patch.apply("timm", func_d=func_d, backend="eager")  # whose dropout is that of torch.nn.functional
         for name, cls in attention_classes().items():
             assert cls.forward.__code__ is not plain[name]
             check(name, cls, func_d)
+    lwpf_patch.apply("timm")
     sites = lwpf_patch.status()["hosts"]["timm"]["sites"]
     assert {site["function"] for site in sites} == {f"{name}.forward" for name in plain}
     assert all(site["known"] for site in sites), [

@@ -20,16 +20,25 @@ def _environment(**variables: str) -> dict[str, str]:
     return {**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
 
 
+@pytest.mark.parametrize("way", ["variable", "run", "before", "after"])
 @pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20"])
-def test_a_version_of_timm(version):
+def test_a_version_of_timm(version, way):
     folder = VERSIONS / version
     assert folder.is_dir(), f"timm {version} is not in {folder}; `make test` puts it there"
+    command = [ROOT / "tests" / "check_version.py", version, way]
+    variables = {}
+    if way == "run":
+        command = ["-m", "lwpf_patch", "run", "--patch", "timm", "--func-d", "relu", "--backend", "eager", *command]
+    elif way == "variable":
+        variables = {"LWPF_PATCH": "timm", "LWPF_FUNC_D": "relu", "LWPF_BACKEND": "eager"}
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "tests" / "check_version.py", version],
-        env=_environment(PYTHONPATH=str(folder)), capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", *command],
+        env=_environment(PYTHONPATH=str(folder), **variables), capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("right: Attention")
+    line = next(line for line in out.stderr.splitlines() if "patched; func_d" in line)
+    assert line.startswith(f"lwpf_patch: timm {version}: Attention")
 
 
 def _run_timm_tests(report: Path, arguments: list[str], **variables: str) -> dict[str, str]:

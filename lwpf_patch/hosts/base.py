@@ -140,19 +140,28 @@ class Host:
             RewriteError: A site that every version should have is in none of the places where it is known to be.
         """
         names = {site.qualname for site in found}
-        pending: list[str] = []
-        wanted = dict.fromkeys(site.qualname for site in self.selected(settings))
-        for qualname in sorted(wanted.keys() - names, key=lambda name: (name not in self.required, name)):
-            places = [site.module for site in self.sites if site.qualname == qualname]
-            expected = [module for module in places if module not in imported and self.source(module).exists()]
-            if not expected and (qualname in self.required or not names):
+        expected: dict[str, list[str]] = {}
+        for qualname in dict.fromkeys(site.qualname for site in self.selected(settings)):
+            if qualname not in names:
+                places = [site.module for site in self.sites if site.qualname == qualname]
+                expected[qualname] = [
+                    module for module in places if module not in imported and self.source(module).exists()
+                ]
+        # What is not required is not in every version. But something has to be there.
+        nothing_left = not names and not any(expected.values())
+        for qualname in sorted(expected, key=lambda name: (name not in self.required, name)):
+            if not expected[qualname] and (qualname in self.required or nothing_left):
+                places = [site.module for site in self.sites if site.qualname == qualname]
                 raise RewriteError(
                     f"{self.name} {self.version()} has no {qualname} in {' or '.join(places)}: this version is not "
                     "supported; nothing was patched"
                 )
-            if qualname in self.required:
-                pending += expected
-        return pending
+        return [
+            module
+            for qualname, modules in expected.items()
+            if qualname in self.required or not names
+            for module in modules
+        ]
 
 
 def selects(settings: Settings, name: str) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import textwrap
+from pathlib import Path
 
 import pytest
+import record_sources
 
 from lwpf_patch import RewriteError, rewriting
 from lwpf_patch.edits import attention
+from lwpf_patch.hosts import known
 from lwpf_patch.rewriting import Site
 
 SITE = Site("host.layers", "Layer.forward", attention, {})
@@ -245,3 +248,12 @@ def test_the_bags_of_deeprc():
     torch.testing.assert_close(bags.forward(embedded, scores), (weights * embedded).sum(0))
     with pytest.raises(RewriteError, match="no softmax of attention_weights over dim=0"):
         _run(BAGS.replace("dim=0", "dim=1"), "Bags.forward", forget_in_bags)
+
+
+def test_recording_what_is_recorded_changes_nothing(monkeypatch, capsys):
+    file = Path(known.__file__).with_name("known.json")
+    before = file.read_text()
+    monkeypatch.setattr("sys.argv", ["record_sources.py", "timm"])
+    record_sources.main()
+    assert "Attention.forward" in capsys.readouterr().out
+    assert file.read_text() == before

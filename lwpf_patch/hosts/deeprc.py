@@ -14,6 +14,7 @@ from ..compat import Replacement, Shim
 from ..edits import Function, Splice
 from ..errors import RewriteError
 from ..rewriting import Site
+from . import known
 from .base import Host
 
 
@@ -218,12 +219,12 @@ HOST = Host(
     install='pip install "deeprc @ git+https://github.com/ml-jku/DeepRC" '
     '"widis-lstm-tools @ git+https://github.com/widmi/widis-lstm-tools"',
     sites=(
-        Site("deeprc.architectures", "DeepRC.forward", forget_in_bags, {"ccf0b19bc1568c3b": "0.0.6"}),
+        Site("deeprc.architectures", "DeepRC.forward", forget_in_bags, known.sources("deeprc", "DeepRC.forward")),
         Site(
             "deeprc.architectures",
             "AttentionNetwork.forward",
             map_features,
-            {"4690fa380a628782": "0.0.6"},
+            known.sources("deeprc", "AttentionNetwork.forward"),
             func_d=False,
             map_size=features,
             fold=fold,

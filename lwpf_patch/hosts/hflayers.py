@@ -11,6 +11,7 @@ from ..compat import Replacement, Shim
 from ..edits import Function, Splice
 from ..errors import RewriteError, SettingsError
 from ..rewriting import Site
+from . import known
 from .base import Host
 
 _CORE = "hopfield_core_forward"
@@ -142,12 +143,12 @@ HOST = Host(
     distribution="hopfield-layers",
     install='pip install "hopfield-layers @ git+https://github.com/ml-jku/hopfield-layers"',
     sites=(
-        Site("hflayers.functional", _CORE, forget_in_update_loop, {"41cc8bf3def74821": "1.0.2"}),
+        Site("hflayers.functional", _CORE, forget_in_update_loop, known.sources("hflayers", _CORE)),
         Site(
             "hflayers.activation",
             "HopfieldCore.forward",
             pass_func_d,
-            {"6c1aa720572ebfba": "1.0.2"},
+            known.sources("hflayers", "HopfieldCore.forward"),
             map_size=heads,
             fold=fold,
         ),

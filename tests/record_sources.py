@@ -1,0 +1,59 @@
+"""Record the sources of a host that the tests pass with, as hashes in ``lwpf_patch/hosts/known.json``.
+
+    python tests/record_sources.py timm                  # the installed version
+    python tests/record_sources.py timm 1.0.24 1.0.26    # versions from the package index, each in a temporary folder
+
+Run the tests with a version before it is recorded: a recorded hash tells users that the edits are right there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lwpf_patch.hosts import HOSTS, known
+from lwpf_patch.settings import Settings
+
+
+def record(host: str, version: str, folder: Path | None) -> None:
+    """Record the hashes of all sites of one version of a host.
+
+    Args:
+        host: The host's name.
+        version: The version.
+        folder: Where it lies; None: where it is installed.
+    """
+    if folder is not None:
+        sys.path.insert(0, str(folder))
+    try:
+        plans = HOSTS[host].plans(Settings(uhop="on"))
+    finally:
+        if folder is not None:
+            sys.path.remove(str(folder))
+            sys.path_importer_cache.clear()
+    for plan in plans:
+        for qualname, digest in plan.hashes.items():
+            known.add(host, qualname, digest, version)
+            print(f"{host} {version}: {plan.module}.{qualname} {digest}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("host", choices=list(HOSTS))
+    parser.add_argument("versions", nargs="*", help="versions from the package index (default: what is installed)")
+    options = parser.parse_args()
+    if not options.versions:
+        record(options.host, HOSTS[options.host].version(), None)
+    for version in options.versions:
+        with tempfile.TemporaryDirectory() as folder:
+            requirement = f"{HOSTS[options.host].distribution or options.host}=={version}"
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, requirement]
+            subprocess.run(command, check=True)
+            record(options.host, version, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import importing, reporting, rewriting
+from . import exit_report, importing, reporting, rewriting
 from .attaching import Attachments, attach_to_living, detach_from_living, func_d_prototype, living
 from .compat import AppliedShim, Shim
 from .errors import ConflictError, LwpfError, RewriteError
@@ -246,7 +246,10 @@ def _patch_loaded(applied: Applied) -> None:
     """Patches the modules of a host that are imported already, and watches for the others."""
     host = applied.host
     _applied[host.name] = applied
-    importing.watch(host.modules(), on_import)
+    importing.watch([*host.modules(), exit_report.MODULE], on_import)
+    modules = sys.modules.get(exit_report.MODULE)
+    if modules is not None and not _is_initializing(modules):
+        exit_report.listen(modules)
     for name in host.modules():
         module = sys.modules.get(name)
         if module is not None and not _is_initializing(module):
@@ -256,6 +259,9 @@ def _patch_loaded(applied: Applied) -> None:
 
 def on_import(module: ModuleType) -> None:
     """Patches a module that has just been imported, or reloaded."""
+    if module.__name__ == exit_report.MODULE:
+        exit_report.listen(module)
+        return
     with _lock:
         for applied in list(_applied.values()):
             if module.__name__ in applied.host.modules():
@@ -418,6 +424,7 @@ def _revert(applied: Applied, keep_maps: bool = False) -> None:
     _applied.pop(applied.host.name, None)
     if not _applied:
         importing.unwatch()
+        exit_report.unlisten()
     if applied.sites:
         detach_from_living(_owners(applied.sites), applied.host.name, keep_maps)
         forget_compiled()
@@ -458,29 +465,4 @@ def attach_if_applied(module: nn.Module) -> None:
 
 # --- at exit --------------------------------------------------------------------------------------------------------
 
-
-@atexit.register
-def _report_at_exit() -> None:
-    """Says so when a request to patch had no effect on this run; one that ended with a traceback explains itself."""
-    if hasattr(sys, "last_type") and not hasattr(sys, "ps1"):  # an interactive session goes on after one
-        return
-    for name, applied in _applied.items():
-        if not applied.complete:
-            wanted = (
-                "it" if name not in sys.modules else " or ".join(dict.fromkeys(s.module for s in applied.host.sites))
-            )
-            reporting.warn(
-                f"{name} was asked to be patched, but this program never imported {wanted}: nothing ran with partial "
-                "forgetting"
-            )
-        elif not reporting.was_used(name):
-            owners = sorted({site.site.name for site in applied.sites})
-            reporting.warn(
-                f"{name} was patched, but no patched forward was ever called: nothing ran with partial forgetting. The "
-                f"model uses none of {', '.join(owners)}"
-            )
-        elif applied.settings.uhop is not None:
-            from . import uhop
-
-            if message := uhop.report(name):
-                reporting.warn(message)
+atexit.register(exit_report.report, _applied)

@@ -47,7 +47,9 @@ def make_feature_map(module: nn.Module, site: Site, host: Host, settings: Settin
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     if like is None:
         raise SettingsError(f"uhop: {type(module).__qualname__} has no parameter of a floating dtype to make Φ like")
-    return HostFeatureMap(features, heads, settings.uhop, host.name, like)
+    feature_map = HostFeatureMap(features, heads, settings.uhop, host.name, like)
+    feature_map.advice = host.advice
+    return feature_map
 
 
 class Attachments:

@@ -30,6 +30,7 @@ class Host:
         inseparable: Whether its sites work only together, so that none can be left out.
         shims: What it needs to run in a current environment.
         forward_hook: Called after every forward of a func_d that ``apply`` attached, as a hook of torch.
+        advice: What else to do where U-Hop's Stage I separates nothing.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Host:
     inseparable: bool = False
     shims: tuple[Shim, ...] = ()
     forward_hook: Callable[[Any, Any, Any], None] | None = None
+    advice: str = ""
 
     def root(self) -> Path:
         """Returns the folder of the package, without importing it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,38 @@ def func_d_prototype(host: Host, settings: Settings) -> FuncD:
     func_d.masking, func_d.backend, func_d.host = settings.masking, settings.backend, host.name
     if host.forward_hook is not None:
         func_d.register_forward_hook(host.forward_hook)
+    func_d._register_load_state_dict_pre_hook(_name_the_remedy)  # type: ignore[no-untyped-call]
     return func_d
+
+
+def _name_the_remedy(
+    state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: list[str]
+) -> None:
+    """Add to torch's error of unexpected keys what to do with a checkpoint of U-Hop in a model that has no map for it.
+
+    A hook of a func_d: torch has been through the module that owns it, and through what that owned before, by then.
+    """
+    maps = sum(key.endswith("feature_map.steps") for key in unexpected)
+    message = (
+        "the checkpoint holds feature maps of U-Hop, and this model has none: apply lwpf_patch with uhop before the "
+        "model is made (LWPF_UHOP=on), or fold them into the projections before the checkpoint is saved: "
+        "lwpf_patch.fold(model)"
+    )
+    if maps and message not in errors:
+        if _is_strict():
+            errors.append(message)
+        elif maps == 1:
+            reporting.warn(f"{message}. They are left out, since strict=False was asked for")
+
+
+def _is_strict() -> bool:
+    """Return whether the load_state_dict that runs is a strict one; torch tells modules that it always is."""
+    from torch import nn
+
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals.get("strict"))
 
 
 def make_feature_map(module: nn.Module, site: Site, host: Host, settings: Settings) -> HostFeatureMap:

@@ -556,6 +556,29 @@ def test_a_checkpoint_with_the_map_comes_back_exactly():
     assert torch.equal(pickled(x), model(x))
 
 
+@pytest.mark.parametrize("how", ["apply", "patch_model"])
+def test_a_checkpoint_with_the_map_in_a_model_without_names_the_remedy(how, caplog):
+    state = _model().state_dict()
+    lwpf_patch.revert()
+    if how == "apply":
+        lwpf_patch.apply("timm", func_d="relu")
+    model = nn.ModuleDict({"module": vit()})
+    if how == "patch_model":
+        lwpf_patch.patch_model(model, func_d="relu")
+    model = pickle.loads(pickle.dumps(model))["module"]
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*feature_map") as raised:
+        model.load_state_dict(state)
+    assert str(raised.value).count("lwpf_patch.fold(model)") == 1
+    assert "LWPF_UHOP=on" in str(raised.value)
+    caplog.clear()
+    model.load_state_dict(state, strict=False)
+    (record,) = caplog.records
+    assert "lwpf_patch.fold(model). They are left out" in record.message
+    with pytest.raises(RuntimeError) as raised:  # another mistake: nothing of ours
+        model.load_state_dict({"head": torch.zeros(())})
+    assert "fold" not in str(raised.value)
+
+
 def test_a_resumed_run_goes_on_where_it_stopped():
     """Between the runs of a bilevel Stage I, also in another process."""
     batches = [images() for _ in range(6)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import reporting
 from .errors import ConflictError, SettingsError
 from .hosts import Host
+from .owners import Owners, match, names_in_construction
 from .rewriting import Site
 from .settings import Settings
 
@@ -95,22 +96,35 @@ class Attachments:
     def __init__(self, host: Host, settings: Settings) -> None:
         self.host, self.settings = host, settings
         self.func_d = func_d_prototype(host, settings)
+        from . import teachers
 
-    def attach(self, module: nn.Module, site: Site) -> None:
+        self._note = teachers.note
+        teachers.watch()
+
+    def attach(self, module: nn.Module, site: Site, owners: Owners | None = None) -> None:
         """Gives an instance what its site needs, unless it has its own.
+
+        Args:
+            module: The instance.
+            site: Its site.
+            owners: Who owns the modules that live; None: it is being constructed, or copied.
 
         Raises:
             ConflictError: A name that is needed is taken.
             SettingsError: The module can have no feature map.
         """
+        excluded = self._is_excluded(module, owners)
         if site.func_d and _is_free(module, "func_d"):
-            func_d = copy.deepcopy(self.func_d)
+            func_d = _plain_func_d() if excluded else copy.deepcopy(self.func_d)
             func_d.attached = True
             func_d.train(module.training)
             module.func_d = func_d
+            self._note(module)
         existing: Any = module._modules.get("feature_map")
-        if self.settings.uhop is None:
+        if self.settings.uhop is None or excluded:
             _refuse_to_ignore(module, existing)
+            if self.settings.uhop is not None and site.map_size is not None and _is_free(module, "feature_map"):
+                module.feature_map = _no_feature_map(self.host)
         elif site.map_size is not None:
             if getattr(existing, "attached", False) and hasattr(existing, "adopt"):
                 existing.adopt(self.settings.uhop)  # of a model that was saved; it keeps what it has learnt
@@ -119,6 +133,30 @@ class Attachments:
                 feature_map.attached = True
                 feature_map.train(module.training)
                 module.feature_map = feature_map
+
+    def _is_excluded(self, module: nn.Module, owners: Owners | None) -> bool:
+        """Return whether a module is part of a model that stays plain."""
+        patterns = self.settings.exclude_models
+        if not patterns:
+            return False
+        if owners is not None:
+            return match(owners.names(module, self.host), patterns)
+        existing = module._modules.get("func_d")
+        copied = getattr(existing, "attached", False) and not existing.host  # type: ignore[union-attr]
+        return copied or match(names_in_construction(module, self.host), patterns)
+
+
+def _plain_func_d() -> FuncD:
+    """Make what stands for a func_d in a model that stays plain; of no host, as whose use it would count."""
+    from . import forgetting
+
+    return forgetting.NoForgetting()
+
+
+def _no_feature_map(host: Host) -> nn.Module:
+    from .uhop import NoFeatureMap
+
+    return NoFeatureMap(host.name, attached=True)
 
 
 def _is_free(module: nn.Module, name: str) -> bool:
@@ -148,10 +186,11 @@ def _refuse_to_ignore(module: nn.Module, existing: Any) -> None:
 
 def attach_to_living(attachments: Attachments, sites: Iterable[tuple[type, Site]]) -> None:
     """Attaches to the instances that live, of classes each with its site."""
+    owners = Owners() if attachments.settings.exclude_models else None
     for owner, site in sites:
         for instance in living([owner]):
             if "_modules" in instance.__dict__:
-                attachments.attach(instance, site)
+                attachments.attach(instance, site, owners)
 
 
 def detach_from_living(owners: list[type], host: str, keep_maps: bool) -> None:
@@ -167,7 +206,7 @@ def detach_from_living(owners: list[type], host: str, keep_maps: bool) -> None:
         modules = instance.__dict__.get("_modules", {})
         for name in ("func_d",) if keep_maps else ("func_d", "feature_map"):
             part = modules.get(name)
-            if getattr(part, "attached", False) and part.host == host:
+            if getattr(part, "attached", False) and part.host in (host, ""):  # "": of a model that was left out
                 lost += name == "feature_map" and is_trained(part)
                 delattr(instance, name)
     warn_of_loss(lost, host)

@@ -162,6 +162,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", metavar="GLOBS", help="patch only sites that match one of these glob patterns")
     parser.add_argument("--exclude", metavar="GLOBS", help="leave alone sites that match one of these glob patterns")
     parser.add_argument(
+        "--exclude-models",
+        metavar="GLOBS",
+        help="leave alone models, such as a distillation teacher, whose class or timm name matches one of these",
+    )
+    parser.add_argument(
         "--compat", metavar="0|1", help="whether to mend what a current environment breaks (default: 1)"
     )
 

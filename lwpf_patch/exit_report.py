@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import reporting
+from . import owners, reporting
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,13 @@ def report(applied: Mapping[str, Applied]) -> None:
     for name, each in applied.items():
         if message := _of_host(name, each):
             reporting.warn(message)
+    patterns = dict.fromkeys(pattern for each in applied.values() for pattern in each.settings.exclude_models)
+    if idle := owners.unmatched(patterns):
+        reporting.warn(
+            f"exclude_models: {', '.join(map(repr, idle))} matched no model whose attention can be patched, and left "
+            "none out. A pattern is matched, while a model is constructed, with the class of the model and of the "
+            "modules around its attention, and with the name that timm.create_model was given"
+        )
 
 
 def _of_host(name: str, applied: Applied) -> str | None:
@@ -108,10 +115,11 @@ def _of_host(name: str, applied: Applied) -> str | None:
             "forgetting"
         )
     if not reporting.was_used(name):
-        owners = sorted({site.site.name for site in applied.sites})
+        classes = sorted({site.site.name for site in applied.sites})
+        left_out = ", or was left out by exclude_models" if applied.settings.exclude_models else ""
         return (
             f"{name} was patched, but no patched forward was ever called: nothing ran with partial forgetting. The "
-            f"model uses none of {', '.join(owners)}"
+            f"model uses none of {', '.join(classes)}{left_out}"
         )
     if applied.settings.uhop is not None:
         from . import uhop

@@ -25,6 +25,7 @@ from .attaching import Attachments, attach_to_living, detach_from_living, func_d
 from .compat import AppliedShim, Shim
 from .errors import ConflictError, LwpfError, RewriteError
 from .hosts import HOSTS, Host
+from .owners import Owners
 from .rewriting import Site
 from .settings import Settings, check_hosts, split_list
 
@@ -92,6 +93,7 @@ def apply(
     exclude: str | Iterable[str] | None = None,
     compat: bool = True,
     uhop: Any = None,
+    exclude_models: str | Iterable[str] | None = None,
 ) -> None:
     """Patches a host, now or when it is imported. Applying again with other settings replaces them.
 
@@ -109,6 +111,8 @@ def apply(
         uhop: U-Hop (Wu et al., ICML 2024): each attention module gets a feature map, and Stage I separates its keys
             after the first step of the optimizer. Text such as ``"iters=100,t=2,lr=0.1"``, or ``"on"``; apply it before
             the optimizer is made. None: no U-Hop.
+        exclude_models: Glob patterns over names of models that stay plain, such as the teacher of a distillation: the
+            class of a model, or of any module around the attention, and what ``timm.create_model`` calls it.
 
     Raises:
         SettingsError: An unknown host, func_d, masking, backend or option of uhop, or a pattern that matches no site.
@@ -118,7 +122,9 @@ def apply(
     """
     names = split_list(host) if isinstance(host, str) else tuple(host)
     check_hosts(names, "apply()", HOSTS)
-    settings = Settings(func_d, masking, backend, include, exclude, compat, uhop)  # type: ignore[arg-type]
+    settings = Settings(
+        func_d, masking, backend, include, exclude, compat, uhop, exclude_models  # type: ignore[arg-type]
+    )  # fmt: skip
     for name in names:  # all of them can be met before any of them is
         HOSTS[name].selected(settings)
         HOSTS[name].root()
@@ -284,9 +290,10 @@ def _check_complete(applied: Applied, just_imported: str = "") -> None:
     places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
     settings = applied.settings.describe()
     uhop = f", uhop {settings['uhop']}" if settings["uhop"] else ""
+    left_out = f", but not in {', '.join(settings['exclude_models'])}" if settings["exclude_models"] else ""
     reporting.info(
         f"{applied.host.name} {_live_version(applied.host)}: {', '.join(places)} patched; func_d {settings['func_d']}, "
-        f"masking {settings['masking']}, backend {settings['backend']}{uhop}"
+        f"masking {settings['masking']}, backend {settings['backend']}{uhop}{left_out}"
     )
 
 
@@ -460,7 +467,7 @@ def attach_if_applied(module: nn.Module) -> None:
         for applied in _applied.values():
             for owner, site in _owned(applied.sites):
                 if isinstance(module, owner):
-                    Attachments(applied.host, applied.settings).attach(module, site)
+                    Attachments(applied.host, applied.settings).attach(module, site, Owners())
 
 
 # --- at exit --------------------------------------------------------------------------------------------------------

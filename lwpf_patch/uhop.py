@@ -158,24 +158,32 @@ class HostFeatureMap(FeatureMap):
         return f"{super().extra_repr()}, {self.settings}"
 
 
-class FoldedFeatureMap(nn.Module):
-    """Stands where a feature map was whose matrix is now part of the projections, and does nothing.
-
-    Args:
-        folded: The map that was there.
+class NoFeatureMap(nn.Module):
+    """Stands where a feature map could be, and does nothing.
 
     Attributes:
         host: The host's name.
         attached: Whether ``revert()`` may take it away.
     """
 
-    def __init__(self, folded: HostFeatureMap) -> None:
+    def __init__(self, host: str, attached: bool) -> None:
         super().__init__()
-        self.host, self.attached = folded.host, folded.attached
+        self.host, self.attached = host, attached
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """Returns the query."""
         return query
+
+
+class FoldedFeatureMap(NoFeatureMap):
+    """Stands where a feature map was whose matrix is now part of the projections.
+
+    Args:
+        folded: The map that was there.
+    """
+
+    def __init__(self, folded: HostFeatureMap) -> None:
+        super().__init__(folded.host, folded.attached)
 
 
 def without_module(query: Tensor, key: Tensor) -> Tensor:

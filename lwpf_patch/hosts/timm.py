@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..edits import attention
@@ -58,6 +59,27 @@ def refuse_to_fold(model: Any, module: Any, matrix: Any) -> None:
     raise RewriteError("a rotary embedding stands between the projections and the scores")
 
 
+# The functions that make a model, each with its argument that names it; all versions have them.
+_MAKERS = {"create_model": "model_name", "build_model_with_cfg": "variant"}
+
+
+def names_in_call(function: str, variables: Mapping[str, Any]) -> list[str]:
+    """Return the names of the model that a function is making, without and with the tag of its weights."""
+    return _names(variables.get(_MAKERS[function]), variables.get("pretrained_cfg")) if function in _MAKERS else []
+
+
+def names_of_model(model: Any) -> list[str]:
+    """Return the names of a model that timm has made."""
+    configuration = model.__dict__.get("pretrained_cfg")
+    return _names(configuration.get("architecture"), configuration) if isinstance(configuration, Mapping) else []
+
+
+def _names(name: Any, configuration: Any) -> list[str]:
+    tag = configuration.get("tag") if isinstance(configuration, Mapping) else configuration
+    names = [name, f"{name}.{tag}"] if isinstance(tag, str) and tag else [name]
+    return names if isinstance(name, str) and name else []
+
+
 HOST = Host(
     name="timm",
     install="pip install timm",
@@ -67,4 +89,6 @@ HOST = Host(
         Site("timm.layers.attention", "AttentionRope.forward", attention, _ROPE, map_size=heads, fold=refuse_to_fold),
     ),
     required=("Attention.forward",),
+    names_in_call=names_in_call,
+    names_of_model=names_of_model,
 )

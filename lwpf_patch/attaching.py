@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import reporting
 from .errors import ConflictError, SettingsError
 from .hosts import Host
+from .owners import Owners, match, names_in_construction
 from .rewriting import Site
 from .settings import Settings
 
@@ -31,7 +33,38 @@ def func_d_prototype(host: Host, settings: Settings) -> FuncD:
     func_d.masking, func_d.backend, func_d.host = settings.masking, settings.backend, host.name
     if host.forward_hook is not None:
         func_d.register_forward_hook(host.forward_hook)
+    func_d._register_load_state_dict_pre_hook(_name_the_remedy)  # type: ignore[no-untyped-call]
     return func_d
+
+
+def _name_the_remedy(
+    state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: list[str]
+) -> None:
+    """Add to torch's error of unexpected keys what to do with a checkpoint of U-Hop in a model that has no map for it.
+
+    A hook of a func_d: torch has been through the module that owns it, and through what that owned before, by then.
+    """
+    maps = sum(key.endswith("feature_map.steps") for key in unexpected)
+    message = (
+        "the checkpoint holds feature maps of U-Hop, and this model has none: apply lwpf_patch with uhop before the "
+        "model is made (LWPF_UHOP=on), or fold them into the projections before the checkpoint is saved: "
+        "lwpf_patch.fold(model)"
+    )
+    if maps and message not in errors:
+        if _is_strict():
+            errors.append(message)
+        elif maps == 1:
+            reporting.warn(f"{message}. They are left out, since strict=False was asked for")
+
+
+def _is_strict() -> bool:
+    """Return whether the load_state_dict that runs is a strict one; torch tells modules that it always is."""
+    from torch import nn
+
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals.get("strict"))
 
 
 def make_feature_map(module: nn.Module, site: Site, host: Host, settings: Settings) -> HostFeatureMap:
@@ -47,7 +80,9 @@ def make_feature_map(module: nn.Module, site: Site, host: Host, settings: Settin
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     if like is None:
         raise SettingsError(f"uhop: {type(module).__qualname__} has no parameter of a floating dtype to make Φ like")
-    return HostFeatureMap(features, heads, settings.uhop, host.name, like)
+    feature_map = HostFeatureMap(features, heads, settings.uhop, host.name, like)
+    feature_map.advice = host.advice
+    return feature_map
 
 
 class Attachments:
@@ -61,22 +96,35 @@ class Attachments:
     def __init__(self, host: Host, settings: Settings) -> None:
         self.host, self.settings = host, settings
         self.func_d = func_d_prototype(host, settings)
+        from . import teachers
 
-    def attach(self, module: nn.Module, site: Site) -> None:
+        self._note = teachers.note
+        teachers.watch()
+
+    def attach(self, module: nn.Module, site: Site, owners: Owners | None = None) -> None:
         """Gives an instance what its site needs, unless it has its own.
+
+        Args:
+            module: The instance.
+            site: Its site.
+            owners: Who owns the modules that live; None: it is being constructed, or copied.
 
         Raises:
             ConflictError: A name that is needed is taken.
             SettingsError: The module can have no feature map.
         """
+        excluded = self._is_excluded(module, owners)
         if site.func_d and _is_free(module, "func_d"):
-            func_d = copy.deepcopy(self.func_d)
+            func_d = _plain_func_d() if excluded else copy.deepcopy(self.func_d)
             func_d.attached = True
             func_d.train(module.training)
             module.func_d = func_d
+            self._note(module)
         existing: Any = module._modules.get("feature_map")
-        if self.settings.uhop is None:
+        if self.settings.uhop is None or excluded:
             _refuse_to_ignore(module, existing)
+            if self.settings.uhop is not None and site.map_size is not None and _is_free(module, "feature_map"):
+                module.feature_map = _no_feature_map(self.host)
         elif site.map_size is not None:
             if getattr(existing, "attached", False) and hasattr(existing, "adopt"):
                 existing.adopt(self.settings.uhop)  # of a model that was saved; it keeps what it has learnt
@@ -85,6 +133,30 @@ class Attachments:
                 feature_map.attached = True
                 feature_map.train(module.training)
                 module.feature_map = feature_map
+
+    def _is_excluded(self, module: nn.Module, owners: Owners | None) -> bool:
+        """Return whether a module is part of a model that stays plain."""
+        patterns = self.settings.exclude_models
+        if not patterns:
+            return False
+        if owners is not None:
+            return match(owners.names(module, self.host), patterns)
+        existing = module._modules.get("func_d")
+        copied = getattr(existing, "attached", False) and not existing.host  # type: ignore[union-attr]
+        return copied or match(names_in_construction(module, self.host), patterns)
+
+
+def _plain_func_d() -> FuncD:
+    """Make what stands for a func_d in a model that stays plain; of no host, as whose use it would count."""
+    from . import forgetting
+
+    return forgetting.NoForgetting()
+
+
+def _no_feature_map(host: Host) -> nn.Module:
+    from .uhop import NoFeatureMap
+
+    return NoFeatureMap(host.name, attached=True)
 
 
 def _is_free(module: nn.Module, name: str) -> bool:
@@ -114,10 +186,11 @@ def _refuse_to_ignore(module: nn.Module, existing: Any) -> None:
 
 def attach_to_living(attachments: Attachments, sites: Iterable[tuple[type, Site]]) -> None:
     """Attaches to the instances that live, of classes each with its site."""
+    owners = Owners() if attachments.settings.exclude_models else None
     for owner, site in sites:
         for instance in living([owner]):
             if "_modules" in instance.__dict__:
-                attachments.attach(instance, site)
+                attachments.attach(instance, site, owners)
 
 
 def detach_from_living(owners: list[type], host: str, keep_maps: bool) -> None:
@@ -133,7 +206,7 @@ def detach_from_living(owners: list[type], host: str, keep_maps: bool) -> None:
         modules = instance.__dict__.get("_modules", {})
         for name in ("func_d",) if keep_maps else ("func_d", "feature_map"):
             part = modules.get(name)
-            if getattr(part, "attached", False) and part.host == host:
+            if getattr(part, "attached", False) and part.host in (host, ""):  # "": of a model that was left out
                 lost += name == "feature_map" and is_trained(part)
                 delattr(instance, name)
     warn_of_loss(lost, host)

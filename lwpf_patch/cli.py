@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -47,7 +48,7 @@ forgetting functions (s: a score, a: the threshold; a forgotten key gives no val
                          forgets nothing instead
   none    forgets nothing
 
-U-Hop (Φ: a feature map per head, the identity until Stage I):
+U-Hop (Phi: a feature map per head, the identity until Stage I):
   --uhop on, or some of these options, with their defaults:
     iters=100      steps of gradient descent of Stage I
     t=2, lr=0.1    of the separation loss, and the rate of the descent
@@ -55,7 +56,7 @@ U-Hop (Φ: a feature map per head, the identity until Stage I):
     samples=256    keys of a batch that are separated, for each layer and head
     every=N        again every N steps of the optimizer; by default once, after the first
     until=10*N     but after no step beyond this one
-    train=true     whether the task's loss trains Φ afterwards
+    train=true     whether the task's loss trains Phi afterwards
 
 masking:
   exclude keys hidden by a mask have no part in the softmax, the median and the values
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A request in the environment is meant for the script; this process trains nothing.
     importing.disarm()
     registry.revert()
+    for stream in (sys.stdout, sys.stderr):  # sources that are shown, and paths, may hold what a terminal cannot
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(argv)
     try:
         return int(options.command(options))
@@ -157,6 +161,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include", metavar="GLOBS", help="patch only sites that match one of these glob patterns")
     parser.add_argument("--exclude", metavar="GLOBS", help="leave alone sites that match one of these glob patterns")
+    parser.add_argument(
+        "--exclude-models",
+        metavar="GLOBS",
+        help="leave alone models, such as a distillation teacher, whose class or timm name matches one of these",
+    )
     parser.add_argument(
         "--compat", metavar="0|1", help="whether to mend what a current environment breaks (default: 1)"
     )

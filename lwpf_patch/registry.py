@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import importing, reporting, rewriting
+from . import exit_report, importing, reporting, rewriting
 from .attaching import Attachments, attach_to_living, detach_from_living, func_d_prototype, living
 from .compat import AppliedShim, Shim
 from .errors import ConflictError, LwpfError, RewriteError
 from .hosts import HOSTS, Host
+from .owners import Owners
 from .rewriting import Site
 from .settings import Settings, check_hosts, split_list
 
@@ -92,6 +93,7 @@ def apply(
     exclude: str | Iterable[str] | None = None,
     compat: bool = True,
     uhop: Any = None,
+    exclude_models: str | Iterable[str] | None = None,
 ) -> None:
     """Patches a host, now or when it is imported. Applying again with other settings replaces them.
 
@@ -109,6 +111,8 @@ def apply(
         uhop: U-Hop (Wu et al., ICML 2024): each attention module gets a feature map, and Stage I separates its keys
             after the first step of the optimizer. Text such as ``"iters=100,t=2,lr=0.1"``, or ``"on"``; apply it before
             the optimizer is made. None: no U-Hop.
+        exclude_models: Glob patterns over names of models that stay plain, such as the teacher of a distillation: the
+            class of a model, or of any module around the attention, and what ``timm.create_model`` calls it.
 
     Raises:
         SettingsError: An unknown host, func_d, masking, backend or option of uhop, or a pattern that matches no site.
@@ -118,7 +122,9 @@ def apply(
     """
     names = split_list(host) if isinstance(host, str) else tuple(host)
     check_hosts(names, "apply()", HOSTS)
-    settings = Settings(func_d, masking, backend, include, exclude, compat, uhop)  # type: ignore[arg-type]
+    settings = Settings(
+        func_d, masking, backend, include, exclude, compat, uhop, exclude_models  # type: ignore[arg-type]
+    )  # fmt: skip
     for name in names:  # all of them can be met before any of them is
         HOSTS[name].selected(settings)
         HOSTS[name].root()
@@ -246,7 +252,10 @@ def _patch_loaded(applied: Applied) -> None:
     """Patches the modules of a host that are imported already, and watches for the others."""
     host = applied.host
     _applied[host.name] = applied
-    importing.watch(host.modules(), on_import)
+    importing.watch([*host.modules(), exit_report.MODULE], on_import)
+    modules = sys.modules.get(exit_report.MODULE)
+    if modules is not None and not _is_initializing(modules):
+        exit_report.listen(modules)
     for name in host.modules():
         module = sys.modules.get(name)
         if module is not None and not _is_initializing(module):
@@ -256,6 +265,9 @@ def _patch_loaded(applied: Applied) -> None:
 
 def on_import(module: ModuleType) -> None:
     """Patches a module that has just been imported, or reloaded."""
+    if module.__name__ == exit_report.MODULE:
+        exit_report.listen(module)
+        return
     with _lock:
         for applied in list(_applied.values()):
             if module.__name__ in applied.host.modules():
@@ -278,9 +290,10 @@ def _check_complete(applied: Applied, just_imported: str = "") -> None:
     places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
     settings = applied.settings.describe()
     uhop = f", uhop {settings['uhop']}" if settings["uhop"] else ""
+    left_out = f", but not in {', '.join(settings['exclude_models'])}" if settings["exclude_models"] else ""
     reporting.info(
         f"{applied.host.name} {_live_version(applied.host)}: {', '.join(places)} patched; func_d {settings['func_d']}, "
-        f"masking {settings['masking']}, backend {settings['backend']}{uhop}"
+        f"masking {settings['masking']}, backend {settings['backend']}{uhop}{left_out}"
     )
 
 
@@ -418,6 +431,7 @@ def _revert(applied: Applied, keep_maps: bool = False) -> None:
     _applied.pop(applied.host.name, None)
     if not _applied:
         importing.unwatch()
+        exit_report.unlisten()
     if applied.sites:
         detach_from_living(_owners(applied.sites), applied.host.name, keep_maps)
         forget_compiled()
@@ -453,34 +467,9 @@ def attach_if_applied(module: nn.Module) -> None:
         for applied in _applied.values():
             for owner, site in _owned(applied.sites):
                 if isinstance(module, owner):
-                    Attachments(applied.host, applied.settings).attach(module, site)
+                    Attachments(applied.host, applied.settings).attach(module, site, Owners())
 
 
 # --- at exit --------------------------------------------------------------------------------------------------------
 
-
-@atexit.register
-def _report_at_exit() -> None:
-    """Says so when a request to patch had no effect on this run; one that ended with a traceback explains itself."""
-    if hasattr(sys, "last_type") and not hasattr(sys, "ps1"):  # an interactive session goes on after one
-        return
-    for name, applied in _applied.items():
-        if not applied.complete:
-            wanted = (
-                "it" if name not in sys.modules else " or ".join(dict.fromkeys(s.module for s in applied.host.sites))
-            )
-            reporting.warn(
-                f"{name} was asked to be patched, but this program never imported {wanted}: nothing ran with partial "
-                "forgetting"
-            )
-        elif not reporting.was_used(name):
-            owners = sorted({site.site.name for site in applied.sites})
-            reporting.warn(
-                f"{name} was patched, but no patched forward was ever called: nothing ran with partial forgetting. The "
-                f"model uses none of {', '.join(owners)}"
-            )
-        elif applied.settings.uhop is not None:
-            from . import uhop
-
-            if message := uhop.report(name):
-                reporting.warn(message)
+atexit.register(exit_report.report, _applied)

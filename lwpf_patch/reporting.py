@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -21,24 +22,21 @@ class _StderrUnlessConfigured(logging.StreamHandler[TextIO]):
             self.stream = sys.stderr
             super().emit(record)
 
-
-def _handler() -> logging.Handler:
-    handler = _StderrUnlessConfigured()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    return handler
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Lets it be: there is no stderr, or it is closed, and nothing said here is worth a script."""
 
 
 if not logger.handlers:
-    logger.addHandler(_handler())
+    logger.addHandler(_StderrUnlessConfigured())
     logger.setLevel(logging.INFO)
+
+#: Where launchers put the number of a process: of all processes, or of those of a node and of the node itself.
+RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK", "NODE_RANK")
 
 
 def is_main_process() -> bool:
-    """Returns whether this process should speak: rank 0, and no worker of another process."""
-    for variable in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
-        if variable in os.environ:
-            return os.environ[variable] == "0" and not is_helper_process()
-    return not is_helper_process()
+    """Return whether this process should speak: the first of all ranks, and no worker of another process."""
+    return all(os.environ.get(variable, "").strip() in ("", "0") for variable in RANKS) and not is_helper_process()
 
 
 def is_helper_process() -> bool:
@@ -52,15 +50,23 @@ def is_helper_process() -> bool:
 
 
 def info(message: str) -> None:
-    """Tells the user something, once for all ranks."""
-    if is_main_process():
-        logger.info(message)
+    """Tell the user something, once for all ranks."""
+    _say(logging.INFO, message)
 
 
 def warn(message: str) -> None:
-    """Warns the user, once for all ranks."""
-    if is_main_process():
-        logger.warning(message)
+    """Warn the user, once for all ranks."""
+    _say(logging.WARNING, message)
+
+
+def _say(level: int, message: str) -> None:
+    if not is_main_process():
+        return
+    # What logging.config disables by default are loggers that it was not told of; whoever wants silence sets a level.
+    logger.disabled = False
+    with contextlib.suppress(Exception):  # of a handler of the script's, to a stream that is closed
+        # The name is part of the message, so that it is there in whatever format the script has chosen.
+        logger.log(level, f"{logger.name}: {message}")
 
 
 def mark_used(host: str) -> bool:

@@ -27,6 +27,7 @@ VARIABLES = {
     "backend": "LWPF_BACKEND",
     "include": "LWPF_INCLUDE",
     "exclude": "LWPF_EXCLUDE",
+    "exclude_models": "LWPF_EXCLUDE_MODELS",
     "uhop": "LWPF_UHOP",
     "compat": "LWPF_COMPAT",
 }
@@ -312,6 +313,7 @@ class Settings:
         include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
         exclude: Glob patterns over the names of the sites to be left alone.
         compat: Whether to mend what a current environment breaks in a host; as text ``"1"`` or ``"0"``.
+        exclude_models: Glob patterns over the names of models whose attention stays plain.
     """
 
     func_d: Any = None
@@ -321,6 +323,7 @@ class Settings:
     exclude: tuple[str, ...] = ()
     compat: bool = True
     uhop: Any = None
+    exclude_models: tuple[str, ...] = ()
     origin: Callable[[str], str] = field(default="apply({}=...)".format, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -348,7 +351,7 @@ class Settings:
             if compat not in ("0", "1"):
                 raise unknown_value("compat", compat, self.origin("compat"), ("0", "1"))
             object.__setattr__(self, "compat", compat == "1")
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "exclude_models"):
             object.__setattr__(self, name, self._patterns(name, getattr(self, name)))
 
     def _patterns(self, name: str, value: Any) -> tuple[str, ...]:
@@ -369,6 +372,7 @@ class Settings:
             "uhop": None if self.uhop is None else str(self.uhop),
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "exclude_models": list(self.exclude_models),
             "compat": self.compat,
         }
 

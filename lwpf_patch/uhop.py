@@ -46,8 +46,10 @@ class HostFeatureMap(FeatureMap):
         settings: When Stage I runs, and how.
         host: The host's name.
         attached: Whether ``apply()`` put it there, and ``revert()`` may take it away.
+        advice: What else to do, with this host, where Stage I separates nothing.
     """
 
+    advice = ""
     steps: Tensor
     _number: int
 
@@ -156,24 +158,32 @@ class HostFeatureMap(FeatureMap):
         return f"{super().extra_repr()}, {self.settings}"
 
 
-class FoldedFeatureMap(nn.Module):
-    """Stands where a feature map was whose matrix is now part of the projections, and does nothing.
-
-    Args:
-        folded: The map that was there.
+class NoFeatureMap(nn.Module):
+    """Stands where a feature map could be, and does nothing.
 
     Attributes:
         host: The host's name.
         attached: Whether ``revert()`` may take it away.
     """
 
-    def __init__(self, folded: HostFeatureMap) -> None:
+    def __init__(self, host: str, attached: bool) -> None:
         super().__init__()
-        self.host, self.attached = folded.host, folded.attached
+        self.host, self.attached = host, attached
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """Returns the query."""
         return query
+
+
+class FoldedFeatureMap(NoFeatureMap):
+    """Stands where a feature map was whose matrix is now part of the projections.
+
+    Args:
+        folded: The map that was there.
+    """
+
+    def __init__(self, folded: HostFeatureMap) -> None:
+        super().__init__(folded.host, folded.attached)
 
 
 def without_module(query: Tensor, key: Tensor) -> Tensor:
@@ -209,8 +219,12 @@ def report(host: str) -> str | None:
         )
     else:
         why = "it runs after the first step of the torch.optim optimizer that trains the model"
-    which = f"{len(saw)} feature maps that waited for it are" if host in _separated_hosts else "every feature map is"
-    return f"{host}: U-Hop was asked for, but Stage I never ran, and {which} still the identity: {why}"
+    if host in _separated_hosts:
+        return (
+            f"{host}: U-Hop's Stage I ran in this process, but not on {len(saw)} feature maps that waited for it, and "
+            f"are still the identity: {why}"
+        )
+    return f"{host}: U-Hop was asked for, but Stage I never ran, and every feature map is still the identity: {why}"
 
 
 # --- in the forward pass --------------------------------------------------------------------------------------------
@@ -368,12 +382,6 @@ def run_stage_one(maps: list[HostFeatureMap]) -> None:
     begun = time.perf_counter()
     names = ", ".join(dict.fromkeys(each.host for each in maps))
     patterns = [_different(each) for each in maps]
-    alone = sum(keys.shape[-2] < 2 for keys in patterns)
-    if alone:
-        reporting.warn(
-            f"uhop: {alone} layers of {names} saw one key only, which nothing can be separated from: their feature "
-            "maps stay as they are"
-        )
     weights = [each.weight.detach().to(keys.dtype, copy=True) for each, keys in zip(maps, patterns, strict=True)]
     first: list[Tensor] = []
     said = begun
@@ -407,6 +415,50 @@ def run_stage_one(maps: list[HostFeatureMap]) -> None:
             f"uhop: in Stage I the separation loss of some layers of {names} went up: lr={settings.lr:g} is too large "
             "for them; choose a smaller one in uhop"
         )
+    _warn_of_idle_layers(maps, patterns, changes)
+
+
+def _warn_of_idle_layers(
+    maps: list[HostFeatureMap], patterns: list[Tensor], changes: list[tuple[float, float]]
+) -> None:
+    """Warn once, for all layers, where the keys gave Stage I nothing to do, or where it did nothing.
+
+    Args:
+        maps: The feature maps.
+        patterns: The different keys of each, (..., M, d).
+        changes: The losses of each, before and after.
+    """
+    names = ", ".join(dict.fromkeys(each.host for each in maps))
+    idle = [abs(after - before) < max(abs(before) / 100, 0.001) for before, after in changes]
+    alone = sum(keys.shape[-2] < 2 for keys in patterns)
+    alike = sum(still and keys.shape[-2] > 1 and _are_alike(keys) for still, keys in zip(idle, patterns, strict=True))
+    problems = []
+    if alone:
+        problems.append(
+            f"{alone} layers of {names} saw one key only, which nothing can be separated from: their feature maps stay "
+            "as they are"
+        )
+    if alike:
+        problems.append(
+            f"in {alike} layers of {names} all keys are equal but for rounding, and Stage I could not tell them apart"
+        )
+    if problems:
+        problems.append("give it more different keys (samples), or see whether the inputs are different at all")
+        problems += dict.fromkeys(each.advice for each in maps if each.advice)
+    elif all(idle) and maps[0]._steps <= 1:  # a later Stage I has little to do where the first one has done it
+        problems.append(
+            f"Stage I changed the separation loss of every layer of {names} by less than 1 %: it separated nothing. "
+            "Where keys lie apart already there is nothing to gain from U-Hop; else it needs more steps (iters), "
+            "larger ones (lr), or more keys (samples)"
+        )
+    if problems:
+        reporting.warn(f"uhop: {'; '.join(problems)}")
+
+
+def _are_alike(keys: Tensor) -> bool:
+    """Return whether keys (..., M, d) have one direction, but for the rounding of half precision."""
+    directions = nn.functional.normalize(keys, dim=-1)
+    return bool((directions - directions[..., :1, :]).norm(dim=-1).max() < 0.02)
 
 
 def _step(weight: Tensor, keys: Tensor, settings: UHop) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -178,6 +180,33 @@ def test_help_and_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.strip() == f"lwpf_patch {lwpf_patch.__version__}"
+
+
+def test_on_a_terminal_that_knows_ascii_alone(python, tmp_path):
+    """Every help text is in ASCII; the source that a diff shows need not be."""
+    package = tmp_path / "fake" / "timm"
+    (package / "layers").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "layers" / "__init__.py").touch()
+    attention = Path(importlib.util.find_spec("timm").origin).parent / "layers" / "attention.py"
+    source = attention.read_text().replace("attn = attn.softmax(dim=-1)", "attn = attn.softmax(dim=-1)  # 1 = Σ")
+    (package / "layers" / "attention.py").write_text(source, encoding="utf-8")
+    code = """
+import sys
+sys.path.insert(0, "fake")
+from lwpf_patch import cli
+for command in ([], ["run"], ["status"], ["diff"], ["doctor"]):
+    try:
+        cli.main([*command, "--help"])
+    except SystemExit as stop:
+        assert not stop.code
+sys.exit(cli.main(["diff", "timm"]))
+"""
+    out = python(code=code, PYTHONIOENCODING="ascii")
+    assert "usage: lwpf run" in out.stdout
+    help_texts, _, diff = out.stdout.partition("--- timm/layers")
+    assert "\\" not in help_texts
+    assert "attn = attn.softmax(dim=-1)  # 1 = \\u03a3" in diff
 
 
 def test_a_reader_that_leaves_early(tmp_path):

@@ -58,4 +58,5 @@ def test_the_question_is_answered_only_where_nobody_can(monkeypatch, caplog):
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     assert host._answer_yes("Shall I?") == "n"
     assert host._answer_yes("Shall I?") == "y"
+    assert host._answer_yes("Go on? (yes/no)") == "yes"
     assert "answered yes" in caplog.text

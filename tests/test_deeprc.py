@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import subprocess
@@ -183,7 +184,7 @@ def test_shims_touch_nothing_but_deeprc():
     assert aliases() == before
     states = {shim["name"]: shim["state"] for shim in lwpf_patch.status()["hosts"]["deeprc"]["shims"]}
     assert states["numpy aliases"] == "applied"
-    assert "not needed" not in {states["regression scores"], states["question at every run"]}
+    assert "not needed" not in {states["regression scores"], states["questions at every run"]}
     lwpf_patch.apply("deeprc", compat=False)
     states = {shim["state"] for shim in lwpf_patch.status()["hosts"]["deeprc"]["shims"]}
     assert states == {"refused"}
@@ -191,6 +192,20 @@ def test_shims_touch_nothing_but_deeprc():
         deeprc.architectures.np.int  # noqa: B018
     lwpf_patch.revert()
     assert deeprc.architectures.np is np
+
+
+def test_both_questions_of_deeprc_are_answered(monkeypatch):
+    """That of the reader, and that before a download; asked in a loop until one of the words is given."""
+    import deeprc.utils
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(EOFError):
+        deeprc.utils.user_confirmation("It will be downloaded now. Continue?", "y", "n")
+    lwpf_patch.apply("deeprc")
+    deeprc.utils.user_confirmation("It will be downloaded now. Continue?", "y", "n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    with pytest.raises(SystemExit):
+        deeprc.utils.user_confirmation()
 
 
 @pytest.fixture(scope="module")

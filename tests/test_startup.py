@@ -153,26 +153,18 @@ def test_a_version_without_the_sites(python, tmp_path):
     assert "has no Attention.forward in timm.layers.attention or timm.models.vision_transformer" in out.stderr
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("import torch", "timm was asked to be patched, but this program never imported it"),
-        ("import timm", "timm was patched, but no patched forward was ever called"),
-        (
-            "import timm, torch; timm.create_model('test_resnet')(torch.randn(2, 3, 64, 64))",
-            "no patched forward was ever called: nothing ran with partial forgetting. The model uses none of "
-            "timm.layers.attention.Attention, timm.layers.attention.AttentionRope",
-        ),
-    ],
-)
-def test_a_request_without_effect_is_reported_at_exit(python, code, message):
-    out = python("-c", code, LWPF_PATCH="timm")
-    assert message in out.stderr.splitlines()[-1]
+def test_a_request_without_effect_is_reported_at_exit(python):
+    code = "import timm, torch; timm.create_model('test_resnet')(torch.randn(2, 3, 64, 64))"
+    message = (
+        "timm was patched, but no patched forward was ever called: nothing ran with partial forgetting. The model uses "
+        "none of timm.layers.attention.Attention, timm.layers.attention.AttentionRope"
+    )
+    assert message in python("-c", code, LWPF_PATCH="timm").stderr.splitlines()[-1]
     assert "nothing ran" not in python("-c", code, LWPF_PATCH="timm", RANK="1").stderr
 
 
 def test_nothing_is_reported_after_a_traceback(python):
-    out = python("-c", "import timm; 1 / 0", check=False, LWPF_PATCH="timm")
+    out = python("-c", "import timm, torch; torch.nn.ReLU()(torch.ones(1)); 1 / 0", check=False, LWPF_PATCH="timm")
     assert out.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
@@ -186,8 +178,8 @@ def test_the_line_goes_to_the_log_of_a_script_that_has_one(python):
     code = "import logging; logging.basicConfig(format='LOG %(levelname)s %(message)s', level='INFO')\n" + USE
     out = python(code=code, LWPF_PATCH="timm")
     line, backend = out.stderr.strip().splitlines()
-    assert line.startswith("LOG INFO timm 1.")
-    assert backend.startswith("LOG INFO timm: attention is computed by backend ")
+    assert line.startswith("LOG INFO lwpf_patch: timm 1.")
+    assert backend.startswith("LOG INFO lwpf_patch: timm: attention is computed by backend ")
 
 
 def test_apply_before_and_after_the_import(python):

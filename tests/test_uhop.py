@@ -227,6 +227,34 @@ def test_the_progress_line_tells_losses_and_time(caplog):
     assert float(after) < float(before)
 
 
+def _idle(caplog, keys, settings=STAGE, steps=0):
+    """Runs Stage I on keys for each of two layers, and returns what it warns of."""
+    maps = [uhop.HostFeatureMap(8, 3, parse_uhop(settings), "timm", torch.zeros(())) for _ in range(2)]
+    for each, some in zip(maps, keys, strict=True):
+        each._keys, each._steps = some, steps
+    caplog.clear()
+    uhop.run_stage_one(maps)
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_a_stage_one_that_separates_nothing_says_so_once(caplog):
+    different, one = torch.randn(3, 40, 8), torch.randn(3, 1, 8)
+    alike = one * (1 + 1e-6 * torch.randn(3, 40, 1))  # as equal keys come out of different places of a batch
+    assert _idle(caplog, (different, different)) == []
+    (message,) = _idle(caplog, (different, alike))
+    assert "in 1 layers of timm all keys are equal but for rounding" in message
+    assert "(samples)" in message
+    (message,) = _idle(caplog, (one.expand(3, 40, 8), alike))
+    assert "1 layers of timm saw one key only" in message
+    assert "in 1 layers of timm all keys are equal but for rounding" in message
+    apart = torch.eye(8).repeat(3, 1, 1)
+    slow = "iters=5,lr=1e-6"
+    (message,) = _idle(caplog, (apart, different), slow)
+    assert "the separation loss of every layer of timm by less than 1 %: it separated nothing" in message
+    assert all(option in message for option in ("(iters)", "(lr)", "(samples)"))
+    assert _idle(caplog, (apart, different), slow, steps=501) == []  # the first one may have done it all
+
+
 def test_repeated_keys_are_one_pattern_and_one_alone_is_left_out(caplog):
     model = _model()
     first, second = _maps(model)
@@ -528,6 +556,29 @@ def test_a_checkpoint_with_the_map_comes_back_exactly():
     assert torch.equal(pickled(x), model(x))
 
 
+@pytest.mark.parametrize("how", ["apply", "patch_model"])
+def test_a_checkpoint_with_the_map_in_a_model_without_names_the_remedy(how, caplog):
+    state = _model().state_dict()
+    lwpf_patch.revert()
+    if how == "apply":
+        lwpf_patch.apply("timm", func_d="relu")
+    model = nn.ModuleDict({"module": vit()})
+    if how == "patch_model":
+        lwpf_patch.patch_model(model, func_d="relu")
+    model = pickle.loads(pickle.dumps(model))["module"]
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*feature_map") as raised:
+        model.load_state_dict(state)
+    assert str(raised.value).count("lwpf_patch.fold(model)") == 1
+    assert "LWPF_UHOP=on" in str(raised.value)
+    caplog.clear()
+    model.load_state_dict(state, strict=False)
+    (record,) = caplog.records
+    assert "lwpf_patch.fold(model). They are left out" in record.message
+    with pytest.raises(RuntimeError) as raised:  # another mistake: nothing of ours
+        model.load_state_dict({"head": torch.zeros(())})
+    assert "fold" not in str(raised.value)
+
+
 def test_a_resumed_run_goes_on_where_it_stopped():
     """Between the runs of a bilevel Stage I, also in another process."""
     batches = [images() for _ in range(6)]
@@ -720,7 +771,7 @@ print(model.blocks[0].attn.func_d, bool(model.blocks[0].attn.feature_map.weight.
     assert "uhop iters=3," in out.stderr
     assert "Stage I on timm after step 1" in out.stderr
     out = python(code=code.format(tests=tests, train=False), LWPF_PATCH="timm", LWPF_UHOP="on")
-    assert "Stage I never ran" in out.stderr
+    assert "Stage I never ran, and every feature map is still the identity" in out.stderr
     out = python("-m", "lwpf_patch", "run", "--uhop", "iters=2", "--func-d", "relu", "script.py")
     assert out.stdout.strip() == "ReLU() False"
     out = python("-m", "lwpf_patch", "run", "--uhop", "iter=2", "script.py", check=False)
@@ -728,6 +779,15 @@ print(model.blocks[0].attn.func_d, bool(model.blocks[0].attn.feature_map.weight.
     assert "unknown option of uhop 'iter' (from --uhop)" in out.stderr
     out = python("-m", "lwpf_patch", "diff", "timm", "--uhop", "on")
     assert out.stdout.count("+        q = self.feature_map(q, k)\n") == 2
+
+
+def test_the_report_tells_of_maps_of_another_model_that_waited():
+    model, other = _model(), vit()
+    other(images())
+    _train(model, _sgd(model))
+    message = uhop.report("timm")
+    assert "Stage I ran in this process, but not on 2 feature maps that waited for it" in message
+    assert "never ran" not in message
 
 
 def test_status_tells_of_the_maps():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
@@ -30,6 +30,10 @@ class Host:
         inseparable: Whether its sites work only together, so that none can be left out.
         shims: What it needs to run in a current environment.
         forward_hook: Called after every forward of a func_d that ``apply`` attached, as a hook of torch.
+        advice: What else to do where U-Hop's Stage I separates nothing.
+        names_in_call: Gives the names of the model that one of its functions is making, from the function's name and
+            its local variables; none for any other function.
+        names_of_model: Gives the names that it has for a model that exists.
     """
 
     name: str
@@ -40,6 +44,9 @@ class Host:
     inseparable: bool = False
     shims: tuple[Shim, ...] = ()
     forward_hook: Callable[[Any, Any, Any], None] | None = None
+    advice: str = ""
+    names_in_call: Callable[[str, Mapping[str, Any]], Iterable[str]] | None = None
+    names_of_model: Callable[[Any], Iterable[str]] | None = None
 
     def root(self) -> Path:
         """Returns the folder of the package, without importing it.

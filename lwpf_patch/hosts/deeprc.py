@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import warnings
 from importlib import metadata
 from types import ModuleType
@@ -117,12 +118,13 @@ def _pandas_is_new() -> bool:
 
 
 def _answer_yes(question: str = "") -> str:
-    """Asks as ``input`` does, and answers yes where nobody can."""
+    """Asks as ``input`` does, and answers yes where nobody can: ``"y"``, or the first of the words that it offers."""
     try:
         return input(question)
     except EOFError:
         reporting.info(f"answered yes, since standard input is at its end: {question}")
-        return "y"
+        offered = re.search(r"\((\w+)/\w+\)\s*$", question)
+        return offered[1] if offered else "y"
 
 
 def _accept_arrays(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -164,9 +166,9 @@ SHIMS = (
         replacements=_regression_loss,
     ),
     Shim(
-        "question at every run",
-        "make_dataloaders asks whether to convert its files, and fails where standard input is no terminal",
-        modules=("deeprc.dataset_readers",),
+        "questions at every run",
+        "it asks whether to convert its files and to download others, and fails where standard input is no terminal",
+        modules=("deeprc.dataset_readers", "deeprc.utils"),
         needed=lambda: True,
         replacements=lambda module: [Replacement(module, "input", _answer_yes)],
     ),
@@ -233,4 +235,6 @@ HOST = Host(
     required=("DeepRC.forward",),
     shims=SHIMS,
     forward_hook=notice_dead_bags,
+    advice="deeprc 0.0.6 reads the same repertoire for every name whose suffix is the same: give each name in the HDF5 "
+    "container a suffix of its own, as recipes/immune_repertoire does",
 )

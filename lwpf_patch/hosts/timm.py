@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..edits import attention
@@ -45,6 +45,27 @@ def _site(module: str, qualname: str, fold: Callable[[Any, Any, Any], None]) -> 
     return Site(module, qualname, attention, known.sources("timm", qualname), map_size=heads, fold=fold)
 
 
+# The functions that make a model, each with its argument that names it; all versions have them.
+_MAKERS = {"create_model": "model_name", "build_model_with_cfg": "variant"}
+
+
+def names_in_call(function: str, variables: Mapping[str, Any]) -> list[str]:
+    """Return the names of the model that a function is making, without and with the tag of its weights."""
+    return _names(variables.get(_MAKERS[function]), variables.get("pretrained_cfg")) if function in _MAKERS else []
+
+
+def names_of_model(model: Any) -> list[str]:
+    """Return the names of a model that timm has made."""
+    configuration = model.__dict__.get("pretrained_cfg")
+    return _names(configuration.get("architecture"), configuration) if isinstance(configuration, Mapping) else []
+
+
+def _names(name: Any, configuration: Any) -> list[str]:
+    tag = configuration.get("tag") if isinstance(configuration, Mapping) else configuration
+    names = [name, f"{name}.{tag}"] if isinstance(tag, str) and tag else [name]
+    return names if isinstance(name, str) and name else []
+
+
 HOST = Host(
     name="timm",
     install="pip install timm",
@@ -54,4 +75,6 @@ HOST = Host(
         _site("timm.layers.attention", "AttentionRope.forward", refuse_to_fold),
     ),
     required=("Attention.forward",),
+    names_in_call=names_in_call,
+    names_of_model=names_of_model,
 )

@@ -2,9 +2,13 @@
 # make test   passes the tests
 # make lint   checks style and types
 # make hosts  installs hflayers and DeepRC, which are Git repositories; `make test` tries to and goes on without
+# make test-lowest  passes the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # Each builds the environment it needs in .venv, from a Python package index alone.
 
 PYTHON ?= python3
+# The lowest Python that pyproject.toml allows, where it can be run.
+LOWEST_PYTHON ?= $(or $(shell lowest=$$(sed -n 's/^requires-python = ">=\(.*\)"$$/python\1/p' pyproject.toml); \
+	$$lowest -c '' 2>/dev/null && echo $$lowest),$(PYTHON))
 ENV := .venv
 BIN := $(ENV)/bin
 # The versions of timm that are tested beside the newest one; each lies in a folder of its own.
@@ -14,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A repository that cannot be reached shall say so and not wait for a password.
 export GIT_TERMINAL_PROMPT := 0
 
-.PHONY: demo test lint hosts try-hosts clean
+.PHONY: demo test test-lowest lint hosts try-hosts clean
 .DELETE_ON_ERROR:
 
 demo: $(ENV)/installed
@@ -22,6 +26,12 @@ demo: $(ENV)/installed
 
 test: $(ENV)/installed $(TIMM_VERSIONS:%=$(ENV)/timm/%) $(ENV)/timm/source try-hosts
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# The same in another environment, where pip is held to the lower bounds.
+test-lowest:
+	mkdir -p build
+	$(PYTHON) tests/lowest.py > build/lowest.txt
+	PIP_CONSTRAINT=$(CURDIR)/build/lowest.txt $(MAKE) test ENV=.venv-lowest PYTHON=$(LOWEST_PYTHON)
 
 hosts: $(ENV)/hosts
 
@@ -35,7 +45,7 @@ lint: $(ENV)/linters
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(ENV) build dist
+	rm -rf $(ENV) .venv-lowest build dist
 
 $(ENV)/installed: pyproject.toml
 	@echo "Building the environment in $(ENV); PyTorch is large, this takes some minutes."

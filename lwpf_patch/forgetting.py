@@ -533,7 +533,12 @@ def _dispatch_attention(func_d: FuncD, query: Any, key: Any, value: Any, *option
 
 def _in_autocast(device: str) -> bool:
     """Returns whether autocast is on for a kind of device; some, such as meta, do not know it."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # before 2.7 torch.compile stopped at it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -577,8 +582,8 @@ def check_inputs(
         raise RuntimeError("lwpf_attention: attn_mask and is_causal=True exclude each other; put causality in the mask")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise RuntimeError(f"lwpf_attention: attn_mask must be boolean or floating, got {attn_mask.dtype}")
-    wanted = (query.size(-2), key.size(-2))
-    for size, extent in zip(reversed(attn_mask.shape), reversed(wanted), strict=False):
+    wanted, drawn = (query.size(-2), key.size(-2)), attn_mask.shape[-2:]
+    for size, extent in zip(drawn, wanted[2 - len(drawn) :], strict=True):  # torch.compile wants equal lengths
         if size not in (1, extent):
             raise RuntimeError(
                 f"lwpf_attention: attn_mask must be broadcastable to (..., L, S) = (..., {wanted[0]}, {wanted[1]}), "

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 logger = logging.getLogger("lwpf_patch")
 
@@ -14,7 +14,13 @@ _used: set[str] = set()
 _backends: set[tuple[str, str, str]] = set()
 
 
-class _StderrUnlessConfigured(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # which takes no type in Python 3.10
+
+
+class _StderrUnlessConfigured(_StreamHandler):
     """Writes to stderr as long as the script has configured no logging of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:

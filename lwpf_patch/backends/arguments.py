@@ -33,7 +33,7 @@ def flat_mask(attn_mask: Tensor, lead: Sequence[int]) -> Tensor:
     """
     mask = attn_mask.reshape((1,) * (len(lead) + 2 - attn_mask.dim()) + attn_mask.shape)
     fits = mask.dim() == len(lead) + 2
-    if not fits or any(size not in (1, extent) for size, extent in zip(mask.shape, lead, strict=False)):
+    if not fits or any(size not in (1, extent) for size, extent in zip(mask.shape[:-2], lead, strict=True)):
         raise RuntimeError(
             f"lwpf_attention: attn_mask of shape {list(attn_mask.shape)} cannot be broadcast to the batch "
             f"dimensions {list(lead)}"

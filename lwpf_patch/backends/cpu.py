@@ -29,7 +29,7 @@ from . import cpu_kept, cpu_products
 from .arguments import batch_shape, flat_mask, widen_mask
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
-from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, keep
+from .cpu_steps import THRESHOLD_IS_RIGHT, KeySum, add_to_mask, add_to_ties, dropout, forget, keep
 from .operators import Operator
 from .tiles import Problem
 
@@ -45,6 +45,8 @@ def why_not(query: Tensor) -> str | None:
         return f"the tensors are on {query.device}"
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it does not compute in {query.dtype}"
+    if not THRESHOLD_IS_RIGHT:
+        return f"the functions behind it do not do in PyTorch {torch.__version__} what they do in others"
     return None
 
 
@@ -147,7 +149,7 @@ def _forward(
         scores, excluded = problem.scores(tile)
         if excluded is not None:
             scores.masked_fill_(excluded, a)  # not above the threshold, so not kept
-        weights = torch.ops.aten.threshold.out(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
+        weights = forget(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
         if small:
             weights.exp_()
         else:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
-from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, keep
+from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, forget, keep, softmax_backward
 from .operators import Operator
 from .tiles import Problem
 
@@ -76,7 +76,7 @@ def _forward(
             scores.masked_fill_(excluded, -math.inf)  # not above the threshold, so not kept
         # Unless b is above a, D(s) may take the place of s: what is above the threshold stays it, and nothing else is.
         free = scratch[: scores.numel()].view(scores.shape)
-        changed = torch.ops.aten.threshold.out(scores, a, b, out=scores if b <= a else free)
+        changed = forget(scores, a, b, out=scores if b <= a else free)
         if excluded is not None:
             changed.masked_fill_(excluded, -math.inf)
         normalised = torch.softmax(changed, -1, out=free)  # slower in place
@@ -143,7 +143,7 @@ def _backward(
             used = kept * dropped
         value_sum.add(tile, used, tile_grad)
         if tile.keys:
-            inner = torch.ops.aten._softmax_backward_data.out(inner, kept, -1, inner.dtype, grad_input=inner)
+            inner = softmax_backward(inner, kept)
         add_product(
             grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], problem.uses_onednn, True, scale
         )

@@ -18,6 +18,51 @@ def keep(weights: Tensor, scores: Tensor, a: float, out: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(weights, scores, a, grad_input=out)
 
 
+def forget(scores: Tensor, a: float, b: float, out: Tensor) -> Tensor:
+    """Copies to out, which may be the scores, those above the threshold, and b elsewhere."""
+    return torch.ops.aten.threshold.out(scores, a, b, out=out)
+
+
+def softmax_backward(inner: Tensor, weights: Tensor) -> Tensor:
+    """Puts the gradient of the scores, P (G - rowsum(P G)), in the place of G, that of the weights P."""
+    if _softmax_backward_is_right:
+        return torch.ops.aten._softmax_backward_data.out(inner, weights, -1, inner.dtype, grad_input=inner)
+    return inner.sub_((weights * inner).sum(-1, keepdim=True)).mul_(weights)
+
+
+# PyTorch does not promise what these functions of its own do to memory that they both read and write, or to tiles that
+# are a part of each row: it is seen here, in numbers that are exact.
+
+
+def _threshold_is_right() -> bool:
+    scores = _part_of_rows([[-1.0, 2.0], [1.0, 3.0]])
+    try:
+        kept = keep(_part_of_rows([[3.0, 4.0], [5.0, 6.0]]), scores, 1.0, out=scores)
+        changed = forget(_part_of_rows([[-1.0, 2.0], [1.0, 3.0]]), 1.0, 0.5, out=torch.empty_like(kept))
+        again = forget(changed, 2.0, 0.25, out=changed)
+        return kept.tolist() == [[0.0, 4.0], [0.0, 6.0]] and again.tolist() == [[0.25, 0.25], [0.25, 3.0]]
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _softmax_backward_is_right_here() -> bool:
+    inner, weights = _part_of_rows([[1.0, 3.0], [4.0, 8.0]]).contiguous(), _part_of_rows([[0.5, 0.5], [0.25, 0.75]])
+    try:
+        torch.ops.aten._softmax_backward_data.out(inner, weights, -1, inner.dtype, grad_input=inner)
+        return inner.tolist() == [[-0.5, 0.5], [-0.75, 0.75]]  # not so in PyTorch 2.5
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _part_of_rows(numbers: list[list[float]]) -> Tensor:
+    return torch.tensor([[*row, 9.0] for row in numbers], dtype=torch.float32, device="cpu")[:, :-1]
+
+
+#: Whether the first two functions here do what is said of them; the backend cannot compute otherwise.
+THRESHOLD_IS_RIGHT = _threshold_is_right()
+_softmax_backward_is_right = _softmax_backward_is_right_here()
+
+
 def dropout(like: Tensor, p: float, seed: Tensor, tile: Tile) -> Tensor:
     """Makes the dropout mask of a tile, the same in both passes."""
     place = tile.batch.start * 2**31 + tile.rows.start

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..edits import attention
-from ..errors import RewriteError
-from ..rewriting import Site
-from .base import Host
+from ..errors import FoldError
+from ..rewriting import Folding, Site
+from .base import Host, multiply_rows
 
 # Found by `lwpf status --json`, and entered once tests/check_version.py passes with that version.
 _ATTENTION = {
@@ -35,36 +35,56 @@ def heads(module: Any) -> tuple[int, int]:
     return module.num_heads, width
 
 
-def fold(model: Any, module: Any, matrix: Any) -> None:
-    """Multiplies the projections of query and key by the matrix of the feature map, (heads, d, d).
+def projections(model: Any, module: Any) -> list[str]:
+    """Returns the names of the parameters that make queries and keys.
 
     Raises:
-        RewriteError: A norm stands between projection and scores.
+        FoldError: A norm stands between projection and scores.
     """
     for name in ("q_norm", "k_norm"):
         if type(getattr(module, name, None)).__name__ not in ("Identity", "NoneType"):
-            raise RewriteError(f"its {name} stands between the projections and the scores")
-    number, width, _ = matrix.shape
+            raise FoldError(f"its {name} stands between the projections and the scores")
+    return ["qkv.weight", "qkv.bias"]
+
+
+def multiply(module: Any, matrix: Any) -> None:
+    """Multiplies the projections of query and key, each of which has the rows of a head together."""
+    size = matrix.shape[0] * matrix.shape[1]
     for tensor in (module.qkv.weight, module.qkv.bias):
         if tensor is not None:
-            for first in (0, number * width):  # query, then key, each head's features together
-                rows = tensor[first : first + number * width]
-                mapped = matrix @ rows.to(matrix.dtype).reshape(number, width, -1)
-                rows.copy_(mapped.reshape(rows.shape))
+            multiply_rows(tensor[:size], matrix)
+            multiply_rows(tensor[size : 2 * size], matrix)
 
 
-def refuse_to_fold(model: Any, module: Any, matrix: Any) -> None:
-    """Raises RewriteError: the rotary embedding stands between."""
-    raise RewriteError("a rotary embedding stands between the projections and the scores")
+def example(module: Any) -> tuple[Any, ...]:
+    """Returns random tokens."""
+    import torch
 
+    return (torch.randn(1, 8, module.qkv.in_features, dtype=torch.float64, device="cpu"),)
+
+
+def refuse_to_fold(model: Any, module: Any) -> list[str]:
+    """Raises FoldError: the rotary embedding stands between."""
+    raise FoldError("a rotary embedding stands between the projections and the scores")
+
+
+_FOLDING = Folding(projections, multiply, example)
+_NO_FOLDING = Folding(refuse_to_fold, multiply, example)
 
 HOST = Host(
     name="timm",
     install="pip install timm",
     sites=(
-        Site("timm.layers.attention", "Attention.forward", attention, _ATTENTION, map_size=heads, fold=fold),
-        Site("timm.models.vision_transformer", "Attention.forward", attention, _ATTENTION, map_size=heads, fold=fold),
-        Site("timm.layers.attention", "AttentionRope.forward", attention, _ROPE, map_size=heads, fold=refuse_to_fold),
+        Site("timm.layers.attention", "Attention.forward", attention, _ATTENTION, map_size=heads, folding=_FOLDING),
+        Site(
+            "timm.models.vision_transformer",
+            "Attention.forward",
+            attention,
+            _ATTENTION,
+            map_size=heads,
+            folding=_FOLDING,
+        ),
+        Site("timm.layers.attention", "AttentionRope.forward", attention, _ROPE, map_size=heads, folding=_NO_FOLDING),
     ),
     required=("Attention.forward",),
 )

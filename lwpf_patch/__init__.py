@@ -22,7 +22,7 @@ _EXPORTS = {
     "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU"),
     "separation": ("FeatureMap", "separation_loss"),
     "settings": ("register_func_d",),
-    "errors": ("ConflictError", "HostNotInstalledError", "LwpfError", "RewriteError", "SettingsError"),
+    "errors": ("ConflictError", "FoldError", "HostNotInstalledError", "LwpfError", "RewriteError", "SettingsError"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .attention import lwpf_attention as lwpf_attention
     from .attention import partial_forgetting as partial_forgetting
     from .errors import ConflictError as ConflictError
+    from .errors import FoldError as FoldError
     from .errors import HostNotInstalledError as HostNotInstalledError
     from .errors import LwpfError as LwpfError
     from .errors import RewriteError as RewriteError

@@ -26,6 +26,10 @@ class RewriteError(LwpfError):
     """A function does not have the shape that its edits need; nothing was patched."""
 
 
+class FoldError(RewriteError):
+    """A feature map cannot become part of the projections of its module; nothing was folded."""
+
+
 class ConflictError(LwpfError):
     """Someone else's patch stands where ours should be applied or reverted."""
 

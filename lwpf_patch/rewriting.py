@@ -22,6 +22,22 @@ from .errors import RewriteError
 
 
 @dataclass(frozen=True)
+class Folding:
+    """How a feature map becomes part of the projections of its attention module.
+
+    Attributes:
+        parameters: Returns, for a model and a module of it, the names of the parameters that are multiplied, relative
+            to the module; or raises a FoldError that says what stands between them and the scores.
+        multiply: Multiplies them by the matrix of Φ, (heads, d, d) or (d, d), of float64 and on the CPU.
+        example: Returns random arguments for a call of the module, of float64 and on the CPU.
+    """
+
+    parameters: Callable[[Any, Any], list[str]]
+    multiply: Callable[[Any, Any], None]
+    example: Callable[[Any], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
 class Site:
     """A function of a host that holds softmax attention.
 
@@ -33,8 +49,7 @@ class Site:
         func_d: Whether its modules get a func_d.
         map_size: Where its modules get a feature map if U-Hop is asked for: what returns, for a module, the number of
             heads (None: there are none) and of features of each; or raises a SettingsError that says why it has none.
-        fold: Writes the matrix of a feature map into the projections of a module of a model, or raises a RewriteError
-            that says what stands between.
+        folding: How their feature maps are folded.
     """
 
     module: str
@@ -43,7 +58,7 @@ class Site:
     known: Mapping[str, str]
     func_d: bool = True
     map_size: Callable[[Any], tuple[int | None, int]] | None = None
-    fold: Callable[[Any, Any, Any], None] | None = None
+    folding: Folding | None = None
 
     @property
     def name(self) -> str:

@@ -276,6 +276,15 @@ def test_the_last_layers_weights_and_inputs_are_mapped(func_d):
     torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-12)
 
 
+def test_folding_is_refused_where_the_query_is_made_anew():
+    lwpf_patch.apply("deeprc", uhop="on")
+    model = _model()
+    torch.nn.init.normal_(model.attention_nn.feature_map.weight, std=0.3)
+    torch.nn.utils.parametrizations.weight_norm(model.attention_nn.attention_nn[-1])
+    with pytest.raises(lwpf_patch.FoldError, match=r"its attention_nn\.2\.weight is parametrized \(_WeightNorm\)"):
+        lwpf_patch.fold(model)
+
+
 def test_until_stage_one_and_after_it():
     lwpf_patch.apply("deeprc", func_d="none")
     model, inputs = _model(), _bags()

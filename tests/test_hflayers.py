@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -336,7 +337,7 @@ def test_folding(case):
     inputs = _patterns(core)
     expected = core(*inputs, **call)
     if case not in FOLDABLE:
-        with pytest.raises(lwpf_patch.RewriteError, match="cannot become part of its projections"):
+        with pytest.raises(lwpf_patch.FoldError, match="cannot become part of its projections"):
             lwpf_patch.fold(core)
         return
     lwpf_patch.fold(core)
@@ -351,6 +352,17 @@ def test_folding_is_refused_where_a_tensor_scales_features():
     torch.nn.init.normal_(layer.association_core.feature_map.weight)
     with pytest.raises(lwpf_patch.RewriteError, match="its scaling is a tensor"):
         lwpf_patch.fold(layer)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 7}])
+@pytest.mark.parametrize("norm", ["weight_norm", "parametrizations.weight_norm"])
+def test_folding_is_refused_where_a_weight_is_made_anew(norm, options):
+    core = _with_map(_core(**options))
+    name = "q_proj_weight" if options else "in_proj_weight"
+    operator.attrgetter(norm)(torch.nn.utils)(core, name)
+    with pytest.raises(lwpf_patch.FoldError, match=f"its {name} is (no parameter.*WeightNorm|parametrized)"):
+        lwpf_patch.fold(core)
 
 
 def test_stage_one_runs_while_a_pooling_layer_trains():

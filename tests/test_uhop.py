@@ -1,6 +1,6 @@
-"""U-Hop in timm: the feature map in the attention, Stage I while an unmodified script trains, checkpoints, folding.
+"""U-Hop in timm: the feature map in the attention, Stage I while an unmodified script trains, checkpoints.
 
-hflayers and DeepRC have theirs in their own files.
+hflayers and DeepRC have theirs in their own files, folding has test_folding.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
-from vits import MODELS, images, rope, set_fused, vit
+from vits import MODELS, feature_maps, images, randomise_maps, set_fused, vit
 
 import lwpf_patch
 from lwpf_patch import uhop
@@ -23,18 +23,6 @@ from lwpf_patch.settings import parse_uhop
 
 STAGE = "iters=5,lr=0.5,samples=32"
 CLASSES = torch.tensor([0, 1, 2])
-
-
-def _maps(model):
-    return [module for module in model.modules() if isinstance(module, uhop.HostFeatureMap)]
-
-
-def _randomise(model, size=0.2):
-    """Gives the maps what they could have after Stage I."""
-    for each in _maps(model):
-        nn.init.normal_(each.weight, std=size)
-        each.steps.fill_(1)
-        each.adopt(each.settings)
 
 
 def _train(model, optimizer, steps=1, batch=None):
@@ -65,8 +53,8 @@ def test_keys_and_queries_are_mapped(name, qk_norm, monkeypatch):
     x = images().double()
     model = copy.deepcopy(plain)
     lwpf_patch.patch_model(model, uhop=STAGE)
-    _randomise(model)
-    matrices = iter([torch.eye(8) + each.weight.detach() for each in _maps(model)])
+    randomise_maps(model)
+    matrices = iter([torch.eye(8) + each.weight.detach() for each in feature_maps(model)])
 
     def attend(query, key, value, **options):
         matrix = next(matrices)
@@ -79,7 +67,7 @@ def test_keys_and_queries_are_mapped(name, qk_norm, monkeypatch):
     set_fused(fused[1], False)
     ours = [each(x) for each in fused]
     gradients = [
-        torch.autograd.grad(out.square().sum(), [each.weight for each in _maps(m)])
+        torch.autograd.grad(out.square().sum(), [each.weight for each in feature_maps(m)])
         for out, m in zip(ours, fused, strict=True)
     ]
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
@@ -92,8 +80,8 @@ def test_keys_and_queries_are_mapped(name, qk_norm, monkeypatch):
 
 def test_the_gradient_of_the_map_is_that_of_finite_differences():
     model = _model().double().eval()
-    _randomise(model)
-    x, weight = images(2).double(), _maps(model)[0].weight
+    randomise_maps(model)
+    x, weight = images(2).double(), feature_maps(model)[0].weight
     (gradient,) = torch.autograd.grad(model(x).square().sum(), weight)
     direction = torch.randn_like(weight)
     with torch.no_grad():
@@ -118,7 +106,7 @@ def test_until_stage_one_the_output_is_bitwise_that_without(name, fused, func_d)
     assert torch.equal(model(x), with_map(x))
     plain = [p.grad for p in _backward(model, x)]
     assert all(torch.equal(a, b.grad) for a, b in zip(plain, _backward(with_map, x), strict=True))
-    assert all(not each.weight.grad.any() for each in _maps(with_map))
+    assert all(not each.weight.grad.any() for each in feature_maps(with_map))
 
 
 def _backward(model, x):
@@ -164,7 +152,7 @@ def test_stage_one_separates_the_keys_of_the_first_step_and_changes_nothing_else
     ours = {name: value for name, value in model.state_dict().items() if "feature_map" not in name}
     for name, value in plain.state_dict().items():
         assert torch.equal(ours[name], value), name
-    for each, of_layer in zip(_maps(model), keys, strict=False):
+    for each, of_layer in zip(feature_maps(model), keys, strict=False):
         for head in range(3):
             different = torch.unique(
                 of_layer[head].flatten(0, 1), dim=0
@@ -187,10 +175,10 @@ def test_afterwards_the_map_trains_with_the_task_or_stays_frozen():
         model = _model(uhop=f"{STAGE},train={train}")
         optimizer = _sgd(model)
         _train(model, optimizer)
-        after = [each.weight.detach().clone() for each in _maps(model)]
+        after = [each.weight.detach().clone() for each in feature_maps(model)]
         assert all(weight.any() for weight in after)
         _train(model, optimizer)
-        moved = [not torch.equal(a, each.weight) for a, each in zip(after, _maps(model), strict=True)]
+        moved = [not torch.equal(a, each.weight) for a, each in zip(after, feature_maps(model), strict=True)]
         assert all(moved) if train == "true" else not any(moved)
         lwpf_patch.revert()
 
@@ -257,7 +245,7 @@ def test_a_stage_one_that_separates_nothing_says_so_once(caplog):
 
 def test_repeated_keys_are_one_pattern_and_one_alone_is_left_out(caplog):
     model = _model()
-    first, second = _maps(model)
+    first, second = feature_maps(model)
     first._keys = torch.randn(3, 1, 8).expand(3, 10, 8)
     second._keys = torch.randn(3, 4, 8).repeat(1, 3, 1)
     assert uhop._different(second).shape == (3, 4, 8)
@@ -318,17 +306,17 @@ def test_autocast_and_gradscaler(dtype):
         scaler.step(optimizer)
         scaler.update()
         made += scaler.get_scale() >= before
-        assert _maps(model)[0]._steps == min(made, 1)
+        assert feature_maps(model)[0]._steps == min(made, 1)
         if made > 1:
             break
     assert made
-    assert all(each.weight.any() and each.weight.dtype == torch.float32 for each in _maps(model))
+    assert all(each.weight.any() and each.weight.dtype == torch.float32 for each in feature_maps(model))
 
 
 def test_pure_half_precision():
     model = _model().to(torch.bfloat16)
     _train(model, _sgd(model), steps=2, batch=images().to(torch.bfloat16))
-    assert all(each.weight.any() and each.weight.dtype == torch.bfloat16 for each in _maps(model))
+    assert all(each.weight.any() and each.weight.dtype == torch.bfloat16 for each in feature_maps(model))
 
 
 def test_gradient_accumulation_counts_steps_of_the_optimizer():
@@ -336,9 +324,9 @@ def test_gradient_accumulation_counts_steps_of_the_optimizer():
     optimizer = _sgd(model)
     for _ in range(3):
         F.cross_entropy(model(images()), CLASSES).backward()
-        assert not _maps(model)[0].weight.any()
+        assert not feature_maps(model)[0].weight.any()
     optimizer.step()
-    assert _maps(model)[0].weight.any()
+    assert feature_maps(model)[0].weight.any()
 
 
 def test_several_optimizers():
@@ -352,7 +340,7 @@ def test_several_optimizers():
         F.cross_entropy(model(images()), CLASSES).backward()
         for optimizer in optimizers:
             optimizer.step()
-        assert all(each._steps == step + 1 for each in _maps(model))
+        assert all(each._steps == step + 1 for each in feature_maps(model))
 
 
 def test_a_map_that_no_optimizer_has_is_an_error():
@@ -372,7 +360,7 @@ def test_a_stale_forward_pass_is_no_reason_for_that_error():
     for _ in range(uhop.PATIENCE + 1):  # a generator's images, while its critic trains
         idle(images()).detach()
         _train(model, optimizer)
-    assert not _maps(idle)[0].weight.any()
+    assert not feature_maps(idle)[0].weight.any()
 
 
 def test_what_the_script_freezes_stays_as_it_is_unless_frozen_maps_were_asked_for():
@@ -381,7 +369,7 @@ def test_what_the_script_freezes_stays_as_it_is_unless_frozen_maps_were_asked_fo
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("head"))
         _train(model, torch.optim.SGD(model.head.parameters(), lr=0.1), steps=2)
-        assert all(bool(each.weight.any()) == separated for each in _maps(model))
+        assert all(bool(each.weight.any()) == separated for each in feature_maps(model))
         lwpf_patch.revert()
 
 
@@ -389,16 +377,16 @@ def test_a_frozen_map_stays_frozen_when_the_script_thaws_everything():
     model = _model(uhop=f"{STAGE},train=false").requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     _train(model, optimizer)
-    after = _maps(model)[0].weight.detach().clone()
+    after = feature_maps(model)[0].weight.detach().clone()
     assert after.any()
     _train(model, optimizer, steps=2)
-    assert torch.equal(_maps(model)[0].weight, after)
+    assert torch.equal(feature_maps(model)[0].weight, after)
 
 
 def test_training_in_evaluation_mode():
     model = _model().eval()
     _train(model, _sgd(model))
-    assert all(each.weight.any() for each in _maps(model))
+    assert all(each.weight.any() for each in feature_maps(model))
 
 
 def _copy_of_the_parameters(model):
@@ -444,11 +432,11 @@ def test_an_average_of_the_model_computes_with_the_average_of_the_map(kind):
     average.eval()
     x = images()
     expected = average(x)
-    assert all(each.weight.any() for each in _maps(average))
+    assert all(each.weight.any() for each in feature_maps(average))
     again = vit().eval()
     again.load_state_dict(average.state_dict())
     assert torch.equal(again(x), expected)
-    for each in _maps(again):
+    for each in feature_maps(again):
         nn.init.zeros_(each.weight)
     assert not torch.equal(again(x), expected)
     lwpf_patch.fold(average)
@@ -457,14 +445,14 @@ def test_an_average_of_the_model_computes_with_the_average_of_the_map(kind):
 
 def test_weight_decay_pulls_to_the_identity():
     model = _model()
-    _randomise(model)
+    randomise_maps(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1.0)
-    before = _maps(model)[0].weight.detach().clone()
+    before = feature_maps(model)[0].weight.detach().clone()
     optimizer.zero_grad(set_to_none=False)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    torch.testing.assert_close(_maps(model)[0].weight.detach(), 0.9 * before)
+    torch.testing.assert_close(feature_maps(model)[0].weight.detach(), 0.9 * before)
 
 
 def test_under_torch_compile():
@@ -481,7 +469,7 @@ def test_under_torch_compile():
             F.cross_entropy(run(x), CLASSES).backward()
             optimizer.step()
         results.append(model.state_dict())
-        assert _maps(model)[0].weight.any()
+        assert feature_maps(model)[0].weight.any()
         lwpf_patch.revert()
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value)
@@ -489,8 +477,8 @@ def test_under_torch_compile():
 
 def test_data_parallel_replicas_are_refused():
     model = _model()
-    replica = _maps(model)[0]._replicate_for_data_parallel()
-    replica.weight = _maps(model)[0].weight.detach()
+    replica = feature_maps(model)[0]._replicate_for_data_parallel()
+    replica.weight = feature_maps(model)[0].weight.detach()
     query = torch.randn(2, 3, 5, 8)
     with pytest.raises(lwpf_patch.LwpfError, match=r"nn\.DataParallel"):
         replica(query, query)
@@ -500,7 +488,7 @@ def test_a_scripted_model():
     model = _model().eval()
     with pytest.raises(lwpf_patch.LwpfError, match="waits for Stage I"):
         torch.jit.script(model.blocks[0].attn)
-    _randomise(model)
+    randomise_maps(model)
     x = torch.randn(2, 17, 24, dtype=torch.float64)
     for fused in (True, False):
         set_fused(model, fused)
@@ -510,7 +498,7 @@ def test_a_scripted_model():
 
 def test_traced_and_exported():
     model = _model().eval()
-    _randomise(model)
+    randomise_maps(model)
     x = images()
     expected = model(x)
     exported = torch.export.export(model, (x,)).module()
@@ -528,7 +516,7 @@ def test_a_checkpoint_without_the_map_loads_and_means_the_identity():
     lwpf_patch.revert()
     plain = vit()
     model = _model()
-    _randomise(model)
+    randomise_maps(model)
     model.load_state_dict(plain.state_dict(), strict=True)
     lwpf_patch.revert()
     x = images()
@@ -537,7 +525,7 @@ def test_a_checkpoint_without_the_map_loads_and_means_the_identity():
     again = vit()
     again.load_state_dict(plain.state_dict(), strict=True)
     assert torch.equal(again(x), expected)
-    assert all(each._steps == 0 and not each.weight.any() for each in _maps(again))
+    assert all(each._steps == 0 and not each.weight.any() for each in feature_maps(again))
 
 
 def test_a_checkpoint_with_the_map_comes_back_exactly():
@@ -551,7 +539,7 @@ def test_a_checkpoint_with_the_map_comes_back_exactly():
     model.eval(), again.eval()
     x = images()
     assert torch.equal(model(x), again(x))
-    assert all(each._separated for each in _maps(again))
+    assert all(each._separated for each in feature_maps(again))
     pickled = pickle.loads(pickle.dumps(model))
     assert torch.equal(pickled(x), model(x))
 
@@ -603,15 +591,15 @@ def test_a_resumed_run_goes_on_where_it_stopped():
     go_on(resumed, resumed_optimizer, batches[2:])
     for name, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    assert all(each._steps == 5 for each in _maps(resumed))  # that of its last Stage I
+    assert all(each._steps == 5 for each in feature_maps(resumed))  # that of its last Stage I
 
 
 def test_a_model_saved_with_a_map_is_not_run_without(monkeypatch):
     model = _model()
-    _randomise(model)
+    randomise_maps(model)
     saved = pickle.dumps(model)
     lwpf_patch.apply("timm", func_d="relu", uhop=STAGE)  # other settings: the map stays
-    assert _maps(model)[0].weight.any()
+    assert feature_maps(model)[0].weight.any()
     del model
     lwpf_patch.apply("timm", func_d="relu")
     with pytest.raises(lwpf_patch.ConflictError, match="saved with a feature map"):
@@ -621,63 +609,22 @@ def test_a_model_saved_with_a_map_is_not_run_without(monkeypatch):
 def test_revert_takes_the_map_away_and_says_what_is_lost(caplog):
     model = _model()
     assert "feature_map" in repr(model)
-    _randomise(model)
+    randomise_maps(model)
     with caplog.at_level(logging.WARNING, "lwpf_patch"):
         lwpf_patch.revert()
     assert "2 trained feature maps of timm were removed" in caplog.text
-    assert not _maps(model)
+    assert not feature_maps(model)
     assert not any("feature_map" in name for name in model.state_dict())
 
 
-# --- folding --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("func_d", ["none", "relu"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_folded_model_gives_the_same_and_is_an_ordinary_one(func_d, bias):
-    model = _model(lambda: vit(qkv_bias=bias), func_d=func_d).eval()
-    _randomise(model)
-    x = images()
-    expected = model(x)
-    assert lwpf_patch.fold(model) == ["blocks.0.attn", "blocks.1.attn"]
-    torch.testing.assert_close(model(x), expected)
-    with pytest.raises(lwpf_patch.SettingsError, match="no feature map"):
-        lwpf_patch.fold(model)
-    state = model.state_dict()
-    lwpf_patch.revert()
-    lwpf_patch.apply("timm", func_d=func_d)
-    plain = vit(qkv_bias=bias).eval()
-    plain.load_state_dict(state, strict=True)
-    assert torch.equal(plain(x), model(x))
-
-
-def test_folding_is_exact_to_rounding():
-    model = _model().double().eval()
-    _randomise(model)
-    x = images().double()
-    expected = model(x)
-    lwpf_patch.fold(model)
-    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_a_folded_model_can_have_a_new_map():
-    model = _model()
-    _train(model, _sgd(model))
-    lwpf_patch.fold(model)
-    lwpf_patch.apply("timm", uhop="iters=3")
-    assert len(_maps(model)) == 2
-    assert not _maps(model)[0].weight.any()
-    lwpf_patch.patch_model(model, uhop="on")
-    lwpf_patch.fold(model)
-    lwpf_patch.patch_model(model, uhop="on")
-    assert len(_maps(model)) == 2
+# --- models that lose their maps, or are made without data ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["unpatch", "patch again"])
 def test_taking_trained_maps_from_a_model_is_said(how, caplog):
     model = vit()
     lwpf_patch.patch_model(model, uhop=STAGE)
-    _randomise(model)
+    randomise_maps(model)
     lwpf_patch.unpatch_model(model) if how == "unpatch" else lwpf_patch.patch_model(model, func_d="relu")
     assert "2 trained feature maps" in caplog.text
 
@@ -701,26 +648,7 @@ def test_a_model_on_meta_gets_a_checkpoint_without_the_map():
         )
     model.load_state_dict(state, assign=True)
     _train(model, _sgd(model))
-    assert all(each.weight.any() for each in _maps(model))
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [(lambda: vit(qk_norm=True), "its q_norm stands between"), (rope, "a rotary embedding stands between")],
-)
-def test_folding_is_refused_where_something_stands_between(make, reason):
-    model = _model(make).eval()
-    x = images()
-    expected = model(x)
-    _randomise(model)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(lwpf_patch.RewriteError, match=rf"fold: the feature map of .*{reason}.*Nothing was folded"):
-        lwpf_patch.fold(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for each in _maps(model):
-        nn.init.zeros_(each.weight)
-    lwpf_patch.fold(model)  # the identity only has to be taken away
-    torch.testing.assert_close(model(x), expected)
+    assert all(each.weight.any() for each in feature_maps(model))
 
 
 # --- requests -------------------------------------------------------------------------------------------------------

@@ -52,3 +52,16 @@ def set_fused(model: torch.nn.Module, fused: bool) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
+
+
+def feature_maps(model: torch.nn.Module) -> list:
+    """The feature maps of U-Hop that a model has."""
+    return [module for module in model.modules() if type(module).__name__.endswith("HostFeatureMap")]
+
+
+def randomise_maps(model: torch.nn.Module, size: float = 0.2) -> None:
+    """Gives the feature maps what they could have after Stage I."""
+    for each in feature_maps(model):
+        torch.nn.init.normal_(each.weight, std=size)
+        each.steps.fill_(1)
+        each.adopt(each.settings)

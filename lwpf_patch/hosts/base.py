@@ -171,6 +171,17 @@ class Host:
         ]
 
 
+def multiply_rows(rows: Any, matrix: Any) -> None:
+    """Multiplies the rows of a projection, in place, by a matrix for each head.
+
+    Args:
+        rows: A weight (heads * d, features) or a bias (heads * d).
+        matrix: (heads, d, d).
+    """
+    heads, width, _ = matrix.shape
+    rows.copy_((matrix @ rows.to(matrix).reshape(heads, width, -1)).reshape(rows.shape))
+
+
 def selects(settings: Settings, name: str) -> bool:
     """Returns whether ``include`` and ``exclude`` leave a name in."""
     included = any(fnmatchcase(name, pattern) for pattern in settings.include)

@@ -14,7 +14,7 @@ from .. import reporting
 from ..compat import Replacement, Shim
 from ..edits import Function, Splice
 from ..errors import RewriteError
-from ..rewriting import Site
+from ..rewriting import Folding, Site
 from . import known
 from .base import Host
 
@@ -66,10 +66,22 @@ def features(module: Any) -> tuple[None, int]:
     return None, module.attention_nn[-1].in_features
 
 
-def fold(model: Any, module: Any, matrix: Any) -> None:
-    """Multiplies the weights of the last layer, which are the query, by Φ^T Φ."""
+def projections(model: Any, module: Any) -> list[str]:
+    """Returns the name of the weight of the last layer, which is the query."""
+    return [f"attention_nn.{len(module.attention_nn) - 1}.weight"]
+
+
+def multiply(module: Any, matrix: Any) -> None:
+    """Multiplies the query by Φ^T Φ; the keys have no weight of their own."""
     weight = module.attention_nn[-1].weight
-    weight.copy_(weight.to(matrix.dtype) @ matrix.T @ matrix)
+    weight.copy_(weight.to(matrix) @ matrix.T @ matrix)
+
+
+def example(module: Any) -> tuple[Any, ...]:
+    """Returns random features of sequences."""
+    import torch
+
+    return (torch.randn(8, module.attention_nn[0].in_features, dtype=torch.float64, device="cpu"),)
 
 
 # --- what a current environment breaks in DeepRC 0.0.6 --------------------------------------------------------------
@@ -229,7 +241,7 @@ HOST = Host(
             known.sources("deeprc", "AttentionNetwork.forward"),
             func_d=False,
             map_size=features,
-            fold=fold,
+            folding=Folding(projections, multiply, example),
         ),
     ),
     required=("DeepRC.forward",),

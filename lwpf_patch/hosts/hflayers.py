@@ -9,10 +9,10 @@ from typing import Any
 
 from ..compat import Replacement, Shim
 from ..edits import Function, Splice
-from ..errors import RewriteError, SettingsError
-from ..rewriting import Site
+from ..errors import FoldError, RewriteError, SettingsError
+from ..rewriting import Folding, Site
 from . import known
-from .base import Host
+from .base import Host, multiply_rows
 
 _CORE = "hopfield_core_forward"
 _SCORES = "attn_output_weights"
@@ -97,11 +97,11 @@ def heads(module: Any) -> tuple[int, int]:
     return module.num_heads, module.head_dim
 
 
-def fold(model: Any, module: Any, matrix: Any) -> None:
-    """Multiplies the projections of query and key by the matrix of the feature map, (heads, d, d).
+def projections(model: Any, module: Any) -> list[str]:
+    """Returns the names of the parameters that make queries and keys.
 
     Raises:
-        RewriteError: Something stands between a projection and the scores, or a projection is missing or shared.
+        FoldError: Something stands between a projection and the scores, or a projection is missing or shared.
     """
     scalings = [getattr(each, "scaling", 1.0) for each in model.modules() if _core(each) is module]
     reasons = {
@@ -114,16 +114,30 @@ def fold(model: Any, module: Any, matrix: Any) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise RewriteError(reason)
-    number, width, _ = matrix.shape
-    size = number * width
-    if module.in_proj_weight is not None:
+            raise FoldError(reason)
+    weights = ["in_proj_weight"] if module._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight"]
+    return [*weights, "in_proj_bias"]
+
+
+def multiply(module: Any, matrix: Any) -> None:
+    """Multiplies the projections of query and key, each of which has the rows of a head together."""
+    size = matrix.shape[0] * matrix.shape[1]
+    if module._qkv_same_embed_dim:
         weights = [module.in_proj_weight[:size], module.in_proj_weight[size : 2 * size]]
     else:
         weights = [module.q_proj_weight, module.k_proj_weight]
     biases = [] if module.in_proj_bias is None else [module.in_proj_bias[:size], module.in_proj_bias[size : 2 * size]]
     for rows in (*weights, *biases):
-        rows.copy_((matrix @ rows.to(matrix.dtype).reshape(number, width, -1)).reshape(rows.shape))
+        multiply_rows(rows, matrix)
+
+
+def example(module: Any) -> tuple[Any, ...]:
+    """Returns random patterns: query, key and value."""
+    import torch
+
+    value = module.pattern_dim if module.value_as_static else module.vdim
+    sizes = ((3, module.embed_dim), (8, module.kdim), (8, value))
+    return tuple(torch.randn(length, 1, size, dtype=torch.float64, device="cpu") for length, size in sizes)
 
 
 def _core(module: Any) -> Any:
@@ -150,7 +164,7 @@ HOST = Host(
             pass_func_d,
             known.sources("hflayers", "HopfieldCore.forward"),
             map_size=heads,
-            fold=fold,
+            folding=Folding(projections, multiply, example),
         ),
     ),
     required=(_CORE, "HopfieldCore.forward"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..edits import attention
-from ..errors import RewriteError
-from ..rewriting import Site
+from ..errors import FoldError
+from ..rewriting import Folding, Site
 from . import known
-from .base import Host
+from .base import Host, multiply_rows
 
 
 def heads(module: Any) -> tuple[int, int]:
@@ -18,31 +18,45 @@ def heads(module: Any) -> tuple[int, int]:
     return module.num_heads, width
 
 
-def fold(model: Any, module: Any, matrix: Any) -> None:
-    """Multiplies the projections of query and key by the matrix of the feature map, (heads, d, d).
+def projections(model: Any, module: Any) -> list[str]:
+    """Returns the names of the parameters that make queries and keys.
 
     Raises:
-        RewriteError: A norm stands between projection and scores.
+        FoldError: A norm stands between projection and scores.
     """
     for name in ("q_norm", "k_norm"):
         if type(getattr(module, name, None)).__name__ not in ("Identity", "NoneType"):
-            raise RewriteError(f"its {name} stands between the projections and the scores")
-    number, width, _ = matrix.shape
+            raise FoldError(f"its {name} stands between the projections and the scores")
+    return ["qkv.weight", "qkv.bias"]
+
+
+def multiply(module: Any, matrix: Any) -> None:
+    """Multiplies the projections of query and key, each of which has the rows of a head together."""
+    size = matrix.shape[0] * matrix.shape[1]
     for tensor in (module.qkv.weight, module.qkv.bias):
         if tensor is not None:
-            for first in (0, number * width):  # query, then key, each head's features together
-                rows = tensor[first : first + number * width]
-                mapped = matrix @ rows.to(matrix.dtype).reshape(number, width, -1)
-                rows.copy_(mapped.reshape(rows.shape))
+            multiply_rows(tensor[:size], matrix)
+            multiply_rows(tensor[size : 2 * size], matrix)
 
 
-def refuse_to_fold(model: Any, module: Any, matrix: Any) -> None:
-    """Raises RewriteError: the rotary embedding stands between."""
-    raise RewriteError("a rotary embedding stands between the projections and the scores")
+def example(module: Any) -> tuple[Any, ...]:
+    """Returns random tokens."""
+    import torch
+
+    return (torch.randn(1, 8, module.qkv.in_features, dtype=torch.float64, device="cpu"),)
 
 
-def _site(module: str, qualname: str, fold: Callable[[Any, Any, Any], None]) -> Site:
-    return Site(module, qualname, attention, known.sources("timm", qualname), map_size=heads, fold=fold)
+def refuse_to_fold(model: Any, module: Any) -> list[str]:
+    """Raises FoldError: the rotary embedding stands between."""
+    raise FoldError("a rotary embedding stands between the projections and the scores")
+
+
+_FOLDING = Folding(projections, multiply, example)
+_NO_FOLDING = Folding(refuse_to_fold, multiply, example)
+
+
+def _site(module: str, qualname: str, folding: Folding) -> Site:
+    return Site(module, qualname, attention, known.sources("timm", qualname), map_size=heads, folding=folding)
 
 
 # The functions that make a model, each with its argument that names it; all versions have them.
@@ -70,9 +84,9 @@ HOST = Host(
     name="timm",
     install="pip install timm",
     sites=(
-        _site("timm.layers.attention", "Attention.forward", fold),
-        _site("timm.models.vision_transformer", "Attention.forward", fold),
-        _site("timm.layers.attention", "AttentionRope.forward", refuse_to_fold),
+        _site("timm.layers.attention", "Attention.forward", _FOLDING),
+        _site("timm.models.vision_transformer", "Attention.forward", _FOLDING),
+        _site("timm.layers.attention", "AttentionRope.forward", _NO_FOLDING),
     ),
     required=("Attention.forward",),
     names_in_call=names_in_call,

@@ -22,7 +22,15 @@ _EXPORTS = {
     "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU"),
     "separation": ("FeatureMap", "separation_loss"),
     "settings": ("register_func_d",),
-    "errors": ("ConflictError", "FoldError", "HostNotInstalledError", "LwpfError", "RewriteError", "SettingsError"),
+    "errors": (
+        "ConflictError",
+        "FoldError",
+        "HostNotInstalledError",
+        "LwpfError",
+        "RewriteError",
+        "SettingsError",
+        "StageOneError",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -37,6 +45,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .errors import LwpfError as LwpfError
     from .errors import RewriteError as RewriteError
     from .errors import SettingsError as SettingsError
+    from .errors import StageOneError as StageOneError
     from .folding import fold as fold
     from .forgetting import PFU as PFU
     from .forgetting import FuncD as FuncD

@@ -30,6 +30,10 @@ class FoldError(RewriteError):
     """A feature map cannot become part of the projections of its module; nothing was folded."""
 
 
+class StageOneError(LwpfError):
+    """Stage I of U-Hop failed; the feature maps are what they were, and it is tried again after the next step."""
+
+
 class ConflictError(LwpfError):
     """Someone else's patch stands where ours should be applied or reverted."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import reporting
-from .errors import LwpfError
+from .errors import LwpfError, StageOneError
 from .separation import FeatureMap, separation_gradient
 from .settings import UHop
 
@@ -26,6 +26,8 @@ PATIENCE = 10
 
 _numbers = itertools.count()
 _separated_hosts: set[str] = set()
+#: The feature maps whose last Stage I failed, by number: their host, and why. They may be gone when the process ends.
+_failures: dict[int, tuple[str, str]] = {}
 _maps: "weakref.WeakSet[HostFeatureMap]" = weakref.WeakSet()
 
 
@@ -126,6 +128,11 @@ class HostFeatureMap(FeatureMap):
             _separated_hosts.add(self.host)
         self._listening = self.settings.is_due(steps + 1)
 
+    def _count_step(self) -> None:
+        """Count a step of the optimizer; one with a Stage I counts once that has succeeded."""
+        self.steps.fill_(self._steps + 1)
+        self._set_steps(self._steps + 1)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Loads a checkpoint; one without Φ means the identity, before Stage I."""
         if not any(prefix + name in state_dict for name in ("weight", "steps")):
@@ -205,7 +212,13 @@ def summary(host: str) -> dict[str, int]:
 
 
 def report(host: str) -> str | None:
-    """Returns what people should know when the process ends: which maps have never been through Stage I, and why."""
+    """Returns what people should know when the process ends: whose Stage I failed or never ran, and why."""
+    reasons = [reason for name, reason in _failures.values() if name == host]
+    if reasons:
+        return (
+            f"{host}: U-Hop's Stage I failed for {len(reasons)} feature maps when it was last tried, and they are as "
+            f"they were before: {reasons[-1]}"
+        )
     waiting = [each for each in _maps if each.host == host and not each._separated]
     frozen = [each for each in waiting if each._is_frozen()]
     saw = [each for each in waiting if each._keys is not None and each not in frozen]
@@ -311,19 +324,28 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         return
     waiting.sort(key=lambda each: each._number)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    due = []
+    counting = []
     for each in waiting:
         _check_kind(each)
-        if not _is_trained_by(each, optimizer, trained):
-            continue
-        if each._listening and each._keys is None:
-            continue  # no forward pass in training yet
-        if each._listening:
-            due.append(each)
-        each.steps.fill_(each._steps + 1)
-        each._set_steps(each._steps + 1)
-    for _, together in itertools.groupby(due, key=lambda each: each.settings):
-        run_stage_one(list(together))
+        # One that listens and has no keys has seen no forward pass in training yet.
+        if _is_trained_by(each, optimizer, trained) and not (each._listening and each._keys is None):
+            counting.append(each)
+    due = [each for each in counting if each._listening]
+    for each in counting:
+        if not each._listening:
+            each._count_step()
+    for _, group in itertools.groupby(due, key=lambda each: each.settings):
+        together = list(group)
+        try:
+            run_stage_one(together)
+        except BaseException as error:  # it stays due, with the keys of the next step
+            for each in together:
+                each._keys = None
+                _failures[each._number] = each.host, str(error) or repr(error)
+            raise
+        for each in together:
+            each._count_step()
+            _failures.pop(each._number, None)
 
 
 def _is_trained_by(feature_map: HostFeatureMap, optimizer: Any, trained: set[int]) -> bool:
@@ -375,31 +397,46 @@ def _check_kind(feature_map: HostFeatureMap) -> None:
 def run_stage_one(maps: list[HostFeatureMap]) -> None:
     """Runs Stage I on the sampled keys, for all layers side by side; under DDP with gradients averaged over the ranks.
 
+    An error on one rank is an error on all: until the end they tell each other with the gradients, so that none waits
+    for one that has left, and either all maps change or none does.
+
     Raises:
-        LwpfError: A feature map did not stay finite.
+        StageOneError: Keys or feature maps are not finite, or did not stay so; it failed on another rank; or another
+            rank has no part in it.
     """
     settings = maps[0].settings
     begun = time.perf_counter()
     names = ", ".join(dict.fromkeys(each.host for each in maps))
-    patterns = [_different(each) for each in maps]
-    weights = [each.weight.detach().to(keys.dtype, copy=True) for each, keys in zip(maps, patterns, strict=True)]
+    weights = [each.weight.detach().to(_dtype_of_keys(each), copy=True) for each in maps]
+    _count_ranks(names, weights[0].device)
+    failure: Exception | None = None
+    patterns: list[Tensor] = []
     first: list[Tensor] = []
+    losses: list[Tensor] = []
     said = begun
     for iteration in range(settings.iters + 1):
-        results = [_step(weight, keys, settings) for weight, keys in zip(weights, patterns, strict=True)]
-        losses = [loss.mean() for loss, _ in results]
-        first = first or losses
+        gradients = [torch.zeros_like(weight) for weight in weights]
+        try:
+            if failure is None:
+                patterns = patterns or _patterns(maps, names)
+                results = [_step(weight, keys, settings) for weight, keys in zip(weights, patterns, strict=True)]
+                losses = [loss.mean() for loss, _ in results]
+                first = first or losses
+                gradients = [gradient for _, gradient in results]
+        except Exception as error:  # raised on this rank once all know of it
+            failure = error
+        averaged = _averaged(gradients, failure, names)
         if iteration == settings.iters:
             break
-        for weight, gradient in zip(weights, _averaged([gradient for _, gradient in results]), strict=True):
+        for weight, gradient in zip(weights, averaged, strict=True):
             weight.sub_(gradient, alpha=settings.lr)
         if time.perf_counter() - said > 10:
             said = time.perf_counter()
             reporting.info(f"U-Hop Stage I on {names}: iteration {iteration + 1} of {settings.iters}")
     if not all(weight.isfinite().all() for weight in weights):
-        raise LwpfError(
+        raise StageOneError(
             f"uhop: Stage I on {names} did not stay finite with lr={settings.lr:g}, t={settings.t:g}: choose smaller "
-            "ones in uhop, or see whether the keys of the network are finite"
+            "ones in uhop. The feature maps are as they were, and it is tried again after the next step"
         )
     for each, weight in zip(maps, weights, strict=True):
         each.weight.copy_(weight)
@@ -407,7 +444,7 @@ def run_stage_one(maps: list[HostFeatureMap]) -> None:
     changes = list(zip(_floats(first), _floats(losses), strict=True))
     change = ", ".join(f"{a:.3f} -> {b:.3f}" for a, b in changes)
     reporting.info(
-        f"U-Hop Stage I on {names} after step {maps[0]._steps}: {len(maps)} layers, {settings.iters} iterations, "
+        f"U-Hop Stage I on {names} after step {maps[0]._steps + 1}: {len(maps)} layers, {settings.iters} iterations, "
         f"{time.perf_counter() - begun:.1f} s; separation loss by layer: {change}"
     )
     if any(after > before for before, after in changes):
@@ -445,7 +482,7 @@ def _warn_of_idle_layers(
     if problems:
         problems.append("give it more different keys (samples), or see whether the inputs are different at all")
         problems += dict.fromkeys(each.advice for each in maps if each.advice)
-    elif all(idle) and maps[0]._steps <= 1:  # a later Stage I has little to do where the first one has done it
+    elif all(idle) and maps[0]._steps == 0:  # a later Stage I has little to do where the first one has done it
         problems.append(
             f"Stage I changed the separation loss of every layer of {names} by less than 1 %: it separated nothing. "
             "Where keys lie apart already there is nothing to gain from U-Hop; else it needs more steps (iters), "
@@ -472,6 +509,30 @@ def _floats(values: list[Tensor]) -> list[float]:
     return torch.stack([value.double() for value in values]).tolist()
 
 
+def _patterns(maps: list[HostFeatureMap], names: str) -> list[Tensor]:
+    """Return what Stage I separates, for each feature map.
+
+    Raises:
+        StageOneError: Keys or feature maps are not finite.
+    """
+    for what, tensors in (("keys", [each._keys for each in maps]), ("feature maps", [each.weight for each in maps])):
+        broken = sum(tensor is not None and not tensor.isfinite().all() for tensor in tensors)
+        if broken:
+            raise StageOneError(
+                f"uhop: Stage I on {names}: the {what} of {broken} of {len(maps)} layers hold NaN or infinity, which "
+                "nothing can be separated with: see whether the loss is finite. The feature maps are as they were, and "
+                "it is tried again after the next step"
+            )
+    patterns = [_different(each) for each in maps]
+    return patterns
+
+
+def _dtype_of_keys(feature_map: HostFeatureMap) -> torch.dtype:
+    keys = feature_map._keys
+    assert keys is not None
+    return torch.promote_types(keys.dtype, torch.float32)
+
+
 def _different(feature_map: HostFeatureMap) -> Tensor:
     """Returns the sampled keys without repetitions, (heads, M, d) or (M, d), in float32 at least.
 
@@ -479,18 +540,64 @@ def _different(feature_map: HostFeatureMap) -> Tensor:
     """
     keys = feature_map._keys
     assert keys is not None
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32)).to(feature_map.weight.device)
+    keys = keys.to(_dtype_of_keys(feature_map)).to(feature_map.weight.device)
     rows = keys.transpose(0, 1).flatten(1) if keys.dim() == 3 else keys
     rows = torch.unique(rows, dim=0)
     return rows.unflatten(1, (keys.size(0), -1)).transpose(0, 1).contiguous() if keys.dim() == 3 else rows
 
 
-def _averaged(gradients: list[Tensor]) -> list[Tensor]:
-    """Averages over the processes, so that Φ stays the same on all of them."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+def _ranks() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _count_ranks(names: str, device: torch.device) -> None:
+    """See that all ranks take part, before there is a collective operation that one of them does not expect.
+
+    Under ``torch.distributed.algorithms.join.Join`` a rank whose inputs have ended answers those operations of DDP that
+    it foresees. What it waits for between two steps is a sum over one element, by which each of the others says that it
+    goes on, and to which it adds 0. This is that sum.
+
+    Raises:
+        StageOneError: A rank has no inputs left.
+    """
+    ranks = _ranks()
+    if ranks == 1:
+        return
+    present = torch.ones(1, device=device)
+    distributed.all_reduce(present)
+    left = ranks - round(present.item())
+    if left:
+        raise StageOneError(
+            f"uhop: Stage I on {names} is to average over {ranks} processes, but {left} of them have no inputs left "
+            "(Join, or DDP's join()) and cannot take part: give all of them the same number of batches, or let Stage I "
+            "run only before the first has ended (every= and until= in uhop)"
+        )
+
+
+def _averaged(gradients: list[Tensor], failure: Exception | None, names: str) -> list[Tensor]:
+    """Averages over the processes, so that Φ stays the same on all of them; and tells all if one has failed.
+
+    Raises:
+        Exception: ``failure``, if that is what happened on this rank.
+        StageOneError: Another one has failed.
+    """
+    ranks = _ranks()
+    if ranks == 1:
+        if failure is not None:
+            raise failure
         return gradients
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    failed = gradients[0].new_zeros(ranks)
+    if failure is not None:
+        failed[distributed.get_rank()] = 1.0
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), failed])
     distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+    *parts, failed = torch.split(flat, [*(gradient.numel() for gradient in gradients), ranks])
+    if failed.any():
+        if failure is not None:
+            raise failure
+        others = ", ".join(str(rank) for rank in failed.nonzero().flatten().tolist())
+        raise StageOneError(
+            f"uhop: Stage I on {names} failed on rank {others}, whose error says why. The feature maps are as they "
+            "were, and it is tried again after the next step"
+        )
+    return [part.view_as(gradient) / ranks for part, gradient in zip(parts, gradients, strict=True)]

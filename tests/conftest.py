@@ -48,7 +48,7 @@ def _unpatched() -> Iterator[None]:
 def python(tmp_path: Path):
     """Runs a child interpreter in an empty folder, with no variable of ours but the given ones."""
 
-    def run(*arguments, code="", check=True, input=None, cwd=tmp_path, **variables):
+    def run(*arguments, code="", check=True, input=None, cwd=tmp_path, timeout=None, **variables):
         if code:
             script = tmp_path / "script.py"
             script.write_text(code)
@@ -56,7 +56,13 @@ def python(tmp_path: Path):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
         environment |= {"OMP_NUM_THREADS": "1", **variables}
         result = subprocess.run(
-            [sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, input=input
+            [sys.executable, *arguments],
+            env=environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            input=input,
+            timeout=timeout,
         )
         assert not check or result.returncode == 0, result.stderr
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import ROOT
 
@@ -124,3 +126,96 @@ def test_fsdp_is_refused_with_uhop(python, tmp_path):
     )  # fmt: skip
     assert out.returncode != 0
     assert "Stage I needs it whole on every process, which FSDP" in out.stderr
+
+
+FAILING = """
+import lwpf_patch
+from lwpf_patch import uhop
+wrapped = nn.parallel.DistributedDataParallel(model)
+maps = [m.feature_map for m in model.modules() if hasattr(m, "feature_map")]
+optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+x, y = batch()
+
+def step():
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(wrapped(x[half]), y[half]).backward()
+    if WHERE == "keys" and rank == 1:
+        maps[1]._keys[0, 0, 0] = torch.nan
+    optimizer.step()
+
+compute = uhop.separation_gradient
+calls = []
+
+def raise_in_the_middle(*arguments):
+    calls.append(arguments)
+    if WHERE == "iteration" and rank == 1 and len(calls) == 8 or WHERE == "end" and rank == 1 and len(calls) == 12:
+        raise MemoryError("none left")
+    return compute(*arguments)
+
+uhop.separation_gradient = raise_in_the_middle
+try:
+    step()
+except (lwpf_patch.LwpfError, MemoryError) as error:
+    print(f"rank {rank}: {type(error).__name__}: {error}\\n", end="", flush=True)
+assert all(m.steps == 0 and not m.weight.any() for m in maps)
+WHERE = ""
+step()
+for m in maps:
+    gathered = [torch.empty_like(m.weight) for _ in range(2)]
+    dist.all_gather(gathered, m.weight.detach())
+    assert torch.equal(*gathered) and m.weight.any() and m.steps == 1
+print(f"the same on rank {rank}\\n", end="", flush=True)
+del wrapped, optimizer, gathered
+"""
+
+
+@pytest.mark.parametrize("where", ["keys", "iteration", "end"])
+def test_what_fails_on_one_rank_fails_on_all_and_is_tried_again(python, tmp_path, where):
+    script = COMMON.format(tests=str(ROOT / "tests")).partition("alone = new_model()")
+    setup = f"WHERE = {where!r}\nmodel = new_model()\nhalf = slice(4 * rank, 4 * rank + 4)\n"
+    (tmp_path / "train.py").write_text(script[0] + setup + FAILING + END)
+    out = python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py",
+        LWPF_PATCH="timm", LWPF_UHOP="iters=5", timeout=100,
+    )  # fmt: skip
+    assert "rank 0: StageOneError: uhop: Stage I on timm failed on rank 1" in out.stdout
+    own = {"keys": "StageOneError: .*the keys of 1 of 2 layers", "iteration": "MemoryError: none left"}
+    assert re.search(f"rank 1: {own.get(where, own['iteration'])}", out.stdout)
+    assert out.stdout.count("the same on rank") == 2
+    assert "Stage I failed" not in out.stderr  # at exit: it was made up for
+
+
+JOIN = """
+from torch.distributed.algorithms.join import Join
+wrapped = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+x, y = batch()
+with Join([wrapped]):
+    for step in range((3, BATCHES)[rank]):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wrapped(x[half]), y[half]).backward()
+        optimizer.step()
+        print(f"rank {rank} made step {step + 1}\\n", end="", flush=True)
+print(f"done on rank {rank}\\n", end="", flush=True)
+del wrapped, optimizer
+"""
+
+
+@pytest.mark.parametrize("batches", [3, 2, 1])
+def test_uneven_inputs_under_join(python, tmp_path, batches):
+    """Stage I after the steps 1 and 3: with 3 and 3 batches all take part; one that ended before is an error."""
+    script = COMMON.format(tests=str(ROOT / "tests")).partition("alone = new_model()")
+    setup = f"BATCHES = {batches}\nmodel = new_model()\nhalf = slice(4 * rank, 4 * rank + 4)\n"
+    (tmp_path / "train.py").write_text(script[0] + setup + JOIN + END)
+    out = python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py",
+        LWPF_PATCH="timm", LWPF_UHOP="iters=5,every=2,until=3", check=False, timeout=100,
+    )  # fmt: skip
+    if batches == 3:
+        assert out.stdout.count("done on rank") == 2
+        return
+    assert out.returncode != 0
+    assert "rank 0 made step 2" in out.stdout
+    assert "rank 0 made step 3" not in out.stdout
+    assert "StageOneError: uhop: Stage I on timm is to average over 2 processes, but 1 of them" in out.stderr
+    assert "Signal 6" not in out.stderr  # no abort

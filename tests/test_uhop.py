@@ -185,7 +185,7 @@ def test_afterwards_the_map_trains_with_the_task_or_stays_frozen():
 
 def test_it_runs_once_or_every_so_many_steps(monkeypatch):
     runs = []
-    monkeypatch.setattr(uhop, "run_stage_one", lambda maps: runs.append((maps[0]._steps, len(maps))))
+    monkeypatch.setattr(uhop, "run_stage_one", lambda maps: runs.append((maps[0]._steps + 1, len(maps))))
     model = _model(uhop="every=3,until=8")
     optimizer = _sgd(model)
     _train(model, optimizer, steps=12)
@@ -259,6 +259,68 @@ def test_a_loss_that_goes_up_is_a_warning(caplog):
     model = _model(uhop="iters=3,lr=1e6")
     _train(model, _sgd(model))
     assert "the separation loss of some layers of timm went up: lr=1e+06 is too large" in caplog.text
+
+
+def _fail(model, optimizer, message):
+    """Makes a step whose Stage I meets a key that is no number; the network itself stays finite."""
+    before = copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    model(images()).sum().backward()
+    feature_maps(model)[1]._keys[0, 0, 0] = torch.nan
+    with pytest.raises(lwpf_patch.StageOneError, match=message):
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        # afterwards the task's own step moves the map as well
+        if name.endswith("steps") or (name.endswith("feature_map.weight") and not feature_maps(model)[0].steps):
+            assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("options", ["", ",every=2,until=5"])
+def test_a_stage_one_that_raised_stays_due(options, monkeypatch, caplog):
+    monkeypatch.setattr(uhop, "_failures", {})
+    model = _model(uhop=STAGE + options)
+    optimizer, maps = torch.optim.SGD(model.parameters(), lr=1e-3), feature_maps(model)
+    _fail(model, optimizer, r"the keys of 1 of 2 layers hold NaN or infinity")
+    assert "Stage I failed for 2 feature maps when it was last tried" in uhop.report("timm")
+    assert "the keys of 1 of 2 layers hold NaN" in uhop.report("timm")
+    again = vit()
+    again.load_state_dict(model.state_dict())
+    assert lwpf_patch.status()["hosts"]["timm"]["feature_maps"]["separated"] == 0
+    for each, optimizer_of_it in ((model, optimizer), (again, _sgd(again))):
+        with caplog.at_level(logging.INFO, "lwpf_patch"):
+            _train(each, optimizer_of_it)
+        assert caplog.text.count("Stage I on timm after step 1: 2 layers") == 1
+        caplog.clear()
+        assert all(one.weight.any() and one.steps == 1 for one in feature_maps(each))
+    assert uhop.report("timm") is None
+    if options:
+        _train(model, optimizer)
+        assert all(each._steps == 2 for each in maps)
+        _fail(model, optimizer, "the keys of 1 of 2 layers")
+        assert "Stage I failed" in uhop.report("timm")
+        _train(model, optimizer)
+        assert all(each._steps == 3 for each in maps)
+        assert uhop.report("timm") is None
+
+
+def test_a_descent_that_leaves_the_numbers_changes_no_map(monkeypatch):
+    monkeypatch.setattr(uhop, "_failures", {})
+    monkeypatch.setattr(uhop, "separation_gradient", lambda weight, *_: (weight.sum((1, 2)), weight - torch.inf))
+    model = _model()
+    optimizer = _sgd(model)
+    for _ in range(2):
+        with pytest.raises(lwpf_patch.StageOneError, match=r"did not stay finite with lr=0\.5, t=2"):
+            _train(model, optimizer)
+        assert all(not each.weight.any() and not each.steps for each in feature_maps(model))
+
+
+def test_a_step_counts_for_no_map_where_one_of_them_is_refused(monkeypatch):
+    model = _model()
+    monkeypatch.setattr(feature_maps(model)[1], "weight", nn.Parameter(torch.zeros(192, dtype=torch.float64)))
+    monkeypatch.setattr(uhop.HostFeatureMap, "forward", lambda self, query, key: setattr(self, "_keys", key) or query)
+    with pytest.raises(lwpf_patch.LwpfError, match="Stage I needs it whole"):
+        _train(model, _sgd(model))
+    assert all(not each.steps for each in feature_maps(model))
 
 
 @pytest.mark.parametrize("batch", [30, 64, 128, 256, 264, 512])
@@ -698,6 +760,19 @@ print(model.blocks[0].attn.func_d, bool(model.blocks[0].attn.feature_map.weight.
     assert out.stdout.strip() == "NoForgetting() True"
     assert "uhop iters=3," in out.stderr
     assert "Stage I on timm after step 1" in out.stderr
+    failing = code.format(tests=tests, train=True).replace(
+        "    optimizer.step()",
+        """
+    model.blocks[0].attn.feature_map._keys[:] = torch.inf
+    try:
+        optimizer.step()
+    except RuntimeError:
+        pass""",
+    )
+    out = python(code=failing, LWPF_PATCH="timm", LWPF_UHOP="on")
+    assert out.stdout.strip() == "NoForgetting() False"
+    assert "timm: U-Hop's Stage I failed for 2 feature maps" in out.stderr.splitlines()[-1]
+    assert "the keys of 1 of 2 layers hold NaN or infinity" in out.stderr.splitlines()[-1]
     out = python(code=code.format(tests=tests, train=False), LWPF_PATCH="timm", LWPF_UHOP="on")
     assert "Stage I never ran, and every feature map is still the identity" in out.stderr
     out = python("-m", "lwpf_patch", "run", "--uhop", "iters=2", "--func-d", "relu", "script.py")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -161,7 +162,7 @@ def _compare(options: argparse.Namespace, run: argparse.ArgumentParser, require_
         print(report.terminal(comparison))
         paths = report.write(comparison, folder)
         print(f"\nWrote {', '.join(map(str, paths))} ({_duration(time.monotonic() - started)})")
-    return FAILED if comparison.problems or not session.trusted else 0
+    return FAILED if comparison.problems else 0
 
 
 def _settle(
@@ -243,36 +244,35 @@ def _output_folder(path: Path, comparison: Comparison) -> Iterator[Path]:
     Raises:
         SettingsError: It cannot be written to, holds a comparison of another command, or another process is at it.
     """
-    import json
-
-    folder = path.absolute()
-    manifest = folder / MANIFEST
-    text = str(comparison.command)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if manifest.exists():
-            before = json.loads(manifest.read_text(encoding="utf-8"))["command"]
-            if before != text:
-                raise SettingsError(
-                    f"{path} holds a comparison of another command; it was\n  {before}\nand is now\n  {text}\nWrite "
-                    "--output with another folder, or delete this one"
-                )
-        with (folder / ".lock").open("w") as lock:
-            if not _locked(lock):
-                raise SettingsError(
-                    f"another lwpf compare is at work in {path}: wait for it, or write another --output"
-                )
-            manifest.write_text(json.dumps({"command": text}, indent=2) + "\n", encoding="utf-8")
-            (folder / "runs").mkdir(exist_ok=True)
-            yield folder
+        folder = path.absolute()
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
     except OSError as error:
-        if error.filename is None or not str(error.filename).startswith(str(folder)):
-            raise
         raise SettingsError(f"--output {path} cannot be written to: {error}") from None
+    with lock:
+        if not _locked(lock):
+            raise SettingsError(f"another lwpf compare is at work in {path}: wait for it, or give another --output")
+        _check_manifest(path, str(comparison.command))
+        yield folder
+
+
+def _check_manifest(path: Path, command: str) -> None:
+    """Check that a folder holds no finished run of another command, and note the command in it."""
+    manifest = path / MANIFEST
+    try:
+        before = json.loads(manifest.read_text(encoding="utf-8"))["command"] if manifest.exists() else command
+        finished = before != command and any(
+            not json.loads(result.read_text(encoding="utf-8"))["problem"] for result in path.glob("runs/*/run.json")
+        )
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, SettingsError):
-            raise
-        raise SettingsError(f"{manifest} is damaged ({error}): delete it, or write another --output") from None
+        raise SettingsError(f"{path} is damaged ({error!r}): delete it, or give another --output") from None
+    if finished:
+        raise SettingsError(
+            f"{path} holds a comparison of another command; it was\n  {before}\nand is now\n  {command}\nGive another "
+            "--output, or delete this one"
+        )
+    manifest.write_text(json.dumps({"command": command}, indent=2) + "\n", encoding="utf-8")
 
 
 def _locked(file: Any) -> bool:
@@ -310,7 +310,6 @@ class _Session:
 
     def __init__(self, comparison: Comparison, terminal: bool) -> None:
         self.comparison = comparison
-        self.trusted = True
         self._times: list[float] = []
         self._told: set[str] = set()
         self._bar: Any = None

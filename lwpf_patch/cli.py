@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, backends, importing, registry
+from .comparing import command as comparing
 from .errors import LwpfError, SettingsError
 from .hosts import HOSTS
 from .settings import (
@@ -116,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-m", dest="module", action="store_true", help="the target is a module, as in python -m")
     run.add_argument("target", nargs=argparse.REMAINDER, help="script (or module) and its arguments")
     run.set_defaults(command=_run, parser=run)
+
+    comparing.add_parser(commands, run, _require_hook)
 
     status = commands.add_parser("status", help="show hosts, versions, sites, and what would be patched")
     status.add_argument("--json", action="store_true", help="print plain data")

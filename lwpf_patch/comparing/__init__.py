@@ -1,0 +1,1 @@
+"""``lwpf compare``: an unmodified script, run with several kinds of attention and several seeds, and judged."""

@@ -1,0 +1,433 @@
+"""What came out: tables and sentences for people, and every figure with its provenance for programs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import statistics
+from .arms import Arm
+from .metrics import Metric, Series
+from .runs import Command, Run, sources, versions
+from .statistics import Difference, Summary
+
+#: Written as they are asked for: a report is complete, or an error says why not.
+FILES = ("runs.csv", "report.md", "report.json", "curves.png")
+
+
+@dataclass
+class Comparison:
+    """A comparison, as far as its runs have come.
+
+    Attributes:
+        command: The command.
+        arms: The arms; the controls among them.
+        seeds: The seeds.
+        metrics: The figures of merit; verdicts are on each, sentences on the first.
+        baseline: The label of the arm that the others are compared with.
+        runs: Every run, by arm and seed.
+        records: What each run that has ended left behind.
+        series: What each run has of each metric, by name.
+        problems: What went wrong, of those that failed.
+        said: By arm, what lwpf_patch said in its first run.
+        notes: What people have to know before they believe the figures.
+    """
+
+    command: Command
+    arms: list[Arm]
+    seeds: list[int]
+    metrics: list[Metric]
+    baseline: str
+    runs: dict[tuple[str, int], Run]
+    records: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    series: dict[tuple[str, int], dict[str, Series]] = field(default_factory=dict)
+    problems: dict[tuple[str, int], str] = field(default_factory=dict)
+    said: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def figures(self, arm: str, metric: Metric) -> dict[int, float]:
+        """Return the figures of an arm, by seed, as far as they are there."""
+        found = {seed: self.series.get((arm, seed), {}).get(metric.name) for seed in self.seeds}
+        return {seed: metric.choose(series) for seed, series in found.items() if series is not None}
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """What came out, metric by metric; the runs are over by then."""
+        return [self._result(metric) for metric in self.metrics]
+
+    def _result(self, metric: Metric) -> Result:
+        figures = {arm.label: self.figures(arm.label, metric) for arm in self.arms}
+        pairs = [(arm.label, self.baseline) for arm in self.arms if arm.label != self.baseline]
+        pairs += [(arm.control_of, arm.label) for arm in self.arms if arm.control_of is not None]
+        return Result(
+            metric,
+            {label: statistics.summarise(values) for label, values in figures.items()},
+            {
+                (own, other): statistics.compare(figures[own], figures[other], metric.lower)
+                for own, other in pairs
+                if own != other
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out in one metric.
+
+    Attributes:
+        metric: Which one.
+        summaries: By arm.
+        differences: By arm and what it is compared with: each arm with the baseline, then those with a control with it.
+    """
+
+    metric: Metric
+    summaries: dict[str, Summary]
+    differences: dict[tuple[str, str], Difference]
+
+    @property
+    def decimals(self) -> int:
+        """How many decimals tell its values apart: two digits of their spread."""
+        spreads = [s.deviation for s in self.summaries.values() if s.deviation]
+        scale = min(spreads, default=0.0) or max((abs(s.mean or 0.0) for s in self.summaries.values()), default=0.0)
+        return min(8, max(0, 1 - math.floor(math.log10(scale)))) if scale else 2
+
+    def text(self, value: float | None, sign: bool = False) -> str:
+        """Return a value with these decimals."""
+        return "-" if value is None else f"{value:{'+' if sign else ''}.{self.decimals}f}"
+
+
+def _interval(result: Result, interval: tuple[float, float] | None) -> str:
+    return f"[{result.text(interval[0], True)}, {result.text(interval[1], True)}]" if interval else "-"
+
+
+def cells(comparison: Comparison, result: Result, plus_minus: str) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and lines of a metric's table."""
+    headings = ["arm", "runs", "mean", "difference", "95 % interval", "P(better)", "seeds won", "verdict", "seconds"]
+    lines = []
+    for arm in comparison.arms:
+        summary = result.summaries[arm.label]
+        mean = result.text(summary.mean)
+        if summary.deviation is not None:
+            mean += f" {plus_minus} {result.text(summary.deviation)}"
+        times = [
+            r["seconds"] for (label, _), r in comparison.records.items() if label == arm.label and not r["problem"]
+        ]
+        seconds = f"{sum(times) / len(times):.1f}" if times else "-"
+        difference = result.differences.get((arm.label, comparison.baseline))
+        lines.append([arm.label, str(len(summary.values)), mean, *_compared(result, difference), seconds])
+        for (own, other), against in result.differences.items():
+            if own == arm.label and other != comparison.baseline:
+                lines.append([f"  against {other}", "", "", *_compared(result, against), ""])
+    return headings, lines
+
+
+def _compared(result: Result, difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ["", "", "", "", "baseline"]
+    improvement = "-" if difference.improvement is None else f"{difference.improvement:.2f}"
+    seeds = len(difference.seeds)
+    verdict = difference.verdict
+    if verdict == "open":
+        needed = difference.seeds_to_settle
+        verdict += f": about {needed} seeds would settle it" if needed else ": more than 10,000 seeds to settle it"
+    return [
+        result.text(difference.mean, True),
+        _interval(result, difference.bootstrap),
+        improvement,
+        f"{difference.won:g} of {seeds}" if seeds else "-",
+        verdict,
+    ]
+
+
+def sentences(comparison: Comparison, result: Result) -> list[str]:
+    """Return for each arm what a metric says about it."""
+    return [
+        f"{own} against {other}: {_sentence(result, difference)}"
+        for (own, other), difference in result.differences.items()
+    ]
+
+
+def _sentence(result: Result, found: Difference) -> str:
+    seeds, name = len(found.seeds), result.metric.name
+    if found.mean is None:
+        return "no seed has a figure of both, so that nothing is known."
+    start = f"{name} {result.text(found.mean, True)}"
+    if found.verdict == "equal":
+        return f"the same {name} at each of {seeds} seeds."
+    if found.verdict == "one seed":
+        return f"{start} in one seed, which cannot show whether that is more than chance; there is no interval."
+    if found.verdict == "no spread":
+        return f"{start} at each of {seeds} seeds. Differences without spread give no interval; take a finer figure."
+    intervals = f"95 % interval {_interval(result, found.bootstrap)}, after Student {_interval(result, found.student)}"
+    if found.verdict != "open":
+        return f"{found.verdict}. {start} ({intervals}; {seeds} seeds)."
+    needed = found.seeds_to_settle
+    more = f"about {needed} seeds" if needed else f"more than {statistics.MOST_SEEDS:,} seeds"
+    return f"open. {start} ({intervals}), which {seeds} seeds cannot tell from chance; {more} would settle it."
+
+
+def terminal(comparison: Comparison) -> str:
+    """Return the report for a terminal."""
+    parts = []
+    for result in comparison.results:
+        headings, lines = cells(comparison, result, "+-")
+        table = [headings, *lines]
+        widths = [max(len(line[column]) for line in table) for column in range(len(headings))]
+        texts = [
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        title = f"{result.metric.name} ({result.metric.describe()})"
+        parts.append("\n".join(["", title, texts[0], "-" * max(map(len, texts)), *texts[1:]]))
+    return "\n".join([*parts, "", *_remarks(comparison)])
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    """Return the sentences on the first metric, and what has to be known of the others."""
+    return [
+        *sentences(comparison, comparison.results[0]),
+        *(f"NOTE: {note}" for note in [*comparison.notes, *_left_out(comparison)]),
+    ]
+
+
+def _left_out(comparison: Comparison) -> list[str]:
+    """Return what the statistics do not count."""
+    notes = []
+    for result in comparison.results:
+        for label, summary in result.summaries.items():
+            if summary.strange:
+                which = ", ".join(map(str, summary.strange))
+                notes.append(
+                    f"{result.metric.name} of {label} is not a finite number at seed {which}, which is left out: the "
+                    "figures of the rest flatter an arm that diverges"
+                )
+    for arm in comparison.arms:
+        missing = [seed for seed in comparison.seeds if (arm.label, seed) not in comparison.series]
+        if missing:
+            failed = {seed: comparison.problems.get((arm.label, seed)) for seed in missing}
+            which = ", ".join(f"{seed} ({why})" if why else str(seed) for seed, why in failed.items())
+            notes.append(f"{arm.label} has no figures at seed {which}; differences are over the seeds that both have")
+    return notes
+
+
+def _markdown_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    def row(line: Sequence[str]) -> str:
+        return (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("  against", "&nbsp; against") for cell in line) + " |"
+        )
+
+    return [row(headings), "|" + "---|" * len(headings), *(row(line) for line in lines)]
+
+
+def markdown(comparison: Comparison, provenance: dict[str, Any]) -> str:
+    """Return the report as Markdown."""
+    seeds = len(comparison.seeds)
+    lines = [
+        f"# {comparison.metrics[0].name}: {' / '.join(arm.label for arm in comparison.arms)}",
+        "",
+        "```console",
+        f"$ {comparison.command}",
+        "```",
+        "",
+        f"Run for {seeds} seed{'s' * (seeds != 1)} ({', '.join(map(str, comparison.seeds))}) with each arm; the "
+        f"differences are seed by seed, against {comparison.baseline}.",
+    ]
+    for result in comparison.results:
+        lines += ["", f"## {result.metric.name}", "", f"{result.metric.describe().capitalize()}.", ""]
+        lines += _markdown_table(*cells(comparison, result, "±"))
+    lines += ["", *(f"- {remark}" for remark in _remarks(comparison)), "", "![curves](curves.png)", "", "## Arms", ""]
+    for arm in comparison.arms:
+        how = "the script as it is" if arm.options is None else f"`lwpf run {' '.join(arm.options)}`"
+        if arm.control_of:
+            how += f"; the control of {arm.control_of}: as many parameters that are trained, but no Stage I"
+        lines.append(f"- **{arm.label}**: {how}")
+        lines += [f"    - `{line}`" for line in comparison.said.get(arm.label, [])]
+    lines += [
+        "",
+        "## How to read it",
+        "",
+        "- *mean*: over the seeds, ± the standard deviation; *difference*: the mean of arm minus "
+        f"{comparison.baseline} at the same seed.",
+        "- *95 % interval*: percentile bootstrap of these differences. With few seeds it is too narrow (of 5 seeds it "
+        "holds the truth in 83 % of comparisons), so a verdict needs Student's interval to exclude 0 as well.",
+        "- *P(better)*: how probable it is that a run of the arm beats one of the other, whatever their seeds; a tie "
+        "counts half. *seeds won*: at how many seeds it does.",
+        "- *about N seeds would settle it*: that many find a difference as large as the one seen in 80 % of "
+        "comparisons (paired t-test, 5 %). It is itself an estimate, from few seeds a rough one.",
+    ]
+    tested = sum(len(result.differences) for result in comparison.results)
+    if tested > 1:
+        lines.append(
+            f"- {tested} differences were looked at: where there is nothing to be found, one in 20 of them still has a "
+            "verdict."
+        )
+    if any(metric.value == "best" for metric in comparison.metrics):
+        lines.append(
+            "- *best value of a run*: chosen by the figures that are reported, so it is better than the truth."
+        )
+    lines += ["", "## Provenance", ""]
+    lines += [f"- {name}: {_flat(value)}" for name, value in provenance.items() if value]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_flat(part)}" for name, part in value.items() if part)
+    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
+
+
+def provenance(comparison: Comparison) -> dict[str, Any]:
+    """Return what the figures depend on besides the arms."""
+    command = comparison.command
+    found = {**versions()}
+    for name in ("scipy", "matplotlib"):
+        found[name] = metadata.version(name)
+    known = {"{seed}": str(comparison.seeds[0])}
+    words = [word.replace("{seed}", known["{seed}"]) for word in command.words]
+    commit = _commit(Path(words[0]).parent if not command.module else Path.cwd())
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "interpreter": sys.executable,
+        "folder": os.getcwd(),
+        "versions": found,
+        "files": sources(command, words, {}),
+        "commit": commit,
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "processors": os.cpu_count(),
+            "gpus": _gpus(),
+            "ran on": sorted({record["machine"] for record in comparison.records.values()}),
+        },
+    }
+
+
+def _output_of(*words: str) -> str | None:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    return _output_of("git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    names = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return names.splitlines() if names else []
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write the files of the report.
+
+    Returns:
+        Their paths.
+    """
+    from .plots import draw
+
+    known = provenance(comparison)
+    makers: dict[str, Callable[[Path], Any]] = {
+        "runs.csv": lambda path: _write_runs(comparison, path),
+        "report.md": lambda path: path.write_text(markdown(comparison, known), encoding="utf-8"),
+        "report.json": lambda path: path.write_text(
+            json.dumps(_plain(_data(comparison, known)), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        ),
+        "curves.png": lambda path: draw(comparison).savefig(path, dpi=130, format="png"),
+    }
+    paths = []
+    for name in FILES:
+        path, unfinished = folder / name, folder / f".{name}.tmp"
+        makers[name](unfinished)
+        unfinished.replace(path)
+        paths.append(path)
+    return paths
+
+
+def _write_runs(comparison: Comparison, path: Path) -> None:
+    names = [metric.name for metric in comparison.metrics]
+    known = ["arm", "seed", "state", "problem", "exit_code", "seconds", "started", "machine", "key", "log"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*known, *names], extrasaction="ignore")
+        writer.writeheader()
+        for (arm, seed), run in comparison.runs.items():
+            writer.writerow({**comparison.records.get((arm, seed), {}), **_state(comparison, run)})
+
+
+def _state(comparison: Comparison, run: Run) -> dict[str, Any]:
+    place = (run.arm, run.seed)
+    problem = comparison.problems.get(place, "")
+    state = "failed" if problem else "finished" if place in comparison.series else "missing"
+    series = comparison.series.get(place, {})
+    figures = {m.name: m.choose(series[m.name]) for m in comparison.metrics if m.name in series}
+    return {"arm": run.arm, "seed": run.seed, "state": state, "problem": problem, "key": run.key,
+            "log": str(run.log), **figures}  # fmt: skip
+
+
+def _data(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
+    arms = [
+        {"label": arm.label, "options": arm.options, "settings": arm.settings, "hosts": arm.hosts, "sites": arm.sites,
+         "control_of": arm.control_of, "said": comparison.said.get(arm.label, [])}
+        for arm in comparison.arms
+    ]  # fmt: skip
+    metrics = [
+        {
+            **dataclasses.asdict(result.metric),
+            "arms": {label: dataclasses.asdict(summary) for label, summary in result.summaries.items()},
+            "differences": [
+                {"arm": own, "against": other, **dataclasses.asdict(difference)}
+                for (own, other), difference in result.differences.items()
+            ],
+        }
+        for result in comparison.results
+    ]
+    runs = []
+    for place, run in comparison.runs.items():
+        curves = {name: dataclasses.asdict(series) for name, series in comparison.series.get(place, {}).items()}
+        runs.append({**comparison.records.get(place, {}), **_state(comparison, run), "curves": curves})
+    return {
+        "command": dataclasses.asdict(comparison.command) | {"text": str(comparison.command)},
+        "seeds": comparison.seeds,
+        "baseline": comparison.baseline,
+        "arms": arms,
+        "metrics": metrics,
+        "verdicts": sentences(comparison, comparison.results[0]),
+        "notes": [*comparison.notes, *_left_out(comparison)],
+        "statistics": {"confidence": statistics.CONFIDENCE, "bootstrap": "percentile, of paired differences",
+                       "resamples": statistics.RESAMPLES, "power": statistics.POWER},
+        "provenance": provenance,
+        "runs": runs,
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """Return data as JSON has it, which knows no number that is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -51,8 +51,12 @@ def is_helper_process() -> bool:
     if multiprocessing is not None and multiprocessing.parent_process() is not None:
         return True
     command = " ".join(sys.orig_argv[1:4]).replace(os.sep, ".")
-    helpers = ("from multiprocessing.", "--multiprocessing-fork", "_inductor.compile_worker", "torch.distributed.")
-    return any(helper in command for helper in helpers) or os.path.basename(sys.argv[0]) == "torchrun"
+    helpers = (
+        "from multiprocessing.", "--multiprocessing-fork", "_inductor.compile_worker", "torch.distributed.",
+        "accelerate.commands.",
+    )  # fmt: skip
+    launchers = ("torchrun", "accelerate")
+    return any(helper in command for helper in helpers) or os.path.basename(sys.argv[0]) in launchers
 
 
 def info(message: str) -> None:

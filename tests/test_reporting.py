@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import sys
 import warnings
 
@@ -92,6 +93,22 @@ def test_one_rank_speaks(monkeypatch, capsys, variables, speaks):
         monkeypatch.setenv(name, value)
     reporting.info("message")
     assert bool(capsys.readouterr().err) == speaks
+
+
+@pytest.mark.parametrize(
+    ("command", "helps"),
+    [
+        (["train.py"], False),
+        (["/usr/bin/accelerate", "launch", "train.py"], True),
+        (["-m", "accelerate.commands.launch", "train.py"], True),
+        (["/usr/bin/torchrun", "train.py"], True),
+    ],
+)
+def test_launchers_do_not_speak_for_their_scripts(monkeypatch, command, helps):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: None)
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "orig_argv", ["python", *command])
+    assert reporting.is_helper_process() == helps
 
 
 # --- at exit --------------------------------------------------------------------------------------------------------

@@ -299,6 +299,19 @@ def test_until_stage_one_and_after_it():
     assert model.attention_nn.feature_map.extra_repr().startswith("5, iters=10")
 
 
+def test_sequences_that_are_all_the_same_are_said_with_what_helps(caplog):
+    """As DeepRC's reader gives them for its example, one for each bag."""
+    lwpf_patch.apply("deeprc", uhop="iters=2")
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sequence = torch.randn(1, 9, 23).expand(3, 9, 23)
+    model(sequence, torch.full((3,), 9), torch.tensor([1, 1, 1])).square().sum().backward()
+    optimizer.step()
+    (message,) = [record.message for record in caplog.records if "of deeprc" in record.message]
+    assert "one key only" in message or "all keys are equal" in message
+    assert "give each name in the HDF5 container a suffix of its own" in message
+
+
 def test_uhop_for_sites_without_a_map_is_refused():
     with pytest.raises(
         lwpf_patch.SettingsError, match=r"leave no site of deeprc that has a feature map; those are .*AttentionNetwork"

@@ -12,8 +12,6 @@ except ImportError:  # Python 3.10
 
 #: timm's versions are tested in folders of their own, and its tests go with the newest.
 IN_FOLDERS = ("timm",)
-#: What the lowest versions need and do not say: they were built for NumPy 1, and matplotlib asks for pkg_resources.
-IMPLIED = ("numpy<2",)
 
 
 def constraints(project: dict) -> list[str]:
@@ -28,7 +26,7 @@ def constraints(project: dict) -> list[str]:
             raise SystemExit(f"pyproject.toml: {requirement!r} has no lower bound of the form name>=version")
         if parts[1] not in IN_FOLDERS:
             found.append(f"{parts[1]}=={parts[2]}")
-    return [*found, *IMPLIED]
+    return found
 
 
 if __name__ == "__main__":

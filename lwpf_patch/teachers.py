@@ -102,7 +102,7 @@ def _note_call(module: nn.Module, inputs: Any) -> None:
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     global _steps_left
-    if torch.compiler.is_compiling():
+    if _steps_left <= 0 or torch.compiler.is_compiling():
         return
     _steps_left -= 1
     with contextlib.suppress(Exception):  # what only looks must not stop a training
@@ -113,13 +113,9 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def _stop() -> None:
-    global _handle
     for suspect in _suspects:
         suspect.dismiss()
-    _suspects.clear()
-    if _handle is not None:
-        _handle.remove()
-        _handle = None
+    _suspects.clear()  # the hook of optimizers stays: they go over it now, and it must not change under them
 
 
 def _judge() -> None:

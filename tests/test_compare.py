@@ -7,6 +7,7 @@ nothing is said of a host that was never imported. One test trains a network of 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -347,6 +348,24 @@ def test_settings_in_the_environment_are_refused(folder, capsys, monkeypatch):
     monkeypatch.setenv("LWPF_MASKING", "paper")
     assert main(["compare", *ARMS, *TOP1, *COMMAND]) == 2
     assert "LWPF_MASKING is set, and would reach no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("scipy", TOP1),
+        ("tensorboard", ["--metric", "events:{output}:acc"]),
+        ("submitit", [*TOP1, "--submitit", "cluster=local"]),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_extra(folder, capsys, monkeypatch, missing, arguments):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more))
+    assert main(["compare", *ARMS, *arguments, *COMMAND]) == 2
+    error = capsys.readouterr().err
+    assert missing in error
+    assert "pip install 'lwpf_patch[compare]'" in error
+    assert ran(folder) == []
 
 
 def test_a_metric_that_never_matches_ends_the_comparison_at_the_first_run(folder, capsys):

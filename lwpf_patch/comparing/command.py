@@ -289,20 +289,22 @@ def _locked(file: Any) -> bool:
 
 @contextlib.contextmanager
 def _terminated_is_interrupted() -> Iterator[None]:
-    """Make SIGTERM end the runs as Ctrl-C does, and not leave them behind."""
+    """Make SIGTERM and a lost terminal end the runs as Ctrl-C does, and not leave them behind."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread
-        yield
-        return
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows knows no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            with contextlib.suppress(ValueError):  # not in the main thread
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Session:

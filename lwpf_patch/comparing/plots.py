@@ -112,7 +112,7 @@ def _draw_runs(axes: Axes, comparison: Comparison, result: Result, looks: dict[s
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= 32 else label[:29] + "..."
+    return label if len(label) <= 36 else label[:33] + "..."
 
 
 def _tidy(axes: Axes) -> None:

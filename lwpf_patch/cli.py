@@ -21,10 +21,13 @@ from .settings import (
     FUNC_D_OPTIONS,
     MASKINGS,
     PATCH_VARIABLE,
+    UNPICKLE,
+    UNPICKLE_VARIABLE,
     VARIABLES,
     Settings,
     check_hosts,
     from_environment,
+    read_unpickle,
     split_list,
 )
 
@@ -158,6 +161,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", metavar="GLOBS", help="patch only sites that match one of these glob patterns")
     parser.add_argument("--exclude", metavar="GLOBS", help="leave alone sites that match one of these glob patterns")
     parser.add_argument(
+        "--unpickle",
+        metavar="|".join(UNPICKLE),
+        help="what becomes of a pickled model whose host was patched and is not patched here: an error, or the host is "
+        "patched as the model says (default: error)",
+    )
+    parser.add_argument(
         "--compat", metavar="0|1", help="whether to mend what a current environment breaks (default: 1)"
     )
 
@@ -178,6 +187,9 @@ def _run(options: argparse.Namespace) -> int:
         HOSTS[host].root()
     environment[PATCH_VARIABLE] = hosts
     environment.update({VARIABLES[setting]: value for setting, value in given.items()})
+    if options.unpickle is not None:
+        environment[UNPICKLE_VARIABLE] = options.unpickle
+    read_unpickle(environment.get(UNPICKLE_VARIABLE, ""), "--unpickle" if options.unpickle else UNPICKLE_VARIABLE)
     if not options.module and not Path(target[0]).exists():
         raise SettingsError(f"there is no script {target[0]!r} in {Path.cwd()}; write -m before the name of a module")
     _require_hook()

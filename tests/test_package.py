@@ -32,8 +32,8 @@ def test_public_names_are_documented(name):
 #: What a module may import of the package when it is loaded: only what stands further down this list.
 LAYERS = [
     "__main__", "_startup", "cli", "folding", "models", "registry", "attaching", "hosts", "rewriting", "edits",
-    "compat", "attention", "retrieval", "forgetting", "backends", "uhop", "separation", "sep", "settings", "importing",
-    "reporting", "errors",
+    "compat", "attention", "retrieval", "forgetting", "backends", "uhop", "separation", "sep", "unpickling",
+    "settings", "importing", "reporting", "errors",
 ]  # fmt: skip
 
 

@@ -115,24 +115,37 @@ class Attachments:
         """
         excluded = self._is_excluded(module, owners)
         if site.func_d and _is_free(module, "func_d"):
-            func_d = _plain_func_d() if excluded else copy.deepcopy(self.func_d)
-            func_d.attached = True
-            func_d.train(module.training)
-            module.func_d = func_d
+            self._attach_func_d(module, site, excluded)
             self._note(module)
         existing: Any = module._modules.get("feature_map")
         if self.settings.uhop is None or excluded:
-            _refuse_to_ignore(module, existing)
+            refuse_to_ignore(existing, type(module).__qualname__)
             if self.settings.uhop is not None and site.map_size is not None and _is_free(module, "feature_map"):
                 module.feature_map = _no_feature_map(self.host)
         elif site.map_size is not None:
             if getattr(existing, "attached", False) and hasattr(existing, "adopt"):
                 existing.adopt(self.settings.uhop)  # of a model that was saved; it keeps what it has learnt
+                self._mark(existing, site)
             elif _is_free(module, "feature_map"):
                 feature_map = make_feature_map(module, site, self.host, self.settings)
-                feature_map.attached = True
+                self._mark(feature_map, site)
                 feature_map.train(module.training)
                 module.feature_map = feature_map
+
+    def _attach_func_d(self, module: nn.Module, site: Site, excluded: bool) -> None:
+        """Give a module its func_d; a copy, or one saved under the same settings, keeps the one that it has."""
+        existing: Any = module._modules.get("func_d")
+        if getattr(existing, "request", None) == self.settings and bool(existing.host) != excluded:
+            return
+        func_d = _plain_func_d() if excluded else copy.deepcopy(self.func_d)
+        self._mark(func_d, site)
+        func_d.train(module.training)
+        module.func_d = func_d
+        if existing is not None and repr(existing) != repr(func_d):
+            reporting.note_replaced(self.host.name, repr(existing), repr(func_d))
+
+    def _mark(self, part: Any, site: Site) -> None:
+        part.attached, part.site, part.request = True, site.qualname, self.settings
 
     def _is_excluded(self, module: nn.Module, owners: Owners | None) -> bool:
         """Return whether a module is part of a model that stays plain."""
@@ -176,10 +189,15 @@ def _is_free(module: nn.Module, name: str) -> bool:
     return True
 
 
-def _refuse_to_ignore(module: nn.Module, existing: Any) -> None:
-    if getattr(existing, "attached", False) and is_trained(existing):
+def refuse_to_ignore(feature_map: Any, owner: str) -> None:
+    """Refuse a saved feature map where U-Hop was not asked for.
+
+    Raises:
+        ConflictError: It is another one than the identity.
+    """
+    if getattr(feature_map, "attached", False) and is_trained(feature_map):
         raise ConflictError(
-            f"this {type(module).__qualname__} was saved with a feature map of U-Hop, which would be ignored without "
+            f"this {owner} was saved with a feature map of U-Hop, which would be ignored without "
             "uhop: apply lwpf_patch with uhop, or fold the model before it is saved (lwpf_patch.fold)"
         )
 
@@ -201,14 +219,22 @@ def detach_from_living(owners: list[type], host: str, keep_maps: bool) -> None:
         host: The host.
         keep_maps: Whether feature maps stay, because others would only come in their place.
     """
+    from .forgetting import FuncD
+    from .uhop import HostFeatureMap
+
+    kinds = (FuncD,) if keep_maps else (FuncD, HostFeatureMap)
     lost = 0
-    for instance in living(owners):
+    found = living([*owners, *kinds])
+    for instance in found:
         modules = instance.__dict__.get("_modules", {})
         for name in ("func_d",) if keep_maps else ("func_d", "feature_map"):
             part = modules.get(name)
             if getattr(part, "attached", False) and part.host in (host, ""):  # "": of a model that was left out
                 lost += name == "feature_map" and is_trained(part)
                 delattr(instance, name)
+    for part in found:  # also those that something else holds, such as a traced model: nothing is patched any more
+        if issubclass(type(part), kinds) and part.host == host:
+            part.attached = False
     warn_of_loss(lost, host)
 
 

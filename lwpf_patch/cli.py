@@ -23,10 +23,13 @@ from .settings import (
     FUNC_D_OPTIONS,
     MASKINGS,
     PATCH_VARIABLE,
+    UNPICKLE,
+    UNPICKLE_VARIABLE,
     VARIABLES,
     Settings,
     check_hosts,
     from_environment,
+    read_unpickle,
     split_list,
 )
 
@@ -170,6 +173,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="leave alone models, such as a distillation teacher, whose class or timm name matches one of these",
     )
     parser.add_argument(
+        "--unpickle",
+        metavar="|".join(UNPICKLE),
+        help="what becomes of a pickled model whose host was patched and is not patched here: an error, or the host is "
+        "patched as the model says (default: error)",
+    )
+    parser.add_argument(
         "--compat", metavar="0|1", help="whether to mend what a current environment breaks (default: 1)"
     )
 
@@ -190,6 +199,9 @@ def _run(options: argparse.Namespace) -> int:
         HOSTS[host].root()
     environment[PATCH_VARIABLE] = hosts
     environment.update({VARIABLES[setting]: value for setting, value in given.items()})
+    if options.unpickle is not None:
+        environment[UNPICKLE_VARIABLE] = options.unpickle
+    read_unpickle(environment.get(UNPICKLE_VARIABLE, ""), "--unpickle" if options.unpickle else UNPICKLE_VARIABLE)
     if not options.module and not Path(target[0]).exists():
         raise SettingsError(f"there is no script {target[0]!r} in {Path.cwd()}; write -m before the name of a module")
     _require_hook()

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from . import backends, reporting
+from . import backends, reporting, unpickling
 from .backends import cpu, eager, triton
 from .errors import SettingsError
 from .settings import func_d_factory, parse_func_d, register_func_d
@@ -56,6 +56,8 @@ class FuncD(nn.Module):
         self.empty = "zero"
         self.host = ""  # the host whose attention owns this one, empty outside of one
         self.attached = False  # whether apply() put it there, and revert() may take it away
+        self.site = ""  # of an attached one: the function whose patched code calls it
+        self.request: Any = None  # of an attached one: the Settings that the host is patched with
 
     def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
         """Computes D and D'.
@@ -208,6 +210,10 @@ class FuncD(nn.Module):
             deviation of the noise; None for any other function.
         """
         return None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        unpickling.require_patch(self)
 
     def __prepare_scriptable__(self) -> "FuncD":
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.

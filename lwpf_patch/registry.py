@@ -197,6 +197,18 @@ def patched(host: str, **settings: Any) -> Iterator[None]:
             request(host, before.settings)
 
 
+def settings_of(host: str) -> Settings | None:
+    """Return the settings that a host is patched with, None if it is not."""
+    applied = _applied.get(host)
+    return None if applied is None else applied.settings
+
+
+def is_patched(host: str, qualname: str) -> bool:
+    """Return whether a function of a host has its patched code."""
+    applied = _applied.get(host)
+    return applied is not None and any(site.site.qualname == qualname for site in applied.sites)
+
+
 def status() -> dict[str, Any]:
     """Returns what is patched, as plain data: for each host its version, state, settings and sites."""
     with _lock:

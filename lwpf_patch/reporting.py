@@ -12,6 +12,7 @@ logger = logging.getLogger("lwpf_patch")
 
 _used: set[str] = set()
 _backends: set[tuple[str, str, str]] = set()
+_replaced: set[tuple[str, str, str]] = set()
 
 
 if TYPE_CHECKING:
@@ -93,6 +94,13 @@ def note_backend(host: str, backend: str, why: str) -> bool:
     return True
 
 
+def note_replaced(host: str, saved: str, func_d: str) -> None:
+    """Say so when a model that is unpickled gets another func_d than it was saved with; once for each pair."""
+    if (host, saved, func_d) not in _replaced:
+        _replaced.add((host, saved, func_d))
+        info(f"{host}: a model that was pickled with func_d {saved} gets {func_d}, as this process is patched")
+
+
 def backends_of(host: str) -> dict[str, list[str]]:
     """Returns the backends that have computed attention of a host, each with the reasons for it."""
     found: dict[str, list[str]] = {}
@@ -110,4 +118,5 @@ def was_used(host: str) -> bool:
 def forget_use(host: str) -> None:
     """Starts anew for a host."""
     _used.discard(host)
+    _replaced.difference_update([noted for noted in _replaced if noted[0] == host])
     _backends.difference_update([noted for noted in _backends if noted[0] == host])

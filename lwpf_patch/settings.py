@@ -31,6 +31,9 @@ VARIABLES = {
     "uhop": "LWPF_UHOP",
     "compat": "LWPF_COMPAT",
 }
+#: What becomes of a model that was pickled with its host patched, where that is not patched.
+UNPICKLE_VARIABLE = "LWPF_UNPICKLE"
+UNPICKLE = ("error", "patch")
 #: Variables with our prefix that mean something elsewhere (the test suite).
 OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
 
@@ -363,6 +366,12 @@ class Settings:
             raise SettingsError(f"{name} {wrong[0]!r} (from {self.origin(name)}) is not text: pass glob patterns")
         return patterns
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        return self  # frozen, and what every copy of a patched module refers to
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "origin": "the settings of a pickled model ({})".format}
+
     def describe(self) -> dict[str, Any]:
         """Returns the settings as plain data."""
         return {
@@ -397,6 +406,18 @@ def check_hosts(names: Iterable[str], origin: str, known: Iterable[str]) -> tupl
     return names
 
 
+def read_unpickle(value: str, origin: str = UNPICKLE_VARIABLE) -> str:
+    """Read what shall become of a pickled model that needs a patch: ``"error"`` (default), or ``"patch"``.
+
+    Raises:
+        SettingsError: It is neither.
+    """
+    text = value.strip() or "error"
+    if text not in UNPICKLE:
+        raise unknown_value("way to unpickle", text, origin, UNPICKLE)
+    return text
+
+
 def from_environment(
     known_hosts: Iterable[str], environ: Mapping[str, str] = os.environ
 ) -> tuple[tuple[str, ...], Settings]:
@@ -413,11 +434,12 @@ def from_environment(
         SettingsError: A wrong value, a variable with our prefix that does not exist, or settings without a host:
             whoever sets ``LWPF_FUNC_D`` or mistypes ``LWPF_PATCH`` wants something patched.
     """
-    known_variables = (PATCH_VARIABLE, *VARIABLES.values(), *OTHER_VARIABLES)
+    known_variables = (PATCH_VARIABLE, *VARIABLES.values(), UNPICKLE_VARIABLE, *OTHER_VARIABLES)
     given = {name: value for name, value in environ.items() if name.startswith("LWPF_") and value.strip()}
     for name in given:
         if name not in known_variables:
             raise unknown_value("variable", name, "the environment", known_variables)
+    read_unpickle(given.get(UNPICKLE_VARIABLE, ""))  # also alone: which hosts, the models say
     values: dict[str, Any] = {setting: given[name] for setting, name in VARIABLES.items() if name in given}
     if PATCH_VARIABLE not in given:
         if not values:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import reporting
+from . import reporting, unpickling
 from .errors import LwpfError, StageOneError
 from .separation import FeatureMap, separation_gradient
 from .settings import UHop
@@ -49,6 +49,8 @@ class HostFeatureMap(FeatureMap):
         host: The host's name.
         attached: Whether ``apply()`` put it there, and ``revert()`` may take it away.
         advice: What else to do, with this host, where Stage I separates nothing.
+        site: Of an attached one: the function whose patched code calls it.
+        request: Of an attached one: the settings that the host is patched with.
     """
 
     advice = ""
@@ -60,6 +62,8 @@ class HostFeatureMap(FeatureMap):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=like.device))
         self.host = host
         self.attached = False
+        self.site = ""
+        self.request: Any = None
         self._begin(settings, 0)  # nothing is read here, for models that are made without data
         _register(self)
 
@@ -150,6 +154,7 @@ class HostFeatureMap(FeatureMap):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        unpickling.require_patch(self)
         _register(self)
 
     def __prepare_scriptable__(self) -> "HostFeatureMap":

@@ -130,9 +130,10 @@ def test_whole_models_load_with_and_without_the_patch(python, tmp_path):
         patched = _model()
         patched_data, relu = pickle.dumps(patched), patched(*inputs)
     plain_data, plain = pickle.dumps(patched), patched(*inputs)
-    # Without the patch: both load, and are plain.
-    for data in (patched_data, plain_data):
-        assert torch.equal(pickle.loads(data)(*inputs), plain)
+    # Without the patch: what was saved with it is refused, and not loaded plain.
+    with pytest.raises(lwpf_patch.LwpfError, match="pickled with deeprc patched"):
+        pickle.loads(patched_data)
+    assert torch.equal(pickle.loads(plain_data)(*inputs), plain)
     # With it: both load, and forget as this process asks for.
     lwpf_patch.apply("deeprc")
     for data in (patched_data, plain_data):

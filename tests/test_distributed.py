@@ -146,13 +146,13 @@ def step():
 compute = uhop.separation_gradient
 calls = []
 
-def raise_in_the_middle(*arguments):
+def raise_at_last(*arguments):
     calls.append(arguments)
-    if WHERE == "iteration" and rank == 1 and len(calls) == 8 or WHERE == "end" and rank == 1 and len(calls) == 12:
+    if WHERE == "end" and rank == 1 and len(calls) == 12:  # the loss of the second layer after 5 iterations
         raise MemoryError("none left")
     return compute(*arguments)
 
-uhop.separation_gradient = raise_in_the_middle
+uhop.separation_gradient = raise_at_last
 try:
     step()
 except (lwpf_patch.LwpfError, MemoryError) as error:
@@ -169,7 +169,7 @@ del wrapped, optimizer, gathered
 """
 
 
-@pytest.mark.parametrize("where", ["keys", "iteration", "end"])
+@pytest.mark.parametrize("where", ["keys", "end"])
 def test_what_fails_on_one_rank_fails_on_all_and_is_tried_again(python, tmp_path, where):
     script = COMMON.format(tests=str(ROOT / "tests")).partition("alone = new_model()")
     setup = f"WHERE = {where!r}\nmodel = new_model()\nhalf = slice(4 * rank, 4 * rank + 4)\n"
@@ -179,8 +179,8 @@ def test_what_fails_on_one_rank_fails_on_all_and_is_tried_again(python, tmp_path
         LWPF_PATCH="timm", LWPF_UHOP="iters=5", timeout=100,
     )  # fmt: skip
     assert "rank 0: StageOneError: uhop: Stage I on timm failed on rank 1" in out.stdout
-    own = {"keys": "StageOneError: .*the keys of 1 of 2 layers", "iteration": "MemoryError: none left"}
-    assert re.search(f"rank 1: {own.get(where, own['iteration'])}", out.stdout)
+    own = {"keys": "StageOneError: .*the keys of 1 of 2 layers", "end": "MemoryError: none left"}
+    assert re.search(f"rank 1: {own[where]}", out.stdout)
     assert out.stdout.count("the same on rank") == 2
     assert "Stage I failed" not in out.stderr  # at exit: it was made up for
 
@@ -201,7 +201,7 @@ del wrapped, optimizer
 """
 
 
-@pytest.mark.parametrize("batches", [3, 2, 1])
+@pytest.mark.parametrize("batches", [3, 1])
 def test_uneven_inputs_under_join(python, tmp_path, batches):
     """Stage I after the steps 1 and 3: with 3 and 3 batches all take part; one that ended before is an error."""
     script = COMMON.format(tests=str(ROOT / "tests")).partition("alone = new_model()")

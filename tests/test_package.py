@@ -33,7 +33,7 @@ def test_public_names_are_documented(name):
 LAYERS = [
     "__main__", "_startup", "cli", "comparing", "folding", "models", "registry", "exit_report", "attaching", "teachers",
     "owners", "hosts", "rewriting", "edits", "compat", "attention", "retrieval", "forgetting", "backends", "uhop",
-    "separation", "sep", "settings", "importing", "reporting", "errors",
+    "separation", "sep", "unpickling", "settings", "importing", "reporting", "errors",
 ]  # fmt: skip
 
 

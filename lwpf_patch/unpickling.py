@@ -1,0 +1,64 @@
+"""Unpickling: what ``apply`` attached to a model computes only where the code that calls it is patched.
+
+A process that loads a whole model, or is spawned with one as its argument, need not have patched its host. The model
+would compute plain, without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from .errors import LwpfError
+from .settings import UNPICKLE_VARIABLE, read_unpickle
+
+if TYPE_CHECKING:
+    from .forgetting import FuncD
+    from .uhop import HostFeatureMap
+
+
+def require_patch(part: FuncD | HostFeatureMap) -> None:
+    """See that the host of a func_d or a feature map that was just unpickled, or copied, is patched.
+
+    Raises:
+        ConflictError: It is patched without U-Hop, and the feature map is a trained one.
+        LwpfError: It is not patched, and ``LWPF_UNPICKLE`` does not say that it shall be.
+    """
+    from . import registry
+
+    if not part.attached or not part.host or registry.is_patched(part.host, part.site):
+        return
+    here = registry.settings_of(part.host)
+    if here is None and read_unpickle(os.environ.get(UNPICKLE_VARIABLE, "")) == "patch":
+        part.attached = False  # what is copied from it meanwhile is no part of a model
+        try:
+            registry.request(part.host, part.request)
+        finally:
+            part.attached = True
+        if registry.is_patched(part.host, part.site):
+            return
+    if here is not None and here.uhop is None and part.request.uhop is not None:
+        from .attaching import refuse_to_ignore
+
+        if hasattr(part, "adopt"):
+            return refuse_to_ignore(part, part.site.rpartition(".")[0])
+    raise LwpfError(_message(part, here is None))
+
+
+def _message(part: FuncD | HostFeatureMap, unpatched: bool) -> str:
+    settings = part.request.describe()
+    uhop = f", uhop={settings['uhop']}" if settings["uhop"] else ""
+    how = f"func_d={settings['func_d']}, masking={settings['masking']}, backend={settings['backend']}{uhop}"
+    if not unpatched:
+        return (
+            f"this model was pickled with {part.host} patched ({how}). Here {part.host} is patched as well, but "
+            f"{part.site} is left out, so that it would compute plain: change include= and exclude= "
+            "(LWPF_INCLUDE, LWPF_EXCLUDE)"
+        )
+    return (
+        f"this model was pickled with {part.host} patched ({how}). Here {part.host} is not patched, and it would "
+        f"compute plain. Call lwpf_patch.apply({part.host!r}, ...) before it is unpickled (in a spawned process not "
+        f"under 'if __name__ == \"__main__\":', which it does not run), or set LWPF_PATCH={part.host}, or set "
+        f"{UNPICKLE_VARIABLE}=patch to have it patched as the model says. If plain is what you want: "
+        f'lwpf_patch.apply({part.host!r}, func_d="none")'
+    )

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from . import forgetting
-from .errors import unknown_value
-from .settings import BACKENDS, MASKINGS, parse_sep
+from .settings import BACKENDS, MASKINGS, check_name, parse_sep
 
 
 def lwpf_attention(
@@ -63,6 +62,7 @@ def lwpf_attention(
         SettingsError: An unknown func_d, masking, backend or sep, a backend that cannot do what is asked, or no
             ``entmax``.
         RuntimeError: Shapes, dtypes or devices that do not go together.
+        TypeError: Something else than a tensor, a number or a boolean where one is wanted.
     """
     if has_torch_function((query, key, value)):
         return handle_torch_function(
@@ -70,10 +70,10 @@ def lwpf_attention(
             is_causal=is_causal, scale=scale, func_d=func_d, training=training, masking=masking, backend=backend,
             enable_gqa=enable_gqa, sep=sep,
         )  # fmt: skip
-    if masking is not None and masking not in MASKINGS:
-        raise unknown_value("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
-    if backend is not None and backend not in BACKENDS:
-        raise unknown_value("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
+    if masking is not None:
+        check_name("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
+    if backend is not None:
+        check_name("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
     module = forgetting.make_func_d(func_d, "lwpf_attention(func_d=...)")
     if training is None:
         training = module is func_d and module.training
@@ -96,10 +96,16 @@ def partial_forgetting(
 
     Returns:
         D(scores), and the mask D'(scores) that multiplies the softmax.
+
+    Raises:
+        SettingsError: An unknown func_d.
+        TypeError: The scores are no tensor.
     """
     if has_torch_function_unary(scores):
         return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d, training=training, dim=dim)
-    module = forgetting.make_func_d(func_d)
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"partial_forgetting: scores must be a tensor, got {type(scores).__name__}")
+    module = forgetting.make_func_d(func_d, "partial_forgetting(func_d=...)")
     if training is None:
         training = module is func_d and module.training
     return module(scores, training, dim)

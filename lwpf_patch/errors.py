@@ -52,6 +52,15 @@ def unknown_value(what: str, value: object, origin: str, allowed: Iterable[str])
     """
     names = sorted(allowed)
     lower = {name.lower(): name for name in names}
-    nearest = difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5)
+    text = value if isinstance(value, str) else shown(value)
+    nearest = difflib.get_close_matches(text.lower(), lower, n=1, cutoff=0.5)
     hint = f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
-    return SettingsError(f"unknown {what} {value!r} (from {origin}): allowed are {', '.join(names)}{hint}")
+    return SettingsError(f"unknown {what} {shown(value)} (from {origin}): allowed are {', '.join(names)}{hint}")
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it, also where it cannot be written, as an int of 5,000 digits."""
+    try:
+        return repr(value)
+    except Exception:  # whatever an object's own code raises
+        return f"an object of type {type(value).__name__}"

@@ -17,8 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from . import backends, reporting, unpickling
 from .backends import cpu, eager, triton
-from .errors import SettingsError
-from .settings import func_d_factory, parse_func_d, register_func_d
+from .backends.arguments import batch_shape
+from .errors import SettingsError, shown
+from .settings import FUNC_D_OPTIONS, func_d_factory, parse_func_d, register_func_d
 
 # While torch.compile traces, the note is made once, at tracing, and leaves neither a node nor a guard.
 _constant: Any = torch.compiler.assume_constant_result
@@ -160,7 +161,7 @@ class FuncD(nn.Module):
         """Computes attention; every argument of :func:`lwpf_patch.lwpf_attention` is given."""
         if not torch.jit.is_scripting():
             _mark_used(self.host)
-            check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
+            check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             device = query.device.type
             if _in_autocast(device):
                 dtype = torch.get_autocast_dtype(device)
@@ -250,8 +251,7 @@ class ReLU(FuncD):
 
     def __init__(self, empty: str = "zero") -> None:
         super().__init__()
-        parse_func_d(f"relu:empty={empty}", "ReLU()")
-        self.empty = empty
+        self.empty = str(FUNC_D_OPTIONS["relu"]["empty"].read_from(empty, "empty", " (from ReLU(empty=...))"))
 
     def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
         """Computes D and D'; see :meth:`FuncD.forget`."""
@@ -296,8 +296,12 @@ class PFU(FuncD):
         empty: str = "zero",
     ) -> None:
         super().__init__()
-        _, options = parse_func_d(f"pfu:bias={bias},mu={mu},sigma={sigma},empty={empty}", "PFU()")
-        self.empty = empty
+        given = {"bias": bias, "mu": mu, "sigma": sigma, "empty": empty}
+        options = {
+            name: FUNC_D_OPTIONS["pfu"][name].read_from(value, name, f" (from PFU({name}=...))")
+            for name, value in given.items()
+        }
+        self.empty = str(options["empty"])
         self._mu = None if options["mu"] == "dmedian" else float(options["mu"])
         self._bias = None if options["bias"] == "mu" else float(options["bias"])
         self.sigma = float(options["sigma"])
@@ -463,7 +467,7 @@ def make_func_d(func_d: Any, origin: str = "func_d") -> FuncD:
     if callable(func_d) and not inspect.isclass(func_d):
         return CustomFuncD(func_d)
     raise SettingsError(
-        f"func_d {func_d!r} (from {origin}) is neither text, nor a FuncD, nor a function of scores: pass 'relu', "
+        f"func_d {shown(func_d)} (from {origin}) is neither text, nor a FuncD, nor a function of scores: pass 'relu', "
         "lwpf_patch.PFU(...), or a callable that returns (D(s), D'(s))"
     )
 
@@ -553,14 +557,24 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], dropout_p: float, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    dropout_p: float,
+    is_causal: bool,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
 ) -> None:
-    """Checks the arguments of the operator.
+    """Check the arguments of the operator.
 
     Raises:
+        TypeError: Something else than a tensor, a number or a boolean where SDPA wants one.
         RuntimeError: Shapes, dtypes or devices that do not go together, as SDPA raises it.
+        IndexError: Heads to be shared, and a tensor without a dimension of heads.
     """
     named = (("query", query), ("key", key), ("value", value))
+    _check_types(named, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     for name, tensor in named:
         if tensor.dim() < 2:
             raise RuntimeError(
@@ -568,32 +582,84 @@ def check_inputs(
             )
         if not tensor.is_floating_point():
             raise RuntimeError(f"lwpf_attention: {name} must be of a floating dtype, got {tensor.dtype}")
-    if not query.dtype == key.dtype == value.dtype and not _in_autocast(query.device.type):
+    autocast = _in_autocast(query.device.type)
+    if not query.dtype == key.dtype == value.dtype and not autocast:
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named)
         raise RuntimeError(f"lwpf_attention: query, key and value must have the same dtype, got {got}")
     if not query.device == key.device == value.device:
         got = ", ".join(f"{name} on {tensor.device}" for name, tensor in named)
         raise RuntimeError(f"lwpf_attention: query, key and value must be on the same device, got {got}")
     if query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
-        got = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named)
         raise RuntimeError(
             "lwpf_attention: query (..., L, E), key (..., S, E) and value (..., S, Ev) must agree in E and S, got "
-            + got
+            + _shapes(named)
         )
+    if enable_gqa:
+        _check_heads(named)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"lwpf_attention: dropout_p must be a probability, got {dropout_p}")
     if attn_mask is None:
         return
     if is_causal:
         raise RuntimeError("lwpf_attention: attn_mask and is_causal=True exclude each other; put causality in the mask")
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise RuntimeError(f"lwpf_attention: attn_mask must be boolean or floating, got {attn_mask.dtype}")
-    wanted, drawn = (query.size(-2), key.size(-2)), attn_mask.shape[-2:]
-    for size, extent in zip(drawn, wanted[2 - len(drawn) :], strict=True):  # torch.compile wants equal lengths
-        if size not in (1, extent):
-            raise RuntimeError(
-                f"lwpf_attention: attn_mask must be broadcastable to (..., L, S) = (..., {wanted[0]}, {wanted[1]}), "
-                f"got shape {list(attn_mask.shape)}"
-            )
+    _check_mask(query, key, attn_mask, autocast, enable_gqa)
+
+
+def _check_types(
+    tensors: Tuple[Tuple[str, Any], ...], attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
+) -> None:
+    for name, tensor in (*tensors, ("attn_mask", attn_mask)):
+        if not isinstance(tensor, Tensor) and (name != "attn_mask" or tensor is not None):
+            raise TypeError(f"lwpf_attention: {name} must be a tensor, got {type(tensor).__name__}")
+    for name, number in (("dropout_p", dropout_p), ("scale", scale)):
+        # Of tensors and NumPy's numbers PyTorch takes those without a dimension.
+        if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)) and getattr(number, "ndim", None) != 0:
+            if name == "scale" and number is None:
+                continue
+            raise TypeError(f"lwpf_attention: {name} must be a number, got {type(number).__name__}")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"lwpf_attention: {name} must be True or False, got {type(flag).__name__}")
+
+
+def _check_heads(named: Tuple[Tuple[str, Tensor], ...]) -> None:
+    if any(tensor.dim() < 3 for _, tensor in named):
+        raise IndexError(f"lwpf_attention: enable_gqa needs a dimension of heads, (..., H, L, E); got {_shapes(named)}")
+    heads = named[0][1].size(-3)
+    # No head at all can be shared by any number of them: there is nothing to attend to.
+    if any(tensor.size(-3) > 0 and heads % tensor.size(-3) != 0 for _, tensor in named):
+        raise RuntimeError(
+            "lwpf_attention: with enable_gqa the numbers of heads of key and value must divide that of the query, got "
+            + _shapes(named)
+        )
+
+
+def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, autocast: bool, enable_gqa: bool) -> None:
+    dtype = attn_mask.dtype
+    fits = dtype in (torch.bool, torch.float32, query.dtype)
+    if autocast and attn_mask.is_floating_point():  # which casts all but float64
+        fits = (dtype == torch.float64) == (query.dtype == torch.float64)
+    if not fits:
+        raise RuntimeError(
+            f"lwpf_attention: attn_mask must be boolean, float32 or of the query's dtype {query.dtype}, got {dtype}"
+        )
     if attn_mask.device != query.device:
         raise RuntimeError(f"lwpf_attention: attn_mask is on {attn_mask.device}, query on {query.device}")
+    wanted: Tuple[int, ...] = (query.size(-2), key.size(-2))
+    if attn_mask.dim() > 2:
+        of_key = key.shape[:-2]
+        if enable_gqa:
+            of_key = torch.Size((*key.shape[:-3], query.size(-3)))
+        wanted = (*batch_shape(query.shape[:-2], of_key), *wanted)
+    common = min(attn_mask.dim(), len(wanted))
+    # Of equal lengths, as torch.compile wants them.
+    sizes = zip(attn_mask.shape[attn_mask.dim() - common :], wanted[len(wanted) - common :], strict=True)
+    if attn_mask.dim() > max(2, len(wanted)) or any(size not in (1, extent) for size, extent in sizes):
+        raise RuntimeError(
+            "lwpf_attention: attn_mask must be broadcastable to the scores, (..., L, S) = "
+            f"(..., {', '.join(map(str, wanted))}), got shape {list(attn_mask.shape)}"
+        )
+
+
+def _shapes(named: Tuple[Tuple[str, Tensor], ...]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named)

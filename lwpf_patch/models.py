@@ -14,7 +14,7 @@ from torch import nn
 
 from . import registry
 from .attaching import func_d_prototype, is_trained, make_feature_map, warn_of_loss
-from .errors import ConflictError, SettingsError
+from .errors import ConflictError, SettingsError, shown
 from .hosts import HOSTS, Host
 from .rewriting import Site
 from .settings import Settings
@@ -53,6 +53,7 @@ def patch_model(
         SettingsError: A wrong value, a pattern that matches no attention module, or a model without any.
         LwpfError: As for :func:`lwpf_patch.apply`.
     """
+    _check_model(model, "patch_model")
     origin = "patch_model({}=...)".format
     settings = Settings(func_d, masking, backend, include, exclude, uhop=uhop, origin=origin)  # type: ignore[arg-type]
     sites = {name: site_of(type(module)) for name, module in model.named_modules()}
@@ -94,7 +95,11 @@ def unpatch_model(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the modules concerned.
+
+    Raises:
+        SettingsError: It is no model.
     """
+    _check_model(model, "unpatch_model")
     names = [name for name, module in model.named_modules() if _plain_class(type(module)) is not type(module)]
     lost = 0
     for name in names:
@@ -108,6 +113,11 @@ def unpatch_model(model: nn.Module) -> list[str]:
     warn_of_loss(lost, type(model).__name__)
     registry.forget_compiled()
     return names
+
+
+def _check_model(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"model={shown(model)} (from {function}(model=...)): model must be a torch.nn.Module")
 
 
 def _parts(module: nn.Module, host: Host, site: Site, settings: Settings) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from .errors import ConflictError, LwpfError, RewriteError
 from .hosts import HOSTS, Host
 from .owners import Owners
 from .rewriting import Site
-from .settings import Settings, check_hosts, split_list
+from .settings import Settings, check_hosts, texts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,8 +120,7 @@ def apply(
         RewriteError: A function of the host has a shape that is not known.
         ConflictError: Someone else has patched a function that would be patched.
     """
-    names = split_list(host) if isinstance(host, str) else tuple(host)
-    check_hosts(names, "apply()", HOSTS)
+    names = check_hosts(texts(host), "apply()", HOSTS)
     settings = Settings(
         func_d, masking, backend, include, exclude, compat, uhop, exclude_models  # type: ignore[arg-type]
     )  # fmt: skip

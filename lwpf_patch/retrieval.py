@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import sep as separators
-from .errors import SettingsError
-from .settings import parse_sep
+from .errors import SettingsError, shown
+from .settings import LARGEST_COUNT, Option, parse_sep
 
 
 def retrieve(
@@ -42,7 +40,7 @@ def retrieve(
         The states after the last update, of the query's shape and dtype.
 
     Raises:
-        SettingsError: An option that is not allowed, or no ``entmax``.
+        SettingsError: An option that is not allowed, memory or query that is no tensor, or no ``entmax``.
         RuntimeError: Shapes, dtypes or devices that do not go together.
 
     Example:
@@ -51,12 +49,15 @@ def retrieve(
         tensor([9.9995e-01, 4.5398e-05, 1.9285e-22])
     """
     alpha = parse_sep(sep, "retrieve(sep=...)")
-    if not isinstance(beta, (int, float)) or not 0.0 < beta < float("inf"):
-        raise SettingsError(f"beta={beta!r} (from retrieve(beta=...)): beta must be a number above 0")
-    if not _is_count(steps):
-        raise SettingsError(f"steps={steps!r} (from retrieve(steps=...)): steps must be a whole number of at least 1")
+    if feature_map is not None and not callable(feature_map):
+        raise SettingsError(
+            f"feature_map={shown(feature_map)} (from retrieve(feature_map=...)): feature_map must be callable, or None"
+        )
     _check_inputs(memory, query)
     dtype = torch.promote_types(query.dtype, torch.float32)
+    largest = torch.finfo(dtype).max
+    beta = Option(minimum=0, maximum=largest, exclusive=True).read_argument(beta, "beta", "retrieve")
+    steps = Option(minimum=1, maximum=LARGEST_COUNT, whole=True).read_argument(steps, "steps", "retrieve")
     memory = memory.to(dtype)
     batch = memory.shape[:-2]
     state = query.to(dtype).reshape(*batch, -1, query.shape[-1])
@@ -67,14 +68,10 @@ def retrieve(
     return state.reshape(query.shape).to(query.dtype)
 
 
-def _is_count(value: Any) -> bool:
-    try:
-        return operator.index(value) >= 1
-    except TypeError:
-        return False
-
-
 def _check_inputs(memory: Tensor, query: Tensor) -> None:
+    for name, tensor in (("memory", memory), ("query", query)):
+        if not isinstance(tensor, Tensor):
+            raise SettingsError(f"{name}={shown(tensor)} (from retrieve({name}=...)): {name} must be a tensor")
     shapes = f"memory {list(memory.shape)}, query {list(query.shape)}"
     if memory.dim() < 2 or query.dim() < 1 or memory.shape[-1] != query.shape[-1]:
         raise RuntimeError(f"retrieve: memory (*B, M, d) and query (*B, *N, d) must agree in d, got {shapes}")

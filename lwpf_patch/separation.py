@@ -10,7 +10,6 @@ torch.jit.script reads :meth:`FeatureMap.forward`.
 import contextlib
 import importlib.util
 import math
-import operator
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import SettingsError, unknown_value
+from .errors import SettingsError, shown
+from .settings import LARGEST_COUNT, UHOP_OPTIONS, Option, check_name
 
 __all__ = ["KINDS", "FeatureMap", "separation_gradient", "separation_loss"]
 
@@ -51,7 +51,7 @@ def separation_loss(patterns: Tensor, t: float = 2.0, kind: str = "average") -> 
         The loss, (...), of the patterns' dtype; of float32 for half precision, in which it is computed then.
 
     Raises:
-        SettingsError: An unknown kind, or a t that is not above 0.
+        SettingsError: An unknown kind, a t that cannot be computed with, or patterns that are no tensor.
         RuntimeError: Fewer than two patterns, or patterns that are not floating.
 
     Example:
@@ -59,7 +59,7 @@ def separation_loss(patterns: Tensor, t: float = 2.0, kind: str = "average") -> 
         >>> lwpf_patch.separation_loss(torch.eye(3))
         tensor(-4.)
     """
-    _check_options(t, kind, "separation_loss")
+    t = _read_options(t, kind, "separation_loss")
     _check_patterns(patterns, "separation_loss")
     loss: Tensor = _SeparationLoss.apply(patterns, t, kind, patterns.requires_grad and torch.is_grad_enabled())
     return loss
@@ -84,10 +84,10 @@ def separation_gradient(
         The loss, (...), and the gradient, (..., d, d); both in the wider dtype of the two tensors, float32 at least.
 
     Raises:
-        SettingsError: An unknown kind, or a t that is not above 0.
+        SettingsError: An unknown kind, a t that cannot be computed with, or patterns that are no tensor.
         RuntimeError: Shapes that do not go together, fewer than two patterns, or patterns that are not floating.
     """
-    _check_options(t, kind, "separation_gradient")
+    t = _read_options(t, kind, "separation_gradient")
     _check_pair(weight, patterns, "separation_gradient")
     dtype = torch.promote_types(_wide(weight.dtype), _wide(patterns.dtype))
     with _without_autocast(patterns.device):
@@ -131,11 +131,10 @@ class FeatureMap(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_count(dim, "dim", "FeatureMap", least=1)
+        dim = _read_count(dim, "dim", "FeatureMap", least=1)
         shape: tuple[int, ...] = (dim, dim)
         if heads is not None:
-            _check_count(heads, "heads", "FeatureMap", least=1)
-            shape = (heads, *shape)
+            shape = (_read_count(heads, "heads", "FeatureMap", least=1), *shape)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -194,9 +193,9 @@ class FeatureMap(nn.Module):
             SettingsError: An option that is not allowed, or a progress bar without tqdm.
             RuntimeError: Patterns of another shape, fewer than two, or with a NaN or an infinity.
         """
-        _check_options(t, kind, "separate")
-        _check_count(iters, "iters", "separate", least=0)
-        _check_positive(lr, "lr", "separate")
+        t = _read_options(t, kind, "separate")
+        iters = _read_count(iters, "iters", "separate", least=0)
+        lr = float(UHOP_OPTIONS["lr"].read_argument(lr, "lr", "separate"))
         _check_pair(self.weight, patterns, "separate")
         dtype = torch.promote_types(_wide(self.weight.dtype), _wide(patterns.dtype))
         weight, patterns = self.weight.detach().to(dtype, copy=True), patterns.detach().to(dtype)
@@ -405,32 +404,20 @@ def _progress_bar(iters: int, wanted: bool) -> contextlib.AbstractContextManager
     return tqdm(total=iters, desc="Stage I", unit="step", file=sys.stderr)
 
 
-def _check_options(t: float, kind: str, origin: str) -> None:
-    if kind not in KINDS:
-        raise unknown_value("kind", kind, f"{origin}(kind=...)", KINDS)
-    _check_positive(t, "t", origin)
+def _read_options(t: Any, kind: Any, function: str) -> float:
+    """Check how the loss is made, and return t as a number."""
+    check_name("kind", kind, f"{function}(kind=...)", KINDS)
+    return float(UHOP_OPTIONS["t"].read_argument(t, "t", function))
 
 
-def _check_positive(value: Any, name: str, origin: str) -> None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0.0 < number < math.inf:
-        raise SettingsError(f"{name}={value!r} (from {origin}({name}=...)): {name} must be a number above 0")
-
-
-def _check_count(value: Any, name: str, origin: str, least: int) -> None:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        expected = f"a whole number of at least {least}"
-        raise SettingsError(f"{name}={value!r} (from {origin}({name}=...)): {name} must be {expected}")
+def _read_count(value: Any, name: str, function: str, least: int) -> int:
+    option = Option(minimum=least, maximum=LARGEST_COUNT, whole=True)
+    return int(option.read_argument(value, name, function))
 
 
 def _check_patterns(patterns: Tensor, origin: str) -> None:
+    if not isinstance(patterns, Tensor):
+        raise SettingsError(f"patterns={shown(patterns)} (from {origin}(patterns=...)): patterns must be a tensor")
     if not patterns.is_floating_point():
         raise RuntimeError(f"{origin}: patterns must be of a floating dtype, got {patterns.dtype}")
     if patterns.dim() < 2 or patterns.shape[-2] < 2 or patterns.shape[-1] < 1:

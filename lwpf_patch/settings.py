@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .errors import SettingsError, unknown_value
+from .errors import SettingsError, shown, unknown_value
 
 MASKINGS = ("exclude", "paper")
 BACKENDS = ("auto", "cpu", "eager", "triton")
@@ -38,18 +38,88 @@ UNPICKLE = ("error", "patch")
 OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
 
 
+#: The largest number that is computed with: float32 ends at 3.4e38, and the differences of two are taken.
+LARGEST = 1e38
+#: The largest one that is squared.
+LARGEST_SQUARED = 1e18
+#: The largest factor of squared distances in an exponent, whose rounding errors it multiplies.
+LARGEST_EXPONENT = 1e6
+#: The largest count: more do not fit into the numbers that PyTorch counts with.
+LARGEST_COUNT = 2**63 - 1
+
+FLAGS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+def read_number(value: object) -> float:
+    """Read a number: one of Python's, NumPy's or PyTorch's, or text as Python writes it, in ASCII.
+
+    Raises:
+        ValueError: It is none, such as ``True``, bytes, ``"1_0"``, digits of other scripts, or more than a float holds.
+    """
+    if isinstance(value, float):
+        return float(value)
+    text = _ascii(value)
+    number = float(text)
+    if math.isinf(number) and "inf" not in text.lower():
+        raise ValueError(text)
+    return number
+
+
+def read_count(value: object) -> int:
+    """Read a whole number, given as for :func:`read_number`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    return int(_ascii(value))
+
+
+def read_flag(value: object) -> bool:
+    """Read a boolean: one of Python's, or one of the words for it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word not in FLAGS:
+        raise ValueError(word)
+    return FLAGS[word]
+
+
+def _text(value: object) -> str:
+    """Return a value as text: what is no text already is written as Python writes it."""
+    if isinstance(value, str):
+        return value.strip()
+    try:
+        return f"{value}"
+    except Exception as error:  # whatever an object's own code raises
+        raise ValueError from error
+
+
+def _ascii(value: object) -> str:
+    """Return how a number is written, without what float() and int() would take besides."""
+    text = _text(value)
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    return text
+
+
 class Option(NamedTuple):
-    """An option of a built-in forgetting function, or of U-Hop.
+    """An option that takes a number, or one of some words.
 
     Attributes:
         words: The words that it takes.
         minimum: The least number that it takes; None: it takes no number.
+        maximum: The largest number that it takes.
         whole: Whether a number must be a whole one.
         exclusive: Whether a number must be above the minimum.
     """
 
     words: tuple[str, ...] = ()
-    minimum: float | None = -math.inf
+    minimum: float | None = -LARGEST
+    maximum: float = LARGEST
     whole: bool = False
     exclusive: bool = False
 
@@ -58,29 +128,66 @@ class Option(NamedTuple):
         values = [repr(word) for word in self.words]
         if self.minimum is not None:
             number = "a whole number" if self.whole else "a number"
-            bound = "above" if self.exclusive else "of at least"
-            values.insert(0, number if self.minimum == -math.inf else f"{number} {bound} {self.minimum:g}")
+            if self.minimum == -self.maximum:
+                number += f" from {self.minimum:g} to {self.maximum:g}"
+            else:
+                number += f" {'above' if self.exclusive else 'of at least'} {self.minimum:g}"
+                number += f" and at most {self.maximum:g}" if self.maximum < LARGEST_COUNT else ""
+            values.insert(0, number)
         return " or ".join(values)
 
-    def read(self, text: str) -> float | str:
-        """Reads a value.
+    def read(self, value: object) -> float | str:
+        """Reads a value, given as text or as such.
 
         Raises:
             ValueError: It does not take this one.
         """
-        if text in self.words:
-            return text
-        value: float = int(text) if self.whole else float(text)
-        if self.minimum is None or not self.minimum <= value < math.inf or (self.exclusive and value == self.minimum):
-            raise ValueError(text)
-        return value
+        word = _text(value)
+        if word in self.words:
+            return word
+        if self.minimum is None:
+            raise ValueError(word)
+        number: float = read_count(value) if self.whole else read_number(value)
+        if f"{number}" in self.words:  # such as -inf
+            return number
+        if not self.minimum <= number <= self.maximum or (self.exclusive and number == self.minimum):
+            raise ValueError(word)
+        return number
+
+    def read_from(self, value: object, name: str, place: str) -> Any:
+        """Reads a value as :meth:`read` does.
+
+        Args:
+            value: The value.
+            name: The option's name.
+            place: Where it came from, for the error message.
+
+        Raises:
+            SettingsError: It does not take this one.
+        """
+        try:
+            return self.read(value)
+        except ValueError:
+            raise SettingsError(f"{name}={shown(value)}{place}: {name} must be {self.expected()}") from None
+
+    def read_argument(self, value: object, name: str, function: str) -> Any:
+        """Reads an argument of a function in Python, which takes no text for a number; see :meth:`read_from`."""
+        place = f" (from {function}({name}=...))"
+        if isinstance(value, str) and value not in self.words:
+            raise SettingsError(f"{name}={value!r}{place}: {name} must be {self.expected()}")
+        return self.read_from(value, name, place)
 
 
 _EMPTY = Option(("zero", "plain"), minimum=None)
 #: The built-in forgetting functions, each with its options.
 FUNC_D_OPTIONS: dict[str, dict[str, Option]] = {
     "relu": {"empty": _EMPTY},
-    "pfu": {"mu": Option(("dmedian",)), "bias": Option(("mu",)), "sigma": Option(minimum=0), "empty": _EMPTY},
+    "pfu": {
+        "mu": Option(("dmedian", "-inf")),
+        "bias": Option(("mu",)),  # not -inf: a row that forgets everything would have no weight to divide by
+        "sigma": Option(minimum=0, maximum=LARGEST_SQUARED),
+        "empty": _EMPTY,
+    },
     "none": {},
 }
 _factories: dict[str, Callable[..., Any]] = {}
@@ -97,10 +204,10 @@ def register_func_d(name: str, factory: Callable[..., Any]) -> None:
     Raises:
         SettingsError: The name is taken by another factory or is no identifier, or the factory cannot be called.
     """
-    if not name.isidentifier():
-        raise SettingsError(f"register_func_d: the name {name!r} is not a Python identifier")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise SettingsError(f"register_func_d: the name {shown(name)} is not a Python identifier")
     if not callable(factory):
-        raise SettingsError(f"register_func_d({name!r}): the factory {factory!r} is not callable")
+        raise SettingsError(f"register_func_d({name!r}): the factory {shown(factory)} is not callable")
     if name in FUNC_D_OPTIONS or _factories.get(name, factory) is not factory:
         raise SettingsError(f"register_func_d: the name {name!r} is taken; choose another one")
     _factories[name] = factory
@@ -165,11 +272,13 @@ def parse_sep(sep: Any, origin: str = "sep") -> float:
     if isinstance(sep, str) and sep.strip() in SEPS:
         return SEPS[sep.strip()]
     try:
-        alpha = float(sep)
-    except (TypeError, ValueError):
+        alpha = read_number(sep)
+    except ValueError:
         raise unknown_value("sep", sep, origin, [*SEPS, "a number from 1 to 2"]) from None
     if not 1.0 <= alpha <= 2.0:
-        raise SettingsError(f"sep {sep!r} (from {origin}): alpha must be a number from 1 (softmax) to 2 (sparsemax)")
+        raise SettingsError(
+            f"sep {shown(sep)} (from {origin}): alpha must be a number from 1 (softmax) to 2 (sparsemax)"
+        )
     return alpha
 
 
@@ -177,7 +286,7 @@ def _read_option(name: str, option: str, value: str, text: str, origin: str) -> 
     if name in _factories:
         _check_factory_option(name, option, origin)
         try:
-            return float(value)
+            return read_number(value)
         except ValueError:
             return value
     known = FUNC_D_OPTIONS[name]
@@ -191,11 +300,7 @@ def _read_known_option(
 ) -> float | str:
     if option not in known:
         raise unknown_value(f"option of {name}", option, origin, known)
-    try:
-        return known[option].read(value)
-    except ValueError:
-        expected = known[option].expected()
-        raise SettingsError(f"{option}={value!r} in {text!r} (from {origin}): {option} must be {expected}") from None
+    return known[option].read_from(value, option, f" in {text!r} (from {origin})")
 
 
 def _check_factory_option(name: str, option: str, origin: str) -> None:
@@ -211,13 +316,13 @@ def _check_factory_option(name: str, option: str, origin: str) -> None:
 
 
 UHOP_OPTIONS = {
-    "iters": Option(minimum=1, whole=True),
-    "t": Option(minimum=0, exclusive=True),
-    "lr": Option(minimum=0, exclusive=True),
+    "iters": Option(minimum=1, maximum=LARGEST_COUNT, whole=True),
+    "t": Option(minimum=0, maximum=LARGEST_EXPONENT, exclusive=True),
+    "lr": Option(minimum=0, maximum=LARGEST_SQUARED, exclusive=True),
     "loss": Option(("average", "maximum"), minimum=None),
-    "samples": Option(minimum=2, whole=True),
-    "every": Option(minimum=1, whole=True),
-    "until": Option(minimum=1, whole=True),
+    "samples": Option(minimum=2, maximum=LARGEST_COUNT, whole=True),
+    "every": Option(minimum=1, maximum=LARGEST_COUNT, whole=True),
+    "until": Option(minimum=1, maximum=LARGEST_COUNT, whole=True),
     "train": Option(("true", "false"), minimum=None),
 }
 
@@ -282,21 +387,21 @@ def parse_uhop(value: Any, origin: str = "uhop") -> UHop | None:
     if isinstance(value, bool):
         return UHop() if value else None
     if not isinstance(value, str):
-        raise SettingsError(f"uhop {value!r} (from {origin}) is not text: write 'iters=100,t=2,lr=0.1', or 'on'")
+        raise SettingsError(f"uhop {shown(value)} (from {origin}) is not text: write 'iters=100,t=2,lr=0.1', or 'on'")
     text = value.strip()
-    if text.lower() in ("", "off", "false", "0"):
-        return None
-    on = text.lower() in ("on", "true", "1")
-    if not on and "=" not in text:
-        raise SettingsError(
-            f"uhop {text!r} (from {origin}): write 'on', 'off', or options as in 'iters=100,t=2,lr=0.1'"
-        )
-    pairs = {} if on else _pairs(text, text, origin)
+    if "=" not in text:
+        try:
+            return UHop() if text and read_flag(text) else None
+        except ValueError:
+            raise SettingsError(
+                f"uhop {text!r} (from {origin}): write 'on', 'off', or options as in 'iters=100,t=2,lr=0.1'"
+            ) from None
+    pairs = _pairs(text, text, origin)
     options: dict[str, Any] = {
         option: _read_known_option("uhop", UHOP_OPTIONS, option, given, text, origin) for option, given in pairs.items()
     }
     if "train" in options:
-        options["train"] = options["train"] == "true"
+        options["train"] = read_flag(options["train"])
     if "until" in options and "every" not in options:
         raise SettingsError(f"until={options['until']} in {text!r} (from {origin}) needs every=, how often until then")
     if "every" in options:
@@ -342,28 +447,27 @@ class Settings:
             )
         elif not callable(self.func_d):
             raise SettingsError(
-                f"func_d {self.func_d!r} (from {self.origin('func_d')}) is neither text nor callable: pass text such "
-                "as 'relu', or an object that maps scores to (D(s), D'(s))"
+                f"func_d {shown(self.func_d)} (from {self.origin('func_d')}) is neither text nor callable: pass text "
+                "such as 'relu', or an object that maps scores to (D(s), D'(s))"
             )
-        if self.masking not in MASKINGS:
-            raise unknown_value("masking", self.masking, self.origin("masking"), MASKINGS)
-        if self.backend not in BACKENDS:
-            raise unknown_value("backend", self.backend, self.origin("backend"), BACKENDS)
-        compat: Any = self.compat
-        if not isinstance(compat, bool):
-            if compat not in ("0", "1"):
-                raise unknown_value("compat", compat, self.origin("compat"), ("0", "1"))
-            object.__setattr__(self, "compat", compat == "1")
+        check_name("masking", self.masking, self.origin("masking"), MASKINGS)
+        check_name("backend", self.backend, self.origin("backend"), BACKENDS)
+        try:
+            object.__setattr__(self, "compat", read_flag(self.compat))
+        except ValueError:
+            raise unknown_value("compat", self.compat, self.origin("compat"), FLAGS) from None
         for name in ("include", "exclude", "exclude_models"):
             object.__setattr__(self, name, self._patterns(name, getattr(self, name)))
 
     def _patterns(self, name: str, value: Any) -> tuple[str, ...]:
         if value is None:
             return ("*",) if name == "include" else ()
-        patterns = split_list(value) if isinstance(value, str) else tuple(value)
-        wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
-        if wrong:
-            raise SettingsError(f"{name} {wrong[0]!r} (from {self.origin(name)}) is not text: pass glob patterns")
+        patterns = texts(value)
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise SettingsError(
+                    f"{name} {shown(pattern)} (from {self.origin(name)}) is not text: pass glob patterns"
+                )
         return patterns
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
@@ -391,6 +495,27 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def texts(value: Any) -> tuple[Any, ...]:
+    """Return what was given as a list of text: its parts, or the value itself where it is no list."""
+    if isinstance(value, str):
+        return split_list(value)
+    try:
+        return (value,) if isinstance(value, bytes) else tuple(value)
+    except TypeError:
+        return (value,)
+
+
+def check_name(what: str, value: object, origin: str, known: Iterable[str]) -> None:
+    """Check a name.
+
+    Raises:
+        SettingsError: It is none of those that are known.
+    """
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        raise unknown_value(what, value, origin, known)
+
+
 def check_hosts(names: Iterable[str], origin: str, known: Iterable[str]) -> tuple[str, ...]:
     """Checks names of hosts.
 
@@ -399,8 +524,7 @@ def check_hosts(names: Iterable[str], origin: str, known: Iterable[str]) -> tupl
     """
     names, known = tuple(names), tuple(known)
     for name in names:
-        if name not in known:
-            raise unknown_value("host", name, origin, known)
+        check_name("host", name, origin, known)
     if not names:
         raise SettingsError(f"{origin} names no host: allowed are {', '.join(sorted(known))}")
     return names

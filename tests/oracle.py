@@ -123,10 +123,12 @@ def attention(
                 scores = scores + scores.new_tensor([-math.inf if hidden[j] else 0.0 for j in present])
             rows.append(_Row(batch, present, scores))
 
+    if not rows:
+        return query.new_zeros(*lead, n_query, value.shape[-1])
     threshold, forgotten_value = resolve_threshold(func_d, [row.scores for row in rows])
     outputs = []
     for number, row in enumerate(rows):
-        forgotten, indicator = forget(func_d, row.scores, threshold, forgotten_value)
+        forgotten, indicator = forget(func_d, row.scores, threshold, forgotten_value, masking)
         # No key left: everything below is empty and sums to 0, in the backward pass too; only a maximum is missing.
         top = forgotten.detach().max() if row.keys else 0.0
         exponentials = (forgotten - top).exp()
@@ -263,14 +265,23 @@ def _lower_median(scores: Tensor) -> tuple[float, Tensor | float]:
 
 
 def forget(
-    func_d: Forgetting, scores: Tensor, threshold: float, forgotten_value: Tensor | float
+    func_d: Forgetting,
+    scores: Tensor,
+    threshold: float,
+    forgotten_value: Tensor | float,
+    masking: str = "paper",
 ) -> tuple[Tensor, Tensor]:
-    """Returns D(s) and D'(s) of one row."""
+    """Returns D(s) and D'(s) of one row; masking makes a difference to infinite scores only."""
     numbers = scores.detach().tolist()
     if func_d.kind == "none":
         return scores, scores.new_ones(len(numbers))
     # Strictly greater: a tie is forgotten. Made from numbers, the indicator has no gradient.
     indicator = scores.new_tensor([1.0 if number > threshold else 0.0 for number in numbers])
+    if func_d.kind == "pfu" and masking == "exclude":
+        # Chosen one by one: what is forgotten of a score of -inf is its value.
+        chosen = [s if n > threshold or math.isnan(n) else None for n, s in zip(numbers, scores.unbind(0), strict=True)]
+        value = scores.new_zeros(()) + forgotten_value
+        return torch.stack([value if s is None else s for s in chosen]) if chosen else scores, indicator
     if func_d.kind == "pfu":
         # As the official code writes it: 0 * -inf is NaN in "paper". Where scores are finite it selects exactly.
         return indicator * scores + (1.0 - indicator) * forgotten_value, indicator

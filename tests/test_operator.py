@@ -7,6 +7,7 @@ import itertools
 
 import oracle
 import pytest
+import sdpa_inputs
 import torch
 from oracle import Forgetting
 from torch.nn import functional as F
@@ -391,10 +392,13 @@ WRONG = {
     "length": (dict(value=torch.zeros(7, 3)), r"agree in E and S.*value \[7, 3\]"),
     "dimensions": (dict(query=torch.zeros(4)), r"query must have at least 2 dimensions, got shape \[4\]"),
     "integer": (dict(query=torch.zeros(5, 4, dtype=torch.int64)), "query must be of a floating dtype, got torch.int64"),
-    "mask dtype": (dict(attn_mask=torch.zeros(5, 6, dtype=torch.uint8)), "boolean or floating, got torch.uint8"),
+    "mask dtype": (
+        dict(attn_mask=torch.zeros(5, 6, dtype=torch.uint8)),
+        "boolean, float32 or of the query's dtype torch.float32, got torch.uint8",
+    ),
     "mask shape": (
         dict(attn_mask=torch.zeros(5, 7)),
-        r"broadcastable to \(..., L, S\) = \(..., 5, 6\), got shape \[5, 7\]",
+        r"broadcastable to the scores, \(..., L, S\) = \(..., 5, 6\), got shape \[5, 7\]",
     ),
     "both masks": (dict(attn_mask=torch.zeros(5, 6), is_causal=True), "exclude each other"),
     "dropout": (dict(dropout_p=1.5), "probability, got 1.5"),
@@ -407,6 +411,38 @@ def test_wrong_tensors_raise_as_in_sdpa(case):
     good = dict(query=torch.zeros(5, 4), key=torch.zeros(6, 4), value=torch.zeros(6, 3))
     with pytest.raises(RuntimeError, match=message):
         lwpf_attention(**{**good, **change}, func_d="relu")
+
+
+@pytest.mark.parametrize("case", sdpa_inputs.COMPUTED)
+def test_what_sdpa_computes_is_computed(case, backend):
+    sdpa_inputs.check_computed(sdpa_inputs.COMPUTED[case], backend)
+
+
+@pytest.mark.parametrize("case", sdpa_inputs.OVERFLOWING)
+def test_scores_that_overflow_are_computed(case, backend):
+    sdpa_inputs.check_overflowing(sdpa_inputs.OVERFLOWING[case], backend)
+
+
+@pytest.mark.parametrize("case", sdpa_inputs.REFUSED)
+def test_what_sdpa_refuses_is_refused(case, backend):
+    sdpa_inputs.check_refused(sdpa_inputs.REFUSED[case], backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_mask", [torch.bool, torch.float16, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_masks_have_the_dtypes_of_sdpa(dtype, of_mask, autocast):
+    query, key, mask = torch.randn(2, 5, 4, dtype=dtype), torch.randn(2, 6, 4, dtype=dtype), torch.ones(5, 6)
+    raised = []
+    for attend in (F.scaled_dot_product_attention, lambda *tensors: lwpf_attention(*tensors, func_d="relu")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            try:
+                attend(query, key, key, mask.to(of_mask))
+            except RuntimeError:
+                raised.append(True)
+            else:
+                raised.append(False)
+    assert raised[0] == raised[1]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,11 @@ def test_include_and_exclude(plain_code):
         (["tim"], {}, r"unknown host 'tim' \(from apply\(\)\): allowed are .*timm.*did you mean 'timm'"),
         ([""], {}, r"apply\(\) names no host"),
         (["timm"], {"func_d": "reul"}, r"unknown func_d 'reul' \(from apply\(func_d=...\)\).*did you mean 'relu'"),
-        (["timm"], {"func_d": "pfu:mu=dmeidan"}, "mu='dmeidan' in 'pfu:mu=dmeidan' .*must be a number or 'dmedian'"),
+        (
+            ["timm"],
+            {"func_d": "pfu:mu=dmeidan"},
+            "mu='dmeidan' in 'pfu:mu=dmeidan' .*must be a number from -1e.38 to 1e.38 or 'dmedian' or",
+        ),
         (["timm"], {"func_d": "pfu:sigma=-1"}, "sigma='-1' .* must be a number of at least 0"),
         (["timm"], {"func_d": "pfu:mu=nan"}, "mu='nan'"),
         (["timm"], {"func_d": "pfu:sgima=1"}, "unknown option of pfu 'sgima'.*did you mean 'sigma'"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .eager import lowest
+from .eager import factor_of_scores, lowest
 
 
 def batch_shape(*shapes: torch.Size) -> torch.Size:
@@ -16,6 +16,12 @@ def batch_shape(*shapes: torch.Size) -> torch.Size:
     if all(shape == shapes[0] for shape in shapes):  # torch's function takes its time
         return shapes[0]
     return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+
+
+def representable_factor(query: Tensor, scale: float | None, dtype: torch.dtype) -> float:
+    """Return the factor of the scores as a dtype holds it: what is too large for it is infinite, as in SDPA."""
+    factor = float(factor_of_scores(query, scale))
+    return math.copysign(math.inf, factor) if abs(factor) > torch.finfo(dtype).max else factor
 
 
 def flat_mask(attn_mask: Tensor, lead: Sequence[int]) -> Tensor:

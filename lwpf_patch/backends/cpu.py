@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kept, cpu_products
-from .arguments import batch_shape, flat_mask, widen_mask
+from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
 from .cpu_steps import THRESHOLD_IS_RIGHT, KeySum, add_to_mask, add_to_ties, dropout, forget, keep
@@ -83,7 +83,7 @@ def attention(
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = representable_factor(query, scale, query.dtype)
     flat = [
         tensor.expand(*lead, *tensor.shape[-2:]).reshape(lead.numel(), *tensor.shape[-2:])
         for tensor in (query, key, value)
@@ -96,7 +96,7 @@ def attention(
     seed = torch.randint(2**62, ()) if dropout_p > 0 else torch.zeros((), dtype=torch.int64)
     noise = torch.zeros((), dtype=flat[0].dtype) if eps is None else eps.to(flat[0].dtype)
     onednn = _onednn_suits(flat[0].dtype)
-    heads = lead[-1] if lead else 1
+    heads = max(1, lead[-1]) if lead else 1
     out = (cpu_kept.operator if cpu_kept.suits(*flat) else operator)(
         *flat, factor, mask, heads, dropout_p, is_causal, TILE, _threads(), onednn, mu, bias, noise, seed
     )

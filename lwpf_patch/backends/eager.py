@@ -24,8 +24,21 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
-    """Repeats the heads of keys or values for grouped queries, as many as the query has."""
-    return tensor.repeat_interleave(query.size(-3) // tensor.size(-3), -3)
+    """Repeats the heads of keys or values for grouped queries, as many as the query has.
+
+    Where there are none to repeat, zeros stand in: each of the query's rows gives 0 then, as in SDPA.
+    """
+    heads = tensor.size(-3)
+    if heads == 0:
+        return tensor.sum(dim=-3, keepdim=True).repeat_interleave(query.size(-3), -3)
+    return tensor.repeat_interleave(query.size(-3) // heads, -3)
+
+
+def factor_of_scores(query: Tensor, scale: Optional[float]) -> float:
+    """Return the factor of the scores: ``scale``, or ``E ** -0.5`` for None, which is 1 without a feature."""
+    if scale is not None:
+        return scale
+    return query.size(-1) ** -0.5 if query.size(-1) > 0 else 1.0
 
 
 def attention_scores(
@@ -47,8 +60,7 @@ def attention_scores(
         The scores (B, L, S), -inf where a key is excluded, and a boolean tensor broadcastable to them that marks the
         excluded keys; None if there can be none.
     """
-    factor = query.size(-1) ** -0.5 if scale is None else scale
-    scores = (query * factor) @ key.transpose(-2, -1)
+    scores = (query * factor_of_scores(query, scale)) @ key.transpose(-2, -1)
     if is_causal:
         allowed = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
         excluded = ~allowed

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .arguments import batch_shape, flat_mask, widen_mask
-from .eager import lowest
+from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
+from .eager import lowest, repeat_heads
 
 #: Features per head that the tiles hold at most.
 WIDEST = 256
@@ -92,14 +93,14 @@ def attention(
     Raises:
         RuntimeError: Shapes that do not go together.
     """
+    factor = representable_factor(query, scale, torch.float32)
+    if query.shape[-1] == 0:  # a feature of zeros makes the same scores
+        query, key = F.pad(query, (0, 1)), F.pad(key, (0, 1))
+    if enable_gqa and not (key.shape[-3] == value.shape[-3] > 0 and query.shape[-3] > 0):
+        key, value, enable_gqa = repeat_heads(query, key), repeat_heads(query, value), False
     of_query, of_key, of_value = query.shape[:-2], key.shape[:-2], value.shape[:-2]
-    shared = enable_gqa and len(of_query) > 0 and of_key[-1:] != of_query[-1:]
+    shared = enable_gqa and of_key[-1] != of_query[-1]
     if shared:
-        if of_key[-1] != of_value[-1] or of_query[-1] % of_key[-1] != 0:
-            raise RuntimeError(
-                f"lwpf_attention: {of_query[-1]} heads of the query cannot share {of_key[-1]} heads of the key and "
-                f"{of_value[-1]} of the value"
-            )
         of_key = of_value = torch.Size((*of_key[:-1], of_query[-1]))
     lead = batch_shape(of_query, of_key, of_value)
     heads = lead[-1] if lead else 1
@@ -113,7 +114,6 @@ def attention(
             mask = widen_mask(mask, torch.float32)
     # Drawn where it is used, so that a CUDA graph draws anew at every replay.
     seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0 else None
-    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     out, *_ = torch.ops.lwpf_patch.triton_attention(
         query, key, value, mask, dropout_p, is_causal, factor, mu, bias, eps, seed
     )

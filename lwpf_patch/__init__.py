@@ -22,7 +22,14 @@ _EXPORTS = {
     "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU"),
     "separation": ("FeatureMap", "separation_loss"),
     "settings": ("register_func_d",),
-    "errors": ("ConflictError", "HostNotInstalledError", "LwpfError", "RewriteError", "SettingsError"),
+    "errors": (
+        "ConflictError",
+        "HostNotInstalledError",
+        "LwpfError",
+        "RewriteError",
+        "SettingsError",
+        "UnsupportedError",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -36,6 +43,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .errors import LwpfError as LwpfError
     from .errors import RewriteError as RewriteError
     from .errors import SettingsError as SettingsError
+    from .errors import UnsupportedError as UnsupportedError
     from .folding import fold as fold
     from .forgetting import PFU as PFU
     from .forgetting import FuncD as FuncD

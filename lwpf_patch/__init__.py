@@ -30,6 +30,7 @@ _EXPORTS = {
         "RewriteError",
         "SettingsError",
         "StageOneError",
+        "UnsupportedError",
     ),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .errors import RewriteError as RewriteError
     from .errors import SettingsError as SettingsError
     from .errors import StageOneError as StageOneError
+    from .errors import UnsupportedError as UnsupportedError
     from .folding import fold as fold
     from .forgetting import PFU as PFU
     from .forgetting import FuncD as FuncD

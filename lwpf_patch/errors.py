@@ -38,6 +38,10 @@ class ConflictError(LwpfError):
     """Someone else's patch stands where ours should be applied or reverted."""
 
 
+class UnsupportedError(LwpfError):
+    """Something that cannot be computed in this way; the message says what can."""
+
+
 def unknown_value(what: str, value: object, origin: str, allowed: Iterable[str]) -> SettingsError:
     """Builds the error for a name that is not in a list of names.
 

@@ -15,16 +15,18 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from . import backends, reporting, unpickling
+from . import backends, reporting, transforms, unpickling
 from .backends import cpu, eager, triton
 from .backends.arguments import batch_shape
-from .errors import SettingsError, shown
+from .errors import SettingsError, UnsupportedError, shown
 from .settings import FUNC_D_OPTIONS, func_d_factory, parse_func_d, register_func_d
 
 # While torch.compile traces, the note is made once, at tracing, and leaves neither a node nor a guard.
 _constant: Any = torch.compiler.assume_constant_result
+_constant(transforms.asked)
 _mark_used: Callable[[str], bool] = _constant(reporting.mark_used)
 _note_backend: Callable[[str, str, str], bool] = _constant(reporting.note_backend)
+_is_in_onnx_export: Callable[[], bool] = _constant(lambda: torch.onnx.is_in_onnx_export())
 
 __all__ = ["PFU", "FuncD", "NoForgetting", "ReLU", "make_func_d", "register_func_d"]
 
@@ -317,15 +319,9 @@ class PFU(FuncD):
         Returns:
             A scalar tensor of the scores' dtype. NaN if a score that counts is NaN.
         """
-        mu = self._mu
-        if mu is not None:
-            threshold = torch.full((), mu, dtype=scores.dtype, device=scores.device)
-        elif excluded is None:
-            threshold = scores.median()
-        else:
-            counted = scores.masked_fill(excluded, float("nan")).nanmedian()
-            broken = (scores.isnan() & ~excluded).any()
-            threshold = counted.masked_fill(broken, float("nan"))
+        if not torch.jit.is_scripting():
+            self._check_export()
+        threshold = eager.find_threshold(scores, excluded, self._mu)
         if training and self.sigma > 0.0:
             noise = torch.randn(1, dtype=torch.float32, device=scores.device).squeeze(0)
             threshold = threshold + (noise * self.sigma**2).to(scores.dtype)
@@ -334,10 +330,7 @@ class PFU(FuncD):
     def forget(self, scores: Tensor, excluded: Optional[Tensor], training: bool) -> Tuple[Tensor, Tensor]:
         """Computes D and D'; see :meth:`FuncD.forget`."""
         threshold = self.threshold(scores, excluded, training)
-        bias = self._bias
-        forgotten = threshold if bias is None else torch.full_like(threshold, bias)
-        # A tie is forgotten and a NaN is not hidden: both follow from asking for s <= a.
-        return torch.where(scores <= threshold, forgotten, scores), scores > threshold
+        return eager.forget(scores, threshold, self._bias, self._mu is None)
 
     def forget_as_published(self, scores: Tensor, training: bool) -> Tuple[Tensor, Tensor]:
         """Computes D and D' as the official code does: its order of operations, its draw, its ``0 * -inf = NaN``."""
@@ -351,6 +344,15 @@ class PFU(FuncD):
         forgotten = threshold if bias is None else torch.full_like(threshold, bias)
         # The official code promotes half precision to float32 here, in training only; ours stays in the scores' dtype.
         return (mask * scores + (1.0 - mask) * forgotten).to(scores.dtype), mask.to(scores.dtype)
+
+    @torch.jit.unused
+    def _check_export(self) -> None:
+        """Raise where the median would get into a program that cannot hold it."""
+        if self._mu is None and _is_in_onnx_export():
+            raise UnsupportedError(
+                f"{self} cannot be exported to ONNX, which has no median: give the threshold as a number, mu=<number> "
+                "in place of mu=dmedian, the median of all scores"
+            )
 
     def threshold_form(self) -> Optional[Tuple[Optional[float], Optional[float], float]]:
         """Returns the options; see :meth:`FuncD.threshold_form`."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from . import transforms
 from .errors import SettingsError, shown
 from .settings import LARGEST_COUNT, UHOP_OPTIONS, Option, check_name
 
@@ -38,9 +38,10 @@ def separation_loss(patterns: Tensor, t: float = 2.0, kind: str = "average") -> 
     ``L = log mean_{u != v} exp(-t * ||φ(u) - φ(v)||²)``, where φ divides a pattern by its norm. ``kind="maximum"``
     takes the largest term in place of the mean: ``L = -t * min_{u != v} ||φ(u) - φ(v)||²`` (Wu et al., ICML 2024).
 
-    Memory is linear in M: similarities are made tile by tile, and the gradient along with them if it is wanted. There
-    is no second derivative. A pattern of zeros has no direction: it stays where it is, at distance 1 from all others,
-    and its gradient is 0. If a pattern holds a NaN or an infinity, loss and gradient are NaN.
+    Memory is linear in M: similarities are made tile by tile, and the gradient along with them if it is wanted. For
+    second derivatives, in forward mode and under torch.func all pairs are held: M * M numbers, or with ``"maximum"``
+    their differences, M * M * d / 2. A pattern of zeros has no direction: it stays where it is, at distance 1 from all
+    others, and its gradient is 0. If a pattern holds a NaN or an infinity, loss and gradient are NaN.
 
     Args:
         patterns: (..., M, d), M at least 2, floating.
@@ -61,6 +62,8 @@ def separation_loss(patterns: Tensor, t: float = 2.0, kind: str = "average") -> 
     """
     t = _read_options(t, kind, "separation_loss")
     _check_patterns(patterns, "separation_loss")
+    if transforms.are_active():
+        return _plain_loss(patterns, t, kind)
     loss: Tensor = _SeparationLoss.apply(patterns, t, kind, patterns.requires_grad and torch.is_grad_enabled())
     return loss
 
@@ -231,15 +234,36 @@ class _SeparationLoss(torch.autograd.Function):
         with _without_autocast(patterns.device):
             loss, gradient = _pattern_loss(patterns.to(_wide(patterns.dtype)), t, kind, with_gradient)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
-        ctx.dtype = patterns.dtype
+            ctx.save_for_backward(patterns, gradient)
+        ctx.options = (t, kind)
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (factor[..., None, None] * gradient).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, None, None, None]:
+        patterns, gradient = ctx.saved_tensors
+        if transforms.recompute(factor):
+            again = transforms.gradients(lambda x: _plain_loss(x, *ctx.options), (patterns,), (True,), factor)
+            return again[0], None, None, None
+        return (factor[..., None, None] * gradient).to(patterns.dtype), None, None, None
+
+
+def _plain_loss(patterns: Tensor, t: float, kind: str) -> Tensor:
+    """Computes the loss of patterns (..., M, d) by operators that can be transformed and differentiated without end."""
+    with _without_autocast(patterns.device):
+        patterns = patterns.to(_wide(patterns.dtype))
+        count = patterns.shape[-2]
+        size = patterns.detach().abs().amax(-1, keepdim=True)
+        zero = size == 0
+        scaled = torch.where(zero, 1.0, patterns / size.masked_fill(zero, 1.0))  # whose norm has all derivatives
+        directions = (scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)).masked_fill(zero, 0.0)
+        first, second = torch.triu_indices(count, count, 1, device=patterns.device)
+        if kind == "maximum":  # equal distances are told by differences alone
+            difference = directions[..., first, :] - directions[..., second, :]
+            return -t * difference.square().sum(-1).amin(-1)
+        centred, squares = _centre(directions)
+        similarities = centred @ centred.mT
+        distances = squares[..., first] + squares[..., second] - 2 * similarities[..., first, second]
+        return (-t * distances).logsumexp(-1) - math.log(count * (count - 1) / 2)
 
 
 def _gradient_of_weight(

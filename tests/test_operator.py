@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention
-from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_products, cpu_steps, tiles
+from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_products, tiles
 
 INF = float("inf")
 
@@ -470,21 +470,6 @@ def test_overriding_leaves_the_func_d_alone():
     query, key, value = tensors((5, 4), (6, 4), (6, 3))
     lwpf_attention(query, key, value, func_d=func_d, training=False, masking="paper", backend="eager")
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
-
-
-def test_where_pytorch_is_not_as_expected_its_private_functions_are_left_alone(monkeypatch):
-    query, key, value = tensors((2, 5, 4), (2, 8, 4), (2, 8, 3))
-    monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: True)
-    for right in (cpu_steps._softmax_backward_is_right, False):  # PyTorch 2.5's cannot read a part of each row
-        monkeypatch.setattr(cpu_steps, "_softmax_backward_is_right", right)
-        ours = lwpf_attention(query, key, value, is_causal=True, func_d="relu", backend="cpu")
-        expected = oracle.attention(query, key, value, func_d=Forgetting("relu"), is_causal=True)
-        compare(ours, expected, [query, key, value])
-    monkeypatch.setattr(cpu, "THRESHOLD_IS_RIGHT", False)
-    with pytest.raises(lwpf_patch.SettingsError, match=r"backend 'cpu' cannot .* in PyTorch"):
-        lwpf_attention(query, key, value, func_d="relu", backend="cpu")
-    monkeypatch.setattr(cpu_steps, "keep", lambda weights, scores, a, out: out.copy_(scores))
-    assert not cpu_steps._threshold_is_right()
 
 
 @pytest.mark.parametrize("func_d", ["relu", "pfu", PFU(mu=0.1, bias=0.0)], ids=str)

@@ -1,7 +1,8 @@
 """The implementations of the operator, and the choice among them.
 
 ``eager`` is the specification, written to be read beside the papers; every other backend is compared with it. ``cpu``
-and ``triton`` are fused: for the threshold form of func_d, and in memory that is linear in the number of keys.
+and ``triton`` are fused: for the threshold form of func_d, and in memory that is linear in the number of keys. What
+transforms of PyTorch's ask of them they leave to ``eager``: in forward mode, in torch.func, and for second derivatives.
 """
 
 from __future__ import annotations
@@ -58,11 +59,17 @@ def choose(
         raise unknown_value("backend", requested, "backend", BACKENDS)
     if requested == "eager":
         return requested, "as asked"
+    if requested == "auto" and (_is_exporting() or _is_tracing()):
+        return "eager", "the program is being exported"
     fused = _fused_for(query, key) if requested == "auto" else requested
     if fused is None:
         return "eager", "there are few scores" if query.device.type == "cpu" else "no other is made for this device"
     reason = _why_not(fused, func_d, query, value, masking, alpha)
     if reason is None:
+        from .. import transforms
+
+        if transforms.are_active():
+            return "eager", f"{fused} has no other derivatives than those of backward(), and no transforms"
         return fused, "as asked" if requested == fused else "the fastest that does what is asked here"
     if requested == fused:
         raise SettingsError(f"backend {fused!r} cannot do what is asked: {reason}; use backend 'auto' or 'eager'")
@@ -88,6 +95,9 @@ def _why_not(
 
     if alpha != 1.0:
         return "sep other than 'softmax' needs a row's scores together"
+    if _is_exporting() or (_is_tracing() and torch.onnx.is_in_onnx_export()):
+        # Such a program shall run without this package, on other devices, and for other sizes: none is looked at.
+        return "the program is being exported"
     if type(query) not in (torch.Tensor, torch.nn.Parameter):
         return f"the query is a {type(query).__name__}"
     reason = cpu.why_not(query) if fused == "cpu" else triton.why_not(query, value)
@@ -99,6 +109,17 @@ def _why_not(
         return "empty='plain' needs a row's scores together"
     if masking != "exclude":
         return f"masking {masking!r} is computed as the official code does it, by the eager backend only"
-    # An exported program shall run without this package, and on other devices.
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    return "the program is being exported" if exporting is not None and exporting() else None
+    return None
+
+
+def _is_exporting() -> bool:
+    import torch
+
+    exporting = getattr(torch.compiler, "is_exporting", None)  # since 2.7
+    return exporting is not None and exporting()
+
+
+def _is_tracing() -> bool:
+    import torch
+
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[no-untyped-call]

@@ -28,8 +28,9 @@ from torch import Tensor
 from . import cpu_kept, cpu_products
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .cpu_median import TIES, median
+from .cpu_primitives import keep, raise_to
 from .cpu_products import add_product, product
-from .cpu_steps import THRESHOLD_IS_RIGHT, KeySum, add_to_mask, add_to_ties, dropout, forget, keep
+from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, gradients_again, numbers
 from .operators import Operator
 from .tiles import Problem
 
@@ -45,8 +46,6 @@ def why_not(query: Tensor) -> str | None:
         return f"the tensors are on {query.device}"
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it does not compute in {query.dtype}"
-    if not THRESHOLD_IS_RIGHT:
-        return f"the functions behind it do not do in PyTorch {torch.__version__} what they do in others"
     return None
 
 
@@ -105,7 +104,7 @@ def attention(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _threads() -> int:
-    return min(torch.get_num_threads(), 32)  # counts of the scores in a tile shall be exact in float32
+    return min(torch.get_num_threads(), 32)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -139,8 +138,7 @@ def _forward(
     scratch = problem.scratch()
     centre = torch.full((), median(problem, ties, scratch) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
-    a = threshold.item()
-    b = a if bias is None else bias
+    a, b = numbers(threshold, bias)
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     log_sum = query.new_empty(query.shape[:2])
     rho = query.new_zeros(query.shape[:2])
@@ -149,7 +147,7 @@ def _forward(
         scores, excluded = problem.scores(tile)
         if excluded is not None:
             scores.masked_fill_(excluded, a)  # not above the threshold, so not kept
-        weights = forget(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
+        weights = raise_to(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
         if small:
             weights.exp_()
         else:
@@ -230,6 +228,8 @@ def _backward(
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
     problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     a = threshold.item()
+    if math.isnan(a):
+        a = -math.inf  # all weights are NaN, and keep it
     new = torch.empty_like if query.shape[1] else torch.zeros_like  # without a query, no tile writes them
     grad_query, grad_key, grad_value = new(query), new(key), new(value)
     key_sum, value_sum = KeySum(grad_key, problem), KeySum(grad_value, problem)
@@ -286,8 +286,10 @@ def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, _, seed = inputs
-    ctx.save_for_backward(query, key, value, mask, *output, seed)
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed = (
+        inputs
+    )
+    ctx.save_for_backward(query, key, value, mask, eps, *output, seed)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient
     ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias)
@@ -295,10 +297,12 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
-    query, key, value, mask, *saved = ctx.saved_tensors
+    query, key, value, mask, _, *saved = ctx.saved_tensors
     grads = backward(grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad)
     grad_mask = grads[3] if ctx.mask_needs_grad else None
     return *grads[:3], None, grad_mask, *[None] * 10
 
 
-operator = Operator((_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients)
+operator = Operator(
+    (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients, gradients_again
+)

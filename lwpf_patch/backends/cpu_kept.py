@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .cpu_median import TIES, median
+from .cpu_primitives import keep, raise_to, softmax, softmax_backward
 from .cpu_products import add_product, product
-from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, forget, keep, softmax_backward
+from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, gradients_again, numbers
 from .operators import Operator
 from .tiles import Problem
 
@@ -66,8 +67,7 @@ def _forward(
         problem = problem._replace(made=weights)
     centre = torch.full((), median(problem, ties, scratch) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
-    a = threshold.item()
-    b = a if bias is None else bias
+    a, b = numbers(threshold, bias)
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     rho = query.new_zeros(query.shape[:2])
     for tile in problem.tiles():
@@ -76,13 +76,15 @@ def _forward(
             scores.masked_fill_(excluded, -math.inf)  # not above the threshold, so not kept
         # Unless b is above a, D(s) may take the place of s: what is above the threshold stays it, and nothing else is.
         free = scratch[: scores.numel()].view(scores.shape)
-        changed = forget(scores, a, b, out=scores if b <= a else free)
+        changed = raise_to(scores, a, b, out=scores if b <= a else free)
         if excluded is not None:
             changed.masked_fill_(excluded, -math.inf)
-        normalised = torch.softmax(changed, -1, out=free)  # slower in place
+        normalised = softmax(changed, out=free)  # slower in place
         if excluded is not None:
             normalised.masked_fill_(excluded, 0)  # and a row with no key left, which is NaN, gives 0
         kept = keep(normalised, scores, a, out=scores)
+        if not b < math.inf:  # a row is NaN where it forgets something, and the weights that are kept must tell
+            kept += 0 * normalised.sum(-1, keepdim=True)
         if mu is None:
             rho[tile.batch, tile.rows] = 1 - kept.sum(-1)
         if dropout_p > 0:
@@ -143,7 +145,7 @@ def _backward(
             used = kept * dropped
         value_sum.add(tile, used, tile_grad)
         if tile.keys:
-            inner = softmax_backward(inner, kept)
+            softmax_backward(inner, kept, out=inner)
         add_product(
             grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], problem.uses_onednn, True, scale
         )
@@ -168,20 +170,28 @@ def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, _, seed = inputs
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed = (
+        inputs
+    )
     out, weights, rho, _, centre, ties = output
-    ctx.save_for_backward(query, key, value, mask, out, weights, rho, centre, ties, seed)
+    ctx.save_for_backward(query, key, value, mask, eps, out, weights, rho, centre, ties, seed)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient, and the weights are large
-    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu is None and bias is None)
+    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias)
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
 def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
-    query, key, value, mask, *saved = ctx.saved_tensors
-    grads = backward(grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad)
+    query, key, value, mask, _, *saved = ctx.saved_tensors
+    *options, mu, bias = ctx.options
+    grads = backward(
+        grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *options, mu is None and bias is None,
+        ctx.mask_needs_grad,
+    )  # fmt: skip
     grad_mask = grads[3] if ctx.mask_needs_grad else None
     return *grads[:3], None, grad_mask, *[None] * 10
 
 
-operator = Operator((_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients)
+operator = Operator(
+    (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients, gradients_again
+)

@@ -5,12 +5,14 @@ A sample tells roughly where it is; one pass over the tiles counts what lies bel
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cpu_primitives import keep, keep_inside
 from .eager import lowest
 from .tiles import Problem, Tile
 
@@ -23,6 +25,8 @@ SAMPLED, SAMPLED_OF_MADE = 0.6, 0.65
 #: Width of the bracket to either side, in roots of the sample's size: 3.5 standard deviations of the median's rank, so
 #: that one in 2,000 brackets misses the median, and another is tried.
 MARGIN = 1.75
+#: Up to here float32 holds every whole number.
+EXACT = 1 << 24
 
 
 class _Collected(NamedTuple):
@@ -75,15 +79,19 @@ def median(problem: Problem, ties: Tensor, scratch: Tensor) -> float:
     """
     if not problem.query.shape[:2].numel() * problem.key.shape[1]:
         return 0.0
-    sample = _sample(problem)
-    for attempt in range(8):
-        margin = MARGIN * math.sqrt(len(sample)) * 4**attempt if attempt < 7 else math.inf
+    sample, finite = _sample(problem), _are_numbers(problem)
+    for attempt in itertools.count():
+        margin = MARGIN * math.sqrt(len(sample)) * 4**attempt
         low, high, flat = _bracket(sample, (len(sample) - 1) // 2, margin)
-        found = _count(problem, low, high, scratch, keep=not flat)
+        found = _count(problem, low, high, scratch, not flat, finite)
+        if found is None:
+            return math.nan
         if found.valid == 0:
             return 0.0
         rank = (found.valid - 1) // 2 - found.below
         if not 0 <= rank < found.within:
+            if low == -math.inf and high == math.inf:  # which it does not lie strictly between
+                break
             continue
         if flat:
             ties[0], ties[1] = found.within, -1
@@ -93,11 +101,26 @@ def median(problem: Problem, ties: Tensor, scratch: Tensor) -> float:
         ties[0] = len(equal)
         ties[1 : 1 + min(len(equal), TIES)] = equal[:TIES]
         return value
-    return math.nan  # only where scores are NaN
+    return math.copysign(math.inf, rank)
 
 
-def _count(problem: Problem, low: float, high: float, scratch: Tensor, keep: bool) -> _Count:
-    """Counts the scores below and strictly within a bracket, and collects those within."""
+def _are_numbers(problem: Problem) -> bool:
+    """Returns whether no score can be NaN: whether those without a mask are finite, and the mask holds none."""
+    largest = problem.query.norm(dim=-1).amax() * problem.key.norm(dim=-1).amax() * max(1.0, abs(problem.scale))
+    if not largest.item() < torch.finfo(problem.query.dtype).max:
+        return False
+    mask = problem.mask
+    return mask is None or mask.dtype == torch.bool or not mask.isnan().any()
+
+
+def _count(
+    problem: Problem, low: float, high: float, scratch: Tensor, collect: bool, are_numbers: bool
+) -> _Count | None:
+    """Counts the scores below and strictly within a bracket, and collects those within if that is wanted.
+
+    Returns:
+        What was counted; None if a score that counts is NaN.
+    """
     one = problem.query.new_ones(())
     valid = below = within = 0
     collected = []
@@ -107,16 +130,22 @@ def _count(problem: Problem, low: float, high: float, scratch: Tensor, keep: boo
         if excluded is not None:
             scores.masked_fill_(excluded, -math.inf)  # in no bracket
             count -= int(excluded.expand_as(scores).count_nonzero())
+        if not are_numbers and scores.isnan().any():
+            return None
         ones, marks = one.expand_as(scores), scratch[: scores.numel()].view(scores.shape)
         # These two count several times as fast as comparisons do: 1 for what is > low, 1 for what is in between.
-        above = torch.ops.aten.threshold_backward.grad_input(ones, scores, low, grad_input=marks)
-        valid, below = valid + count, below + count - int(above.sum())
-        inside = torch.ops.aten.hardtanh_backward.grad_input(ones, scores, low, high, grad_input=marks)
-        count = int(inside.sum())
+        valid, below = valid + count, below + count - _sum(keep(ones, scores, low, out=marks))
+        inside = keep_inside(ones, scores, low, high, out=marks)
+        count = _sum(inside)
         within += count
-        if count and keep:
-            collected.append(_collect(tile, scores.flatten(), inside.flatten(), low, high))
+        if count and collect:
+            collected.append(_collect(tile, scores.reshape(-1).contiguous(), inside.view(-1), low, high))
     return _Count(valid, below, within, collected)
+
+
+def _sum(marks: Tensor) -> int:
+    """Returns how many of the marks are 1, the others 0; float32 counts no further than to EXACT."""
+    return sum(int(part.sum().item()) for part in torch.split(marks.view(-1), EXACT))
 
 
 def _collect(tile: Tile, scores: Tensor, inside: Tensor, low: float, high: float) -> _Collected:

@@ -2,65 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .. import transforms
+from . import eager
 from .cpu_median import TIES
 from .cpu_products import add_product
 from .tiles import Problem, Tile
-
-
-def keep(weights: Tensor, scores: Tensor, a: float, out: Tensor) -> Tensor:
-    """Copies to out, which may be one of the others, the weights of the scores above the threshold, and 0 elsewhere.
-
-    Several times as fast as where().
-    """
-    return torch.ops.aten.threshold_backward.grad_input(weights, scores, a, grad_input=out)
-
-
-def forget(scores: Tensor, a: float, b: float, out: Tensor) -> Tensor:
-    """Copies to out, which may be the scores, those above the threshold, and b elsewhere."""
-    return torch.ops.aten.threshold.out(scores, a, b, out=out)
-
-
-def softmax_backward(inner: Tensor, weights: Tensor) -> Tensor:
-    """Puts the gradient of the scores, P (G - rowsum(P G)), in the place of G, that of the weights P."""
-    if _softmax_backward_is_right:
-        return torch.ops.aten._softmax_backward_data.out(inner, weights, -1, inner.dtype, grad_input=inner)
-    return inner.sub_((weights * inner).sum(-1, keepdim=True)).mul_(weights)
-
-
-# PyTorch does not promise what these functions of its own do to memory that they both read and write, or to tiles that
-# are a part of each row: it is seen here, in numbers that are exact.
-
-
-def _threshold_is_right() -> bool:
-    scores = _part_of_rows([[-1.0, 2.0], [1.0, 3.0]])
-    try:
-        kept = keep(_part_of_rows([[3.0, 4.0], [5.0, 6.0]]), scores, 1.0, out=scores)
-        changed = forget(_part_of_rows([[-1.0, 2.0], [1.0, 3.0]]), 1.0, 0.5, out=torch.empty_like(kept))
-        again = forget(changed, 2.0, 0.25, out=changed)
-        return kept.tolist() == [[0.0, 4.0], [0.0, 6.0]] and again.tolist() == [[0.25, 0.25], [0.25, 3.0]]
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def _softmax_backward_is_right_here() -> bool:
-    inner, weights = _part_of_rows([[1.0, 3.0], [4.0, 8.0]]).contiguous(), _part_of_rows([[0.5, 0.5], [0.25, 0.75]])
-    try:
-        torch.ops.aten._softmax_backward_data.out(inner, weights, -1, inner.dtype, grad_input=inner)
-        return inner.tolist() == [[-0.5, 0.5], [-0.75, 0.75]]  # not so in PyTorch 2.5
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def _part_of_rows(numbers: list[list[float]]) -> Tensor:
-    return torch.tensor([[*row, 9.0] for row in numbers], dtype=torch.float32, device="cpu")[:, :-1]
-
-
-#: Whether the first two functions here do what is said of them; the backend cannot compute otherwise.
-THRESHOLD_IS_RIGHT = _threshold_is_right()
-_softmax_backward_is_right = _softmax_backward_is_right_here()
 
 
 def dropout(like: Tensor, p: float, seed: Tensor, tile: Tile) -> Tensor:
@@ -68,6 +20,24 @@ def dropout(like: Tensor, p: float, seed: Tensor, tile: Tile) -> Tensor:
     place = tile.batch.start * 2**31 + tile.rows.start
     generator = torch.Generator().manual_seed((int(seed) + place) % 2**62)
     return torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(max(1 - p, 1e-30))
+
+
+def numbers(threshold: Tensor, bias: float | None) -> tuple[float, float]:
+    """Returns the threshold and what a forgotten score becomes, for the forward pass.
+
+    With a threshold that is NaN all scores are forgotten, and become NaN.
+    """
+    a = threshold.item()
+    return (math.inf, math.nan) if math.isnan(a) else (a, a if bias is None else bias)
+
+
+def all_dropout(problem: Problem, p: float, seed: Tensor) -> Tensor:
+    """Makes the dropout mask of all scores, (B H, L, S): that of both passes, tile by tile."""
+    made = problem.query.new_zeros(*problem.query.shape[:2], problem.key.shape[1])
+    for tile in problem.tiles():
+        part = made[tile.batch, tile.rows, : tile.keys]
+        part.copy_(dropout(part, p, seed, tile))
+    return made
 
 
 class KeySum:
@@ -147,3 +117,34 @@ def add_to_ties(
         if grad_mask.numel():
             tile = Tile(slice(batch, batch + 1), slice(row, row + 1), keys)
             grad_mask[problem.mask_index(tile)][..., column] += share
+
+
+def gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Returns the gradients of all arguments of an operator, in a form that can be differentiated and transformed.
+
+    Args:
+        ctx: The operator's, with its arguments as both operators save them.
+        grad: The gradient of the output.
+    """
+    query, key, value, mask, eps, *_, seed = ctx.saved_tensors
+    heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias = ctx.options
+    dropped = None
+    if dropout_p > 0:
+        with torch.no_grad():
+            problem = Problem(query, key, ctx.scale, mask, heads, is_causal, tile_size, threads, onednn)
+            dropped = all_dropout(problem, dropout_p, seed)
+    heads = max(heads, 1)
+
+    def split(x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0] // heads, heads, *x.shape[1:])
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        out = eager.above_threshold(
+            split(query), split(key), split(value), mask, is_causal, ctx.scale, mu, bias, eps,
+            None if dropped is None else split(dropped),
+        )  # fmt: skip
+        return out.flatten(0, 1)
+
+    needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
+    *grads, grad_mask = transforms.gradients(attend, (query, key, value, mask), needed, grad)
+    return *grads, None, grad_mask, *[None] * 10

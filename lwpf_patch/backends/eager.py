@@ -73,6 +73,49 @@ def attention_scores(
     return scores + attn_mask.to(scores.dtype), attn_mask <= lowest(attn_mask.dtype)
 
 
+def find_threshold(scores: Tensor, excluded: Optional[Tensor], mu: Optional[float]) -> Tensor:
+    """Compute PFU's threshold without its noise.
+
+    Args:
+        scores: s, (B, L, S).
+        excluded: Boolean, broadcastable to (B, L, S): not counted by the median. None: every score counts.
+        mu: The threshold; None: the median of all scores.
+
+    Returns:
+        A scalar tensor of the scores' dtype. NaN if it is the median and a score that counts is NaN.
+    """
+    if mu is not None:
+        return torch.full((), mu, dtype=scores.dtype, device=scores.device)
+    if excluded is None:
+        return scores.median()
+    counted = scores.masked_fill(excluded, float("nan")).nanmedian()
+    broken = (scores.isnan() & ~excluded).any()
+    return counted.masked_fill(broken, float("nan"))
+
+
+def forget(
+    scores: Tensor, threshold: Tensor, bias: Optional[float], threshold_may_be_nan: bool
+) -> Tuple[Tensor, Tensor]:
+    """Compute D and D' of PFU, for which a tie is forgotten and a NaN is not hidden.
+
+    Args:
+        scores: s, (B, L, S).
+        threshold: The threshold, noise included, a scalar.
+        bias: What a forgotten score becomes; None: the threshold.
+        threshold_may_be_nan: Whether a NaN among the scores makes the threshold NaN. Then so is all that is computed.
+
+    Returns:
+        D(s) and D'(s), (B, L, S); the latter boolean.
+    """
+    kept = scores > threshold
+    forgotten = threshold if bias is None else torch.full_like(threshold, bias)
+    if threshold_may_be_nan:  # no score is above it then, a NaN neither
+        if bias is not None:
+            forgotten = forgotten.masked_fill(threshold.isnan(), float("nan"))
+        return torch.where(kept, scores, forgotten), kept
+    return torch.where(scores <= threshold, forgotten, scores), kept
+
+
 def exclude(forgotten: Tensor, mask: Tensor, excluded: Tensor, dim: int) -> Tuple[Tensor, Tensor]:
     """Keeps excluded keys out of the denominator (-inf) and out of the values (mask False).
 
@@ -89,6 +132,8 @@ def exclude(forgotten: Tensor, mask: Tensor, excluded: Tensor, dim: int) -> Tupl
     """
     empty = excluded.all(dim=dim, keepdim=True)
     forgotten = forgotten.masked_fill(excluded, float("-inf")).masked_fill(empty, 0.0)
+    if mask.dtype == torch.bool:  # ONNX's runtimes choose among numbers only
+        return forgotten, mask & ~excluded
     return forgotten, mask.masked_fill(excluded, False)
 
 
@@ -107,13 +152,15 @@ def keep_empty_rows(
     Returns:
         The two, corrected.
     """
-    rows = (mask != 0).any(dim=dim, keepdim=True).logical_not()
-    kept = torch.ones_like(mask)
+    kept = (mask != 0) | forgotten.isnan()  # a row with a NaN is NaN
+    rows = kept.any(dim=dim, keepdim=True).logical_not()
     if excluded is not None:
         rows = rows & excluded.all(dim=dim, keepdim=True).logical_not()
-        kept = kept.masked_fill(excluded, False)
         scores = scores.masked_fill(excluded, float("-inf"))
-    return torch.where(rows, scores, forgotten), torch.where(rows, kept, mask)
+    forgotten = torch.where(rows, scores, forgotten)
+    if excluded is not None:
+        rows = rows & ~excluded
+    return forgotten, mask | rows if mask.dtype == torch.bool else torch.where(rows, torch.ones_like(mask), mask)
 
 
 def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, alpha: float) -> Tensor:
@@ -134,3 +181,42 @@ def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, a
         weights = torch.nn.functional.dropout(weights, dropout_p, True)
     weights = mask * weights
     return weights @ value
+
+
+def above_threshold(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Optional[Tensor],
+    is_causal: bool,
+    scale: float,
+    mu: Optional[float],
+    bias: Optional[float],
+    eps: Optional[Tensor],
+    dropped: Optional[Tensor],
+) -> Tensor:
+    """Compute attention as the fused backends do, from what they are given: for their second derivatives.
+
+    Args:
+        query: (B, L, E).
+        key: (B, S, E).
+        value: (B, S, Ev).
+        mask: Broadcastable to (B, L, S), boolean or additive, or None.
+        is_causal: Whether query i sees the keys 0 to i only.
+        scale: Factor of the scores.
+        mu: The threshold without noise; None: the median of all scores.
+        bias: What a forgotten score becomes; None: the threshold.
+        eps: The noise that was added to the threshold, a scalar; None: none.
+        dropped: What the weights are multiplied with by dropout, (B, L, S); None: none.
+
+    Returns:
+        The output, (B, L, Ev).
+    """
+    scores, excluded = attention_scores(query, key, mask, is_causal, scale)
+    threshold = find_threshold(scores, excluded, mu)
+    if eps is not None:
+        threshold = threshold + eps.to(scores.dtype)
+    forgotten, kept = forget(scores, threshold, bias, mu is None)
+    if excluded is not None:
+        forgotten, kept = exclude(forgotten, kept, excluded, -1)
+    return retrieve(forgotten, kept if dropped is None else kept * dropped, value, 0.0, 1.0)

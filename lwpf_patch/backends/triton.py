@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import transforms
+from . import eager
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .eager import lowest, repeat_heads
 
@@ -480,8 +482,47 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    if transforms.recompute(grad):
+        return _gradients_again(ctx, grad)
     grads = torch.ops.lwpf_patch.triton_attention_backward(grad, *ctx.saved_tensors, *ctx.options, ctx.mask_needs_grad)
     return *grads[:3], grads[3] if ctx.mask_needs_grad else None, None, None, None, None, None, None, None
+
+
+def _gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Returns the gradients of all arguments, in a form that can be differentiated and transformed."""
+    query, key, value, mask, eps, seed, *_ = ctx.saved_tensors
+    dropout_p, is_causal, scale, mu, bias = ctx.options
+    dropped = None if seed is None else _dropout(query, key, dropout_p, seed)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        heads, dtype = query.shape[1], query.dtype
+        query, key, value = query.float(), key.float(), value.float()
+        if key.shape[1] != heads:
+            key, value = eager.repeat_heads(query, key), eager.repeat_heads(query, value)
+        return eager.above_threshold(
+            query, key, value, mask, is_causal, scale, mu, bias, eps, dropped
+        ).to(dtype)  # fmt: skip
+
+    *grads, grad_mask = transforms.gradients(attend, (query, key, value, mask), ctx.needs_input_grad[:4], grad)
+    return *grads, grad_mask, None, None, None, None, None, None, None
+
+
+@torch.no_grad()
+def _dropout(query: Tensor, key: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """Makes the dropout mask of all scores, (B, H, L, S), by asking the kernel which weights it keeps.
+
+    With all scores 0 and above the threshold, and unit vectors for values, its output is the weights.
+    """
+    batches, heads, length, _ = query.shape
+    count = key.shape[2]
+    same, alike = query.new_zeros(batches, heads, length, 16), key.new_zeros(batches, heads, count, 16)
+    unit = torch.eye(count, dtype=query.dtype, device=query.device).expand(batches, heads, count, count)
+    kept = [
+        _forward(same, alike, part, None, dropout_p, False, 1.0, -1.0, 0.0, None, seed)[0] > 0
+        for part in torch.split(unit, WIDEST, -1)
+    ]
+    made = torch.cat(kept, -1) if kept else query.new_zeros(batches, heads, length, count)
+    return made.float() / max(1 - dropout_p, 1e-30)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

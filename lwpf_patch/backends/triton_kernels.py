@@ -306,7 +306,8 @@ def forward_kernel(
             tl.store(rho + place, weight / tl.where(total == 0, 1.0, total), mask=rows < length)
     empty = total == 0  # no key is left: the row gives 0
     outs = outs / tl.where(empty, 1.0, total)[:, None]
-    outs = tl.where(threshold == threshold, outs, float("nan"))
+    relevant = tl.where(empty, 0.0, threshold)
+    outs = tl.where((relevant == relevant)[:, None], outs, float("nan"))
     tl.store(log_sum + place, tl.where(empty, float("inf"), shift + tl.log2(total)), mask=rows < length)
     put_rows(
         head_of(out, batch, query_head, stride_out_batch, stride_out_head), stride_out_row, start_row, length, outs,

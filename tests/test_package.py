@@ -31,9 +31,9 @@ def test_public_names_are_documented(name):
 
 #: What a module may import of the package when it is loaded: only what stands further down this list.
 LAYERS = [
-    "__main__", "_startup", "cli", "folding", "models", "registry", "attaching", "hosts", "rewriting", "edits",
-    "compat", "attention", "retrieval", "forgetting", "backends", "uhop", "separation", "sep", "settings", "importing",
-    "reporting", "errors",
+    "__main__", "_startup", "cli", "folding", "models", "registry", "swapping", "attaching", "hosts", "rewriting",
+    "edits", "compat", "attention", "retrieval", "forgetting", "backends", "uhop", "separation", "sep", "settings",
+    "importing", "frames", "reporting", "errors",
 ]  # fmt: skip
 
 

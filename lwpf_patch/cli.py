@@ -16,7 +16,7 @@ from typing import Any
 
 from . import __version__, backends, importing, registry
 from .comparing import command as comparing
-from .errors import LwpfError, SettingsError
+from .errors import HostNotInstalledError, LwpfError, SettingsError
 from .hosts import HOSTS
 from .settings import (
     BACKENDS,
@@ -34,6 +34,7 @@ from .settings import (
 )
 
 HOOK = "lwpf_patch.pth"
+BESIDE = "a copy beside a script is patched when the script imports it"
 
 RUN_DESCRIPTION = """\
 Sets the environment and executes the same interpreter: exit code, signals,
@@ -196,7 +197,6 @@ def _run(options: argparse.Namespace) -> int:
     hosts = options.patch or os.environ.get(PATCH_VARIABLE, "").strip() or "timm"
     for host in check_hosts(split_list(hosts), "--patch" if options.patch else PATCH_VARIABLE, HOSTS):
         HOSTS[host].selected(settings)
-        HOSTS[host].root()
     environment[PATCH_VARIABLE] = hosts
     environment.update({VARIABLES[setting]: value for setting, value in given.items()})
     if options.unpickle is not None:
@@ -252,7 +252,10 @@ def _plain_status() -> dict[str, Any]:
                 for site in plan.sites
             ]
             shims = [{"name": shim.name, "why": shim.why, "needed": shim.needed()} for shim in host.shims]
-            hosts[name] = {"version": host.version(), "patchable": True, "sites": sites, "shims": shims}
+            version = host.version() or "unknown"
+            hosts[name] = {"version": version, "patchable": True, "sites": sites, "shims": shims}
+        except HostNotInstalledError as error:
+            hosts[name] = {"patchable": False, "problem": f"{error}; {BESIDE}"}
         except LwpfError as error:
             hosts[name] = {"patchable": False, "problem": str(error)}
     environment = {name: value for name, value in os.environ.items() if name.startswith("LWPF_")}
@@ -336,7 +339,7 @@ _PROBE = """
 import sys
 registry = sys.modules.get("lwpf_patch.registry")
 state = registry.status()["hosts"] if registry else {}
-print(",".join(name for name, host in state.items() if host["state"] != "off" and host["installed"]))
+print(",".join(name for name, host in state.items() if host["state"] in ("patched", "waiting for its import")))
 """
 
 
@@ -346,8 +349,11 @@ def _doctor(options: argparse.Namespace) -> int:
     print(f"start-up hook: {', '.join(map(str, _hook_files())) or 'in no folder of sys.path'}")
     healthy = True
     for name, host in HOSTS.items():
+        beside = ""
         try:
             host.plans(Settings())
+        except HostNotInstalledError:
+            beside = f"; it is not installed here, but {BESIDE}"
         except LwpfError as error:
             print(f"{name}: {error}")
             continue
@@ -355,7 +361,8 @@ def _doctor(options: argparse.Namespace) -> int:
         child = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
         fires = child.stdout.strip() == name
         healthy = healthy and fires
-        print(f"{name}: {PATCH_VARIABLE}={name} {'takes effect' if fires else 'has NO effect'} in a new interpreter")
+        effect = "takes effect" if fires else "has NO effect"
+        print(f"{name}: {PATCH_VARIABLE}={name} {effect} in a new interpreter{beside}")
         if not fires:
             print(child.stderr, end="", file=sys.stderr)
     if not healthy:

@@ -65,6 +65,10 @@ class AppliedShim:
             applied._replaced.append((replacement, before))
         return applied
 
+    def is_of(self, shim: Shim, module: ModuleType) -> bool:
+        """Return whether this is a shim in a module."""
+        return self.shim is shim and self.module == module.__name__
+
     def undo(self) -> None:
         """Puts back what was there, unless someone else has replaced it since."""
         for replacement, before in reversed(self._replaced):

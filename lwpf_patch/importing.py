@@ -1,4 +1,4 @@
-"""Import hooks: patch a module when it is imported, or raise when a request could not be read.
+"""Import hooks: patch a module when it is imported, or raise when a request could not be read or met.
 
 A finder of our own and not a post-import hook of a library: those fire once, so that a reloaded module would stay
 unpatched, and cannot stop an import.
@@ -6,10 +6,13 @@ unpatched, and cannot stop an import.
 
 from __future__ import annotations
 
+import copy
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 
@@ -18,7 +21,9 @@ class _Watcher:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.executing: set[str] = set()
         self.callback: Callable[[ModuleType], None] = lambda module: None
+        self.not_found: Callable[[str, str], None] = lambda name, where: None
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in self.names:
@@ -31,42 +36,95 @@ class _Watcher:
             if spec is not None:
                 self._report_after(spec)
                 return spec
+        if (importer := _importer()) is not None:
+            self.not_found(name, f"{importer.f_code.co_filename}:{importer.f_lineno}")
         return None
 
     def _report_after(self, spec: ModuleSpec) -> None:
         # On the loader's instance, which belongs to this spec alone: its type and everything else stay as they are.
         loader: Any = spec.loader
+        if any(loader is finder for finder in sys.path_importer_cache.values()):
+            loader = spec.loader = copy.copy(loader)  # that of a zip file, which loads all of its modules
         execute = getattr(loader, "exec_module", None)
         if execute is None:
             return
 
         def exec_module(module: ModuleType) -> None:
             del loader.exec_module
-            execute(module)
+            self.executing.add(spec.name)
+            try:
+                execute(module)
+            finally:
+                self.executing.discard(spec.name)
             self.callback(module)
 
         loader.exec_module = exec_module
 
 
+def _importer() -> FrameType | None:
+    """Returns the frame whose import looks for a module; None for a question such as importlib.util.find_spec."""
+    frame: FrameType | None = sys._getframe(1)
+    imports = False
+    while frame is not None and (
+        frame.f_code.co_name == "find_spec" or frame.f_globals.get("__name__", "").startswith(("importlib", "_frozen_"))
+    ):
+        if frame.f_code is importlib.util.find_spec.__code__:
+            return None
+        imports = imports or frame.f_code.co_name == "_find_and_load_unlocked"
+        frame = frame.f_back
+    return frame if imports else None
+
+
 _watcher = _Watcher()
 
 
-def watch(names: Iterable[str], callback: Callable[[ModuleType], None]) -> None:
+def watch(names: Iterable[str], callback: Callable[[ModuleType], None], not_found: Callable[[str, str], None]) -> None:
     """Has a function called with each module of some names, right after it was imported or reloaded.
 
-    An exception that the function raises makes the import fail.
+    Args:
+        names: The names of the modules.
+        callback: Called with the module. An exception that it raises makes the import fail.
+        not_found: Called with the name of a module that an import does not find, and where the import stands; it may
+            raise. Not called for questions such as ``importlib.util.find_spec``.
     """
     _watcher.names |= set(names)
-    _watcher.callback = callback
+    _watcher.callback, _watcher.not_found = callback, not_found
     if _watcher not in sys.meta_path:
         sys.meta_path.insert(0, _watcher)
 
 
 def unwatch() -> None:
-    """Ends all watching."""
+    """End all watching."""
     _watcher.names = set()
     if _watcher in sys.meta_path:
         sys.meta_path.remove(_watcher)
+
+
+def is_initializing(module: ModuleType) -> bool:
+    """Return whether a module is being imported."""
+    return getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+def wait_for(names: Iterable[str]) -> list[str]:
+    """Wait for those modules that were being imported, by other threads, before they were watched.
+
+    Hold no lock that an import could need.
+
+    Returns:
+        The names of those that cannot be waited for: they are being imported by this very thread.
+    """
+    left = []
+    for name in names:
+        module = sys.modules.get(name)
+        if module is None or not is_initializing(module) or name in _watcher.executing:
+            continue
+        try:
+            importlib.import_module(name)  # returns when the other thread has finished
+        except Exception:
+            continue  # it failed in the other thread, which says so
+        if is_initializing(module) and sys.modules.get(name) is module:
+            left.append(name)
+    return left
 
 
 class _Raiser:

@@ -18,6 +18,7 @@ from .errors import ConflictError, SettingsError, shown
 from .hosts import HOSTS, Host
 from .rewriting import Site
 from .settings import Settings
+from .swapping import describe, locate
 from .uhop import HostFeatureMap
 
 
@@ -64,6 +65,8 @@ def patch_model(
             + ", ".join(site.name for host in HOSTS.values() for site in host.sites)
         )
     chosen = _choose(found, settings)
+    for name in chosen:
+        _refuse_own_forward(name, model.get_submodule(name), found[name][1])
     uses_map = settings.uhop is not None
     if uses_map and not any(found[name][1].map_size for name in chosen):
         raise SettingsError(
@@ -120,6 +123,21 @@ def _check_model(model: object, function: str) -> None:
         raise SettingsError(f"model={shown(model)} (from {function}(model=...)): model must be a torch.nn.Module")
 
 
+def _refuse_own_forward(name: str, module: nn.Module, site: Site) -> None:
+    """Check that a module runs what its class defines.
+
+    Raises:
+        ConflictError: An attribute of the instance stands before it.
+    """
+    method = site.qualname.rpartition(".")[2]
+    if method in vars(module):
+        raise ConflictError(
+            f"patch_model: {name} ({type(module).__qualname__}) has a {method} of its own, set on the "
+            f"instance ({describe(vars(module)[method])}), which a patch of its class does not reach: remove it (del "
+            f"module.{method}), leave the module out with exclude=, or use lwpf_patch.apply()"
+        )
+
+
 def _parts(module: nn.Module, host: Host, site: Site, settings: Settings) -> dict[str, nn.Module]:
     """Makes what a module shall own; a feature map that it has already is kept, with what it has learnt."""
     parts: dict[str, nn.Module] = {}
@@ -132,7 +150,7 @@ def _parts(module: nn.Module, host: Host, site: Site, settings: Settings) -> dic
             existing.attached = False
             parts["feature_map"] = existing
         else:
-            parts["feature_map"] = make_feature_map(module, site, host, settings)
+            parts["feature_map"] = make_feature_map(module, site, host, settings.uhop)
     for part in parts.values():
         part.train(module.training)
     return parts
@@ -207,7 +225,7 @@ def _patched_class(cls: type, uhop: bool) -> type:
 
 def _patched_function(site: Site, uhop: bool, replaced: dict[str, Any] | None = None) -> FunctionType:
     """Makes a function with a site's patched code beside the one that is there."""
-    (located,) = registry.locate(sys.modules[site.module], [site], uhop)
+    (located,) = locate(sys.modules[site.module], [site], uhop)
     plain = located.function
     namespace = {**plain.__globals__, **replaced} if replaced else plain.__globals__
     function = FunctionType(located.patched, namespace, plain.__name__, plain.__defaults__, plain.__closure__)

@@ -12,50 +12,30 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import exit_report, importing, reporting, rewriting
-from .attaching import Attachments, attach_to_living, detach_from_living, func_d_prototype, living
+from . import exit_report, frames, importing, reporting
+from .attaching import Attachments, Makers, detach, func_d_prototype, living
 from .compat import AppliedShim, Shim
-from .errors import ConflictError, LwpfError, RewriteError
+from .errors import ConflictError, HostNotInstalledError, LwpfError
 from .hosts import HOSTS, Host
 from .owners import Owners
 from .rewriting import Site
 from .settings import Settings, check_hosts, texts
+from .swapping import PatchedSite, describe, locate
 
 if TYPE_CHECKING:
     from torch import nn
 
+#: Held while a host goes from one state to another: one at a time.
+_transitions = threading.RLock()
+#: Held while the state is read or changed, and by imports; never while waiting for another thread.
 _lock = threading.RLock()
-
-
-@dataclass
-class PatchedSite:
-    """A site whose code was swapped.
-
-    Attributes:
-        site: The site.
-        owner: The class; None for a function of a module.
-        function: The function object whose code was swapped.
-        original: The code that stood there.
-        patched: The code that stands there now.
-        wrappers: The wrappers around the owner's methods that make instances, by name, with what they replaced.
-        known: Whether its syntax tree is one that is known to be right to edit.
-    """
-
-    site: Site
-    owner: type | None
-    function: FunctionType
-    original: CodeType
-    patched: CodeType
-    known: bool
-    wrappers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,6 +45,7 @@ class Applied:
     Attributes:
         host: The host.
         settings: How.
+        makers: What has new instances come with what they need.
         sites: What has been patched of it so far.
         shims: The compatibility shims that are in place.
         complete: Whether every site that was asked for has been found.
@@ -72,12 +53,25 @@ class Applied:
 
     host: Host
     settings: Settings
+    makers: Makers = field(default_factory=Makers)
     sites: list[PatchedSite] = field(default_factory=list)
     shims: list[AppliedShim] = field(default_factory=list)
     complete: bool = False
+    _attachments: Attachments | None = None
+
+    def attachments(self) -> Attachments:
+        """Return what the instances get; made at first use, since it needs torch."""
+        if self._attachments is None:
+            self._attachments = Attachments(self.host, self.settings)
+        return self._attachments
+
+    def provisional(self) -> list[Any]:
+        """Return references to what was made while it was not sure that this state would stand."""
+        return (self._attachments.provisional or []) if self._attachments is not None else []
 
 
 _applied: dict[str, Applied] = {}
+_blocks: dict[str, list[_Block]] = {}
 
 
 # --- what users call ------------------------------------------------------------------------------------------------
@@ -96,6 +90,10 @@ def apply(
     exclude_models: str | Iterable[str] | None = None,
 ) -> None:
     """Patches a host, now or when it is imported. Applying again with other settings replaces them.
+
+    Other threads may be in the middle of a forward pass or a constructor: each call of an attention module computes
+    with what was there before or with what is there afterwards. Applying once more with the same settings looks for
+    modules that have come without a func_d.
 
     Args:
         host: A host's name, such as ``"timm"``, or several.
@@ -127,31 +125,28 @@ def apply(
     for name in names:  # all of them can be met before any of them is
         HOSTS[name].selected(settings)
         HOSTS[name].root()
+        if name not in sys.modules:
+            HOSTS[name].missing((), settings, imported=())
     for name in names:
         request(name, settings)
 
 
 def request(name: str, settings: Settings) -> None:
-    """Patches a host as ``apply`` does, with settings that have been read already."""
+    """Patches a host as ``apply`` does, with settings that have been read already.
+
+    Whether the host is installed is not asked: the start-up hook comes before the script's folder is on the path, so
+    that is seen when the host is imported.
+    """
     host = HOSTS[name]
-    with _lock:
-        host.selected(settings)
-        host.root()
-        if not isinstance(settings.func_d, str) or "torch" in sys.modules:
-            func_d_prototype(host, settings)  # raises for a wrong one
+    host.selected(settings)
+    if not isinstance(settings.func_d, str) or "torch" in sys.modules:
+        func_d_prototype(host, settings)  # raises for a wrong one
+    with _transitions:
         before = _applied.get(name)
         if before is not None and before.settings == settings:
+            _attach_missing(before)
             return
-        if before is not None:
-            _revert(before, keep_maps=settings.uhop is not None)
-        applied = Applied(host, settings)
-        try:
-            _patch_loaded(applied)
-        except BaseException:
-            _revert(applied, keep_maps=before is not None and before.settings.uhop is not None)
-            if before is not None:
-                _patch_loaded(Applied(host, before.settings))
-            raise
+        _change(host, settings)
         if before is None:
             reporting.forget_use(name)
 
@@ -159,41 +154,65 @@ def request(name: str, settings: Settings) -> None:
 def revert(host: str | None = None) -> None:
     """Restores the very code that stood there before ``apply``.
 
+    Calls that other threads have begun are waited for, for 10 s at most, before what they use is taken away.
+
     Args:
         host: The host's name, None for all.
 
     Raises:
         SettingsError: There is no such host.
         ConflictError: Someone else has patched over our patch since.
+        LwpfError: It is called inside of a patched forward.
     """
-    names = list(_applied) if host is None else check_hosts([host], "revert()", HOSTS)
-    with _lock:
+    with _transitions:
+        names = list(_applied) if host is None else check_hosts([host], "revert()", HOSTS)
         for name in names:
             if name in _applied:
-                _revert(_applied[name])
+                _change(HOSTS[name], None)
+
+
+@dataclass
+class _Block:
+    """A block of :func:`patched`, with what it found."""
+
+    before: Settings | None
 
 
 @contextlib.contextmanager
 def patched(host: str, **settings: Any) -> Iterator[None]:
     """Patches a host for the length of a ``with`` block; afterwards it is as it was before, patched or not.
 
+    A host is patched for the whole process, so blocks of several threads share it: the settings are those of the block
+    that was entered last, for everyone. Each block puts back what it found. One that ends while a later one is still
+    open changes nothing; the later one then puts back what the ended one had found, so that after the last of them the
+    host is as it was before the first. ``apply`` and ``revert`` inside of a block hold until it ends.
+
     Args:
         host: The host's name.
         **settings: As for :func:`apply`.
 
     Raises:
-        LwpfError: As for :func:`apply`.
+        LwpfError: As for :func:`apply`, and at the end as for :func:`revert`.
     """
     check_hosts([host], "patched()", HOSTS)
-    before = _applied.get(host)
-    apply(host, **settings)
+    with _transitions:
+        before = _applied.get(host)
+        apply(host, **settings)
+        block = _Block(None if before is None else before.settings)
+        blocks = _blocks.setdefault(host, [])
+        blocks.append(block)
     try:
         yield
     finally:
-        if before is None:
-            revert(host)
-        else:
-            request(host, before.settings)
+        with _transitions:
+            above = blocks[blocks.index(block) + 1 :]
+            blocks.remove(block)
+            if above:
+                above[0].before = block.before
+            elif block.before is None:
+                revert(host)
+            else:
+                request(host, block.before)
 
 
 def settings_of(host: str) -> Settings | None:
@@ -215,22 +234,23 @@ def status() -> dict[str, Any]:
 
 
 def _host_status(host: Host) -> dict[str, Any]:
-    try:
-        host.root()
-        version = host.version()
-    except LwpfError as error:
-        return {"installed": False, "state": "not installed", "hint": str(error)}
     applied = _applied.get(host.name)
+    found: dict[str, Any]
+    try:
+        found = {"installed": True, "version": host.version() or "unknown"}
+    except HostNotInstalledError as error:
+        if applied is None:
+            return {"installed": False, "state": "not installed", "hint": str(error)}
+        found = {"installed": False, "version": "unknown"}
     if applied is None:
-        return {"installed": True, "version": version, "state": "off"}
+        return {**found, "state": "off"}
     return {
-        "installed": True,
-        "version": version,
+        **found,
         "state": "patched" if applied.sites else "waiting for its import",
         "called": reporting.was_used(host.name),
         "backends": reporting.backends_of(host.name),
         "shims": [{"name": shim.name, "why": shim.why, "state": _shim_state(applied, shim)} for shim in host.shims],
-        "modules": len(living(_owners(applied.sites))),
+        "modules": len(living(applied.makers.owners())),
         "feature_maps": _feature_maps(host.name) if applied.settings.uhop is not None else None,
         "settings": applied.settings.describe(),
         # by name: a module that was reloaded has two classes of one name, both patched
@@ -259,21 +279,6 @@ def _shim_state(applied: Applied, shim: Shim) -> str:
 # --- patching and reverting -----------------------------------------------------------------------------------------
 
 
-def _patch_loaded(applied: Applied) -> None:
-    """Patches the modules of a host that are imported already, and watches for the others."""
-    host = applied.host
-    _applied[host.name] = applied
-    importing.watch([*host.modules(), exit_report.MODULE], on_import)
-    modules = sys.modules.get(exit_report.MODULE)
-    if modules is not None and not _is_initializing(modules):
-        exit_report.listen(modules)
-    for name in host.modules():
-        module = sys.modules.get(name)
-        if module is not None and not _is_initializing(module):
-            _patch_module(applied, module)
-    _check_complete(applied)
-
-
 def on_import(module: ModuleType) -> None:
     """Patches a module that has just been imported, or reloaded."""
     if module.__name__ == exit_report.MODULE:
@@ -282,20 +287,217 @@ def on_import(module: ModuleType) -> None:
     with _lock:
         for applied in list(_applied.values()):
             if module.__name__ in applied.host.modules():
-                _patch_module(applied, module)
-                _check_complete(applied, module.__name__)
+                _patch_imported(applied, module)
+            if module.__name__ in (applied.host.name, *applied.host.modules()):
+                _announce(applied, module.__name__)
 
 
-def _check_complete(applied: Applied, just_imported: str = "") -> None:
-    """Sees whether all that was asked for has been found, and says so once it has.
+def on_not_found(name: str, where: str) -> None:
+    """Stop the import of a host that is not there: the script must not go on without the patch.
+
+    Raises:
+        HostNotInstalledError: The host was asked to be patched.
+    """
+    if name in _applied:
+        raise HostNotInstalledError(
+            f"{name} was asked to be patched, but it is not installed here: {where} imports it, and Python does not "
+            f"find it. {HOSTS[name].install}; or put the folder that holds it on sys.path; or do not ask for it"
+        )
+
+
+def _change(host: Host, settings: Settings | None) -> None:
+    """Take a host from the state that it is in to another one: patched with some settings, or (None) not at all.
+
+    In this order, so that every call in another thread finds what its code needs, and an error leaves all as it was:
+
+    1. Everything is located and compiled.
+    2. New instances come with what the new state needs; those that live get it.
+    3. The code is swapped.
+    4. What only the old state needed is taken away, once nothing runs its code any more.
+    """
+    old, new = _applied.get(host.name), None
+    if old is not None:
+        _check_untouched(old)
+    replaced: list[CodeType] = []
+    if settings is not None:
+        new = Applied(host, settings)
+        replaced = _patch(old, new)
+    elif old is not None:
+        _refuse_inside(host, old.sites)
+        with _lock:
+            del _applied[host.name]
+            if not _applied:
+                importing.unwatch()
+                exit_report.unlisten()
+    _finish(host, old, new, replaced)
+    if new is not None and host.name in sys.modules:
+        _announce(new)
+
+
+def _patch(old: Applied | None, new: Applied) -> list[CodeType]:
+    """Patch the modules of a host that are imported already, and watch for the others; return the code replaced."""
+    host = new.host
+    located: list[PatchedSite] = []
+    try:
+        if old is None:
+            with _lock:
+                _applied[host.name] = new
+                importing.watch([host.name, *host.modules(), exit_report.MODULE], on_import, on_not_found)
+                of_torch = sys.modules.get(exit_report.MODULE)
+                if of_torch is not None and not importing.is_initializing(of_torch):
+                    exit_report.listen(of_torch)
+            if stuck := importing.wait_for(host.modules()):
+                raise LwpfError(
+                    f"{host.name} cannot be patched in the middle of the import of {stuck[0]}: call lwpf_patch.apply() "
+                    "before that import, or after it"
+                )
+        else:
+            new.makers = old.makers
+        with _lock:
+            modules = _loaded(host).values()
+            located = [site for module in modules for site in _locate(new, module, earlier=True)]
+            if host.name in sys.modules:
+                _missing(new, [*new.sites, *located])
+            if old is not None:
+                _refuse_inside(host, _changed(old.sites, located))
+            _applied[host.name] = new
+            for module in modules:
+                _shim(new, module, old)
+            if located:
+                new.attachments().begin(old.settings if old is not None else None)
+            wrapped = _put_makers(new, located)
+        # What a constructor has begun to make is attached to when it is whole; new ones are wrapped by now.
+        if frames.wait_for(frames.in_flight([*wrapped, new.makers.code])):
+            raise LwpfError(
+                f"{host.name} cannot be patched: another thread has been inside of a constructor of one of its classes "
+                f"for {frames.PATIENCE:g} s"
+            )
+        with _lock:
+            _attach(new, located)
+            replaced = [site.function.__code__ for site in located if site.function.__code__ is not site.patched]
+            grows = old is None or old.settings.uhop is None or new.settings.uhop is not None
+            _swap(new, located, functions=grows)
+            if located:
+                new.attachments().settle()
+            return replaced
+    except BaseException:
+        _restore(old, new, located)
+        raise
+
+
+def _patch_imported(applied: Applied, module: ModuleType) -> None:
+    """Patch a module that has just been executed: nothing of it is running, so that there is nobody to wait for."""
+    _shim(applied, module)
+    located = _locate(applied, module)
+    try:
+        _put_makers(applied, located)
+        _attach(applied, located)
+    except BaseException:
+        applied.makers.drop({site.function for site in located})
+        raise
+    if located:
+        _swap(applied, located)
+        _set_defaults(located, applied)
+        forget_compiled()
+
+
+def _finish(host: Host, old: Applied | None, new: Applied | None, replaced: list[CodeType]) -> None:
+    """Take away what only the old state needed, and put in what could not be swapped before.
+
+    A function that is passed func_d by its callers takes it for as long as one of these callers may run, and gets along
+    without it from the first that does not pass it.
+    """
+    before = old.sites if old is not None else []
+    after = new.sites if new is not None else []
+    makers = new.makers if new is not None else old.makers if old is not None else Makers()
+    dropped = [site for site in before if site.function not in {site.function for site in after}]
+    with _lock:
+        _set_interim_defaults(dropped)
+        replaced = [*replaced, *(site.patched for site in dropped)]
+        for site in dropped:
+            if site.owner is not None:
+                site.take_out()
+        gone = makers.drop({site.function for site in dropped})
+        if before or after:
+            forget_compiled()
+    maps_go = old is not None and old.settings.uhop is not None and new is not None and new.settings.uhop is None
+    waits = dropped or maps_go or any(site.owner is None for site in after)
+    calls = frames.in_flight([*replaced, *([makers.code] if gone or maps_go else [])]) if waits else []
+    running = calls
+    try:
+        running = frames.wait_for(calls)
+    finally:
+        keep = {id(each.get("self")) for each in frames.variables(running)}
+        with _lock:
+            for site in dropped:
+                if site.owner is None:
+                    site.take_out()
+            for site in after:
+                site.put()
+            if new is not None:
+                _set_defaults(after, new)
+            left = [each for each in living([*gone, *(makers.owners() if maps_go else [])]) if id(each) not in keep]
+            detach([each for each in left if not makers.covers(each)], host.name)
+            detach([each for each in left if maps_go and makers.covers(each)], host.name, ["feature_map"])
+            for shim in reversed(old.shims if old is not None else []):
+                if new is None or not any(each is shim for each in new.shims):
+                    shim.undo()
+    if running:
+        reporting.warn(
+            f"{host.name}: {len(running)} calls in other threads have been running for {frames.PATIENCE:g} s while "
+            "the patch was changed; their modules keep the func_d that they had"
+        )
+
+
+def _restore(old: Applied | None, new: Applied, located: list[PatchedSite]) -> None:
+    """Undo a patch that failed before code was swapped, and what imports have patched in the meantime."""
+    host, made = new.host, []
+    with _lock:
+        if old is not None:
+            _applied[host.name] = old
+            _put_makers(old, old.sites)
+        elif _applied.pop(host.name, None) is not None and not _applied:
+            importing.unwatch()
+            exit_report.unlisten()
+        before = {site.function for site in old.sites} if old is not None else set()
+        new.makers.drop({site.function for site in located} - before)
+        for shim in reversed(new.shims):
+            if old is None or not any(each is shim for each in old.shims):
+                shim.undo()
+    frames.wait_for(frames.in_flight([new.makers.code]))
+    with _lock:
+        made = [module for each in new.provisional() if (module := each()) is not None]
+        detach([module for module in made if not new.makers.covers(module)], host.name)
+        for module in made:
+            new.makers.attach(module)
+    if new.sites:
+        names = dict.fromkeys(site.site.module for site in new.sites)
+        _finish(host, Applied(host, new.settings, makers=new.makers, sites=new.sites), None, [])
+        for name in names if old is not None else ():
+            on_import(sys.modules[name])
+
+
+# --- the steps ------------------------------------------------------------------------------------------------------
+
+
+def _loaded(host: Host) -> dict[str, ModuleType]:
+    found = {name: sys.modules[name] for name in host.modules() if sys.modules.get(name) is not None}
+    return {name: module for name, module in found.items() if not importing.is_initializing(module)}
+
+
+def _missing(applied: Applied, found: list[PatchedSite], just_imported: str = "") -> list[str]:
+    """Return the modules that have yet to be imported before all that was asked for is found.
 
     Raises:
         RewriteError: Something is in none of its places, all of which have been imported.
     """
-    loaded = {name: sys.modules[name] for name in applied.host.modules() if name in sys.modules}
-    imported = {just_imported} | {name for name, module in loaded.items() if not _is_initializing(module)}
-    found = [site.site for site in applied.sites]
-    if applied.host.missing(found, applied.settings, imported) or applied.complete:
+    imported = {just_imported, *_loaded(applied.host)}
+    return applied.host.missing([site.site for site in found], applied.settings, imported)
+
+
+def _announce(applied: Applied, just_imported: str = "") -> None:
+    """Say what was patched once all that was asked for has been found; raises as :func:`_missing` does."""
+    if _missing(applied, applied.sites, just_imported) or applied.complete:
         return
     applied.complete = True
     places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
@@ -303,74 +505,20 @@ def _check_complete(applied: Applied, just_imported: str = "") -> None:
     uhop = f", uhop {settings['uhop']}" if settings["uhop"] else ""
     left_out = f", but not in {', '.join(settings['exclude_models'])}" if settings["exclude_models"] else ""
     reporting.info(
-        f"{applied.host.name} {_live_version(applied.host)}: {', '.join(places)} patched; func_d {settings['func_d']}, "
+        f"{applied.host.described()}: {', '.join(places)} patched; func_d {settings['func_d']}, "
         f"masking {settings['masking']}, backend {settings['backend']}{uhop}{left_out}"
     )
 
 
-def _is_initializing(module: ModuleType) -> bool:
-    return getattr(getattr(module, "__spec__", None), "_initializing", False)
-
-
-def _live_version(host: Host) -> str:
-    return getattr(sys.modules.get(host.name), "__version__", None) or host.version()
-
-
-def _patch_module(applied: Applied, module: ModuleType) -> None:
-    for shim in applied.host.shims if applied.settings.compat else ():
-        if module.__name__ in shim.modules and shim.needed():
-            applied.shims.append(AppliedShim.apply(shim, module))
+def _locate(applied: Applied, module: ModuleType, earlier: bool = False) -> list[PatchedSite]:
+    """Find what is to be patched in a module and is not yet; see :func:`lwpf_patch.swapping.locate`."""
     sites = [site for site in applied.host.selected(applied.settings) if site.module == module.__name__]
     sites = [site for site in sites if _is_defined_here(module, site)]
     if not sites:
-        return
-    found = locate(module, sites, applied.settings.uhop is not None)  # raises before anything is changed
-    attachments = Attachments(applied.host, applied.settings)
-    for site in found:
-        applied.sites.append(site)
-        _swap(site, attachments)
-        if not site.known:
-            reporting.warn(
-                f"{site.site.module}.{site.site.qualname} of {applied.host.name} {_live_version(applied.host)} is a "
-                f"version that lwpf_patch has not been tested with; its shape is known, and it is patched. `lwpf diff "
-                f"{applied.host.name}` shows how"
-            )
-    attach_to_living(attachments, _owned(found))
-    forget_compiled()
-
-
-def _swap(site: PatchedSite, attachments: Attachments) -> None:
-    if site.owner is None:
-        # A function that is called without func_d, past the modules of its library, forgets as its host does.
-        site.function.__kwdefaults__ = {"func_d": attachments.func_d}
-        if attachments.settings.uhop is not None:
-            from .uhop import without_module
-
-            site.function.__kwdefaults__["feature_map"] = without_module
-    else:
-        _wrap_makers(site, site.owner, attachments)
-    site.function.__code__ = site.patched
-
-
-def _swap_back(site: PatchedSite) -> None:
-    site.function.__code__ = site.original
-    if site.owner is None:
-        site.function.__kwdefaults__ = None
-        return
-    for name, wrapper in site.wrappers.items():
-        original = wrapper.__wrapped__
-        if any(base.__dict__.get(name) is original for base in site.owner.__mro__[1:]):
-            delattr(site.owner, name)
-        else:
-            setattr(site.owner, name, original)
-
-
-def _owned(sites: list[PatchedSite]) -> list[tuple[type, Site]]:
-    return [(site.owner, site.site) for site in sites if site.owner is not None]
-
-
-def _owners(sites: list[PatchedSite]) -> list[type]:
-    return [owner for owner, _ in _owned(sites)]
+        return []
+    done = {site.function for site in applied.sites}
+    found = locate(module, sites, applied.settings.uhop is not None, earlier)
+    return [site for site in found if site.function not in done]
 
 
 def _is_defined_here(module: ModuleType, site: Site) -> bool:
@@ -378,74 +526,125 @@ def _is_defined_here(module: ModuleType, site: Site) -> bool:
     return getattr(found, "__module__", None) == module.__name__
 
 
-def locate(module: ModuleType, sites: list[Site], uhop: bool = False) -> list[PatchedSite]:
-    """Finds the functions of some sites and their patched code, and checks that nothing stands in the way.
+def _changed(before: list[PatchedSite], after: list[PatchedSite]) -> list[PatchedSite]:
+    """Return what is patched and will have other code, or none of ours."""
+    codes = {site.function: site.patched for site in after}
+    return [site for site in before if codes.get(site.function) is not site.patched]
+
+
+def _check_untouched(applied: Applied) -> None:
+    """Check that nobody has patched over our patch, which would be undone with it.
 
     Raises:
-        RewriteError: The source is not there or has a shape that is not known.
-        ConflictError: A function is not what the module's source says.
+        ConflictError: Someone has.
     """
-    path = inspect.getsourcefile(module)
-    loader: Any = getattr(module.__spec__, "loader", None)
-    source = loader.get_source(module.__name__) if hasattr(loader, "get_source") else None
-    if path is None or source is None:
-        raise RewriteError(f"{module.__name__} cannot be patched: its source is not available")
-    plan = rewriting.plan(path, source, sites, uhop)
-    codes = plan.compile()
-    found = []
-    for site in sites:
-        owner = getattr(module, site.owner) if site.owner else None
-        function = vars(owner or module).get(site.qualname.rpartition(".")[2])
-        original, new = codes[site.qualname]
-        ours = _patched_site(function)
-        live = ours.original if ours else getattr(function, "__code__", None)
-        # type() and not isinstance(): a wrapt proxy claims to be a function and hands out the code of another one.
-        if type(function) is not FunctionType or live != original or len(live.co_freevars) != len(new.co_freevars):
-            raise ConflictError(
-                f"{site.module}.{site.qualname} is not the code of its source file {path}: it is "
-                f"{_describe(function)}. lwpf_patch does not rewrite another patch: remove that one, apply lwpf_patch "
-                "before it, or leave this site out with exclude="
-            )
-        found.append(PatchedSite(site, owner, function, live, new, site not in plan.unknown))
-    return found
-
-
-def _patched_site(function: object) -> PatchedSite | None:
-    sites = (site for applied in _applied.values() for site in applied.sites)
-    return next((site for site in sites if site.function is function), None)
-
-
-def _describe(function: object) -> str:
-    module = getattr(function, "__module__", None)
-    code = getattr(function, "__code__", None)
-    where = f" at {code.co_filename}:{code.co_firstlineno}" if code is not None else ""
-    return f"{getattr(function, '__qualname__', function)!r} of module {module}{where} ({type(function).__name__})"
-
-
-def _revert(applied: Applied, keep_maps: bool = False) -> None:
     for site in applied.sites:
         if site.function.__code__ is not site.patched:
             raise ConflictError(
                 f"{site.site.module}.{site.site.qualname} was patched again after lwpf_patch: its code is now that of "
-                f"{_describe(site.function)}. Remove that patch first; lwpf_patch does not undo it"
+                f"{describe(site.function)}. Remove that patch first; lwpf_patch does not undo it"
             )
-        for name, wrapper in site.wrappers.items():
-            if vars(site.owner).get(name) is not wrapper:
-                raise ConflictError(
-                    f"{site.site.module}.{site.site.owner}.{name} was patched again after lwpf_patch, by "
-                    f"{_describe(vars(site.owner).get(name))}. Remove that patch first; lwpf_patch does not undo it"
-                )
-    for site in applied.sites:
-        _swap_back(site)
-    for shim in reversed(applied.shims):
-        shim.undo()
-    _applied.pop(applied.host.name, None)
-    if not _applied:
-        importing.unwatch()
-        exit_report.unlisten()
-    if applied.sites:
-        detach_from_living(_owners(applied.sites), applied.host.name, keep_maps)
-        forget_compiled()
+        for name, value in applied.makers.overridden(site.owner):
+            raise ConflictError(
+                f"{site.site.module}.{site.site.owner}.{name} was patched again after lwpf_patch, by "
+                f"{describe(value)}. Remove that patch first; lwpf_patch does not undo it"
+            )
+
+
+def _refuse_inside(host: Host, sites: list[PatchedSite]) -> None:
+    """Check that this thread runs no code that would lose what it needs.
+
+    Raises:
+        LwpfError: It does.
+    """
+    frame = frames.in_this_thread(site.patched for site in sites)
+    if frame is not None:
+        raise LwpfError(
+            f"the patch of {host.name} cannot be changed from inside of a patched {frame.f_code.co_name} "
+            f"({frame.f_code.co_filename}:{frame.f_lineno}), which needs it: do it when that has returned"
+        )
+
+
+def _shim(applied: Applied, module: ModuleType, old: Applied | None = None) -> None:
+    for shim in applied.host.shims if applied.settings.compat else ():
+        if module.__name__ in shim.modules and shim.needed():
+            there = [each for each in (old.shims if old is not None else ()) if each.is_of(shim, module)]
+            applied.shims += there or [AppliedShim.apply(shim, module)]
+
+
+def _put_makers(applied: Applied, sites: list[PatchedSite]) -> list[CodeType]:
+    owned = [(site.owner, site.function, site.site) for site in sites if site.owner is not None]
+    return applied.makers.put(owned, applied.attachments()) if owned else []
+
+
+def _attach(applied: Applied, sites: list[PatchedSite], replace: bool = True) -> bool:
+    """Attach to the instances that live, all or none, and return whether there was anything to attach."""
+    instances = living(applied.makers.owners({site.function for site in sites}))
+    # What another thread has begun to construct since it was watched is not whole yet, and comes with it by itself.
+    begun = {id(each["instance"]) for each in frames.variables(frames.in_flight([applied.makers.code]))}
+    whole = [instance for instance in instances if id(instance) not in begun]
+    owners = Owners() if applied.settings.exclude_models else None
+    steps = [step for instance in whole for step in applied.makers.prepare(instance, replace, owners)]
+    for step in steps:
+        step()
+    return bool(steps)
+
+
+def _attach_missing(applied: Applied) -> None:
+    """Attach to instances that have come without a func_d past everything that could be watched."""
+    with _lock:
+        if applied.sites:
+            applied.makers.look_for_classes()
+            if _attach(applied, applied.sites, replace=False):
+                forget_compiled()
+
+
+def _swap(applied: Applied, sites: list[PatchedSite], functions: bool = True) -> None:
+    """Put the patched code in: callees, which then take more than their callers pass, before callers.
+
+    Args:
+        applied: The new state.
+        sites: What to put in.
+        functions: Whether to put in callees already: not if they will take less than callers that still run pass.
+    """
+    _set_interim_defaults(sites, applied)
+    for site in sorted(sites, key=lambda site: site.owner is not None):
+        if functions or site.owner is not None:
+            site.put()
+        if not site.known:
+            reporting.warn(
+                f"{site.site.module}.{site.site.qualname} of {applied.host.described()} is a version that lwpf_patch "
+                "has not been tested with; its shape is known, and it is patched. `lwpf diff "
+                f"{applied.host.name}` shows how"
+            )
+    applied.sites += sites
+
+
+def _set_interim_defaults(sites: list[PatchedSite], applied: Applied | None = None) -> None:
+    """Have functions compute as the new state (None: unpatched) for callers that pass nothing yet, or no longer."""
+    for site in sites:
+        if site.owner is None:
+            func_d = _forget_nothing if applied is None else applied.attachments().func_d
+            site.function.__kwdefaults__ = {"func_d": func_d, "feature_map": _map_nothing}
+
+
+def _forget_nothing(scores: Any, training: bool) -> tuple[Any, int]:
+    return scores, 1
+
+
+def _map_nothing(query: Any, key: Any) -> Any:
+    return query
+
+
+def _set_defaults(sites: list[PatchedSite], applied: Applied) -> None:
+    """Have functions that are called without func_d, past the modules of their library, forget as their host does."""
+    for site in sites:
+        if site.owner is None:
+            site.function.__kwdefaults__ = {"func_d": applied.attachments().func_d}
+            if applied.settings.uhop is not None:
+                from .uhop import without_module
+
+                site.function.__kwdefaults__["feature_map"] = without_module
 
 
 def forget_compiled() -> None:
@@ -459,26 +658,11 @@ def forget_compiled() -> None:
         recursive.concrete_type_store.methods_compiled.clear()
 
 
-def _wrap_makers(site: PatchedSite, owner: type, attachments: Attachments) -> None:
-    """Has every instance that is constructed, unpickled or copied from now on come with what it needs."""
-    import wrapt
-
-    def attach_after(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
-        result = wrapped(*args, **kwargs)
-        attachments.attach(instance, site.site)
-        return result
-
-    for name in ("__init__", "__setstate__"):
-        site.wrappers[name] = wrapt.wrap_function_wrapper(owner, name, attach_after)
-
-
 def attach_if_applied(module: nn.Module) -> None:
     """Gives an instance of a patched class what its host's instances have."""
     with _lock:
         for applied in _applied.values():
-            for owner, site in _owned(applied.sites):
-                if isinstance(module, owner):
-                    Attachments(applied.host, applied.settings).attach(module, site, Owners())
+            applied.makers.attach(module, owners=Owners())
 
 
 # --- at exit --------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import itertools
 import linecache
-import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.machinery import ModuleSpec
 from types import CodeType
 from typing import Any
 
@@ -99,10 +99,9 @@ class Plan:
         Returns:
             For each qualified name of a site, the code that its source gives and the patched code.
         """
-        filename = f"<lwpf_patch {self.module}>"
+        filename = _enter_source(self.module, list(map(_with_hint, self.patched.splitlines(keepends=True))))
         before = compile(self.source, self.path, "exec", dont_inherit=True)
         after = compile(self.patched, filename, "exec", dont_inherit=True)
-        linecache.cache[filename] = (len(self.patched), None, self.patched.splitlines(keepends=True), filename)
         return {site.qualname: (_code(before, site.qualname), _code(after, site.qualname)) for site in self.sites}
 
     def diff(self) -> str:
@@ -117,10 +116,47 @@ class Plan:
         return "".join(lines)
 
 
-def read_source(path: Path) -> str:
-    """Reads a module's source in the encoding that it declares, its line ends as Python sees them."""
-    with tokenize.open(path) as file:
-        return file.read()
+def source_of(spec: ModuleSpec | None) -> tuple[str, str]:
+    """Return the file and the source of a module, wherever its loader has it: a folder or a zip file.
+
+    Raises:
+        RewriteError: Its loader has no source.
+    """
+    get_source = getattr(spec and spec.loader, "get_source", None)
+    source = get_source(spec.name) if spec is not None and get_source is not None else None
+    if spec is None or source is None:
+        name, origin = (spec.name, spec.origin) if spec is not None else ("a module without a spec", None)
+        raise RewriteError(
+            f"{name} cannot be patched: lwpf_patch rewrites source code, and there is none in {origin or 'its place'} "
+            "(compiled files alone do not do); install the library with its sources"
+        )
+    return str(spec.origin), source
+
+
+#: What a traceback shows behind a line that fails in an object which borrows a patched function and has nothing to
+#: call there. A comment, since torch.compile and torch.jit.script read these functions too.
+HINTS = {
+    "self.func_d": "no func_d here? Set self.func_d = lwpf_patch.ReLU(), or call lwpf_patch.apply() once more",
+    "self.feature_map": "no feature_map here? Call lwpf_patch.apply() once more, or apply it without uhop",
+}
+
+
+def _enter_source(module: str, lines: list[str]) -> str:
+    """Enter a source where inspect and tracebacks find it, and return its name; one text keeps one name.
+
+    A module can be patched in several ways at a time, with U-Hop and without: torch.jit.script reads these texts.
+    """
+    for number in itertools.count(1):
+        name = f"<lwpf_patch {module}>" if number == 1 else f"<lwpf_patch {module} {number}>"
+        if name not in linecache.cache or linecache.getlines(name) == lines:
+            break
+    linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
+    return name
+
+
+def _with_hint(line: str) -> str:
+    hint = next((hint for name, hint in HINTS.items() if name in line), None)
+    return line if hint is None else line.rstrip("\n") + f"  # lwpf_patch: {hint}\n"
 
 
 def has_site(source: str, site: Site) -> bool:

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("versions", nargs="*", help="versions from the package index (default: what is installed)")
     options = parser.parse_args()
     if not options.versions:
-        record(options.host, HOSTS[options.host].version(), None)
+        record(options.host, HOSTS[options.host].version() or "unknown", None)
     for version in options.versions:
         with tempfile.TemporaryDirectory() as folder:
             requirement = f"{HOSTS[options.host].distribution or options.host}=={version}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,7 +145,8 @@ def test_the_patch_applies(tmp_path, capsys):
                    text=True, cwd=tmp_path, check=True)  # fmt: skip
     lwpf_patch.apply("timm")
     for cls in (module.Attention, module.AttentionRope):
-        assert inspect.getsource(cls.forward) in file.read_text()
+        # For tracebacks, some lines have a comment that says what to do where they fail.
+        assert re.sub(r"  # lwpf_patch: .*", "", inspect.getsource(cls.forward)) in file.read_text()
 
 
 def test_status(python):

@@ -109,6 +109,14 @@ def test_what_cannot_be_patched():
         patch_model(torch.nn.Linear(2, 2))
     with pytest.raises(ConflictError, match=r"Override defines a forward of its own.*use lwpf_patch.apply\(\)"):
         patch_model(Override(12, num_heads=3))
+    model = vit()
+    model.blocks[1].attn.forward = model.blocks[1].attn.forward
+    with pytest.raises(
+        ConflictError, match=r"patch_model: blocks.1.attn \(Attention\) has a forward of its own, set on"
+    ):
+        patch_model(model)
+    assert not hasattr(model.blocks[0].attn, "func_d")
+    assert patch_model(model, exclude="blocks.1.*") == ["blocks.0.attn"]
     with pytest.raises(SettingsError, match=r"include pattern 'layers.\*' .*they are blocks.0.attn, blocks.1.attn"):
         patch_model(vit(), include="layers.*")
     with pytest.raises(SettingsError, match="leave no attention module"):

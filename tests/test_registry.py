@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import importlib
+import itertools
+import pickle
+import sys
 import threading
+import traceback
 import weakref
 
 import pytest
@@ -15,7 +21,7 @@ from timm.layers.attention import Attention, AttentionRope
 from vits import images, vit
 
 import lwpf_patch
-from lwpf_patch import ConflictError, SettingsError
+from lwpf_patch import ConflictError, LwpfError, SettingsError
 
 X = torch.randn(2, 7, 12)
 
@@ -313,3 +319,376 @@ def test_source_and_tracebacks_show_the_patched_lines():
     shown = "".join(traceback.format_exception(caught.value))
     assert "attn, mask = self.func_d(attn)" in shown
     assert "<lwpf_patch timm.layers.attention>" in shown
+
+
+# --- blocks that overlap --------------------------------------------------------------------------------------------
+
+
+def _func_d(module):
+    return repr(getattr(module, "func_d", None))
+
+
+def test_blocks_that_end_in_another_order(plain_code):
+    """The block that was entered last says what computes; when all have ended, it is as it was before the first."""
+    module = Attention(12, num_heads=3)
+    for before in (None, "none"):
+        for order in ("abc", "acb", "bac", "bca", "cab") if before is None else ("bca",):
+            if before is not None:
+                lwpf_patch.apply("timm", func_d=before)
+            found = _func_d(module)
+            settings = {"a": "relu", "b": "pfu:mu=0.1", "c": "pfu:mu=0.2"}
+            open_blocks = {}
+            for name, func_d in settings.items():
+                open_blocks[name] = contextlib.ExitStack()
+                open_blocks[name].enter_context(lwpf_patch.patched("timm", func_d=func_d))
+            for name in order:
+                open_blocks.pop(name).close()
+                top = max(open_blocks, default=None)
+                expected = found if top is None else repr(lwpf_patch.forgetting.make_func_d(settings[top]))
+                assert _func_d(module) == expected, (before, order, name)
+            lwpf_patch.revert()
+            assert Attention.forward.__code__ is plain_code[0]
+
+
+def test_what_is_applied_inside_of_a_block_ends_with_it(plain_code):
+    module = Attention(12, num_heads=3)
+    with lwpf_patch.patched("timm"):
+        lwpf_patch.apply("timm", func_d="pfu:mu=0.1")
+        with lwpf_patch.patched("timm", func_d="none"):
+            lwpf_patch.revert()
+            assert _func_d(module) == "None"
+        assert _func_d(module).startswith("PFU(mu=0.1")
+        with pytest.raises(SettingsError), lwpf_patch.patched("timm", func_d="no"):
+            pass
+        assert _func_d(module).startswith("PFU(mu=0.1")
+    assert Attention.forward.__code__ is plain_code[0]
+    assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+def _in_threads(works, times):
+    """Runs functions, each in a thread of its own, again and again until the last of them has run so many times."""
+    errors, counts = [], dict.fromkeys(works, 0)
+
+    def loop(work) -> None:
+        try:
+            while counts[works[-1]] < times and not errors:
+                work()
+                counts[work] += 1
+        except Exception:
+            errors.append(traceback.format_exc())
+
+    threads = [threading.Thread(target=loop, args=(work,)) for work in works]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors, errors[0]
+
+
+def test_blocks_of_six_threads_leave_nothing(plain_code):
+    def block(number: int):
+        def work() -> None:
+            with lwpf_patch.patched("timm", func_d=f"pfu:mu={number},bias=0,sigma=0"):
+                assert Attention(12, num_heads=3).eval()(X).isfinite().all()
+
+        return work
+
+    _in_threads([block(number) for number in range(6)], 3)
+    assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
+    assert Attention.forward.__code__ is plain_code[0]
+    assert not hasattr(Attention(12, num_heads=3), "func_d")
+
+
+def _timm_case():
+    torch.manual_seed(1)
+
+    class Child(Attention):
+        def __init__(self):
+            super().__init__(12, num_heads=3)
+
+    model = Attention(12, num_heads=3).eval()
+    state = model.state_dict()
+
+    def make():
+        made = Child().eval()
+        made.load_state_dict(state)
+        return made
+
+    return model, make, lambda module: module(X)
+
+
+def _hflayers_case():
+    pytest.importorskip("hflayers")
+    from hflayers.activation import HopfieldCore
+
+    torch.manual_seed(1)
+    core, x = HopfieldCore(8, num_heads=2).eval(), torch.randn(4, 2, 8)
+    return core, lambda: copy.deepcopy(core), lambda module: module(x, x, x, update_steps_max=1)[0]
+
+
+@pytest.mark.parametrize("case", [_timm_case, _hflayers_case], ids=["timm", "hflayers"])
+def test_forwards_and_constructors_while_another_thread_patches(case):
+    """Each call computes as before the change or as after it, and nothing of the patch is left in the end."""
+    host = case.__name__.split("_")[1]
+    model, make, call = case()
+    states = [None, {"func_d": "relu"}, {"func_d": "pfu:mu=0.05,bias=0,sigma=0"}, {"uhop": "on"}]
+    allowed = []
+    for settings in states:
+        with lwpf_patch.patched(host, **settings) if settings else contextlib.nullcontext():
+            allowed.append(call(model))
+    classes = {cls: dict(vars(cls)) for cls in (*type(make()).__mro__, type(model))}
+    instance = {**vars(model), "_modules": dict(model._modules)}
+    changes = itertools.cycle([*states[1:], states[2], None])
+
+    def forward() -> None:
+        out = call(model)
+        assert any(torch.equal(out, each) for each in allowed)
+
+    def construct() -> None:
+        made = make()
+        for _ in range(3):
+            out = call(made)
+            assert any(torch.equal(out, each) for each in allowed)
+
+    def change() -> None:
+        settings = next(changes)
+        if settings is None:
+            lwpf_patch.revert(host)
+        else:
+            lwpf_patch.apply(host, **settings)
+
+    _in_threads([forward, lambda: forward(), construct, lambda: construct(), change], 10)
+    lwpf_patch.revert()
+    assert {cls: dict(vars(cls)) for cls in classes} == classes
+    assert {**vars(model), "_modules": dict(model._modules)} == instance
+    assert torch.equal(call(model), allowed[0])
+
+
+def test_calls_that_do_not_end(monkeypatch, caplog):
+    """A forward that goes on for long keeps what it needs; from inside of one nothing can be changed."""
+    lwpf_patch.apply("timm")
+    monkeypatch.setattr("lwpf_patch.frames.PATIENCE", 0.2)
+    entered, leave, results = threading.Event(), threading.Event(), []
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x):
+            entered.set()
+            assert leave.wait(60)
+            return super().forward(x)
+
+    module, other = Attention(12, num_heads=3).eval(), Attention(12, num_heads=3)
+    expected = module(X)
+    module.qkv, state = Slow(12, 36, bias=False), module.qkv.state_dict()
+    module.qkv.load_state_dict(state)
+    thread = threading.Thread(target=lambda: results.append(module(X)))
+    thread.start()
+    assert entered.wait(60)
+    with caplog.at_level("WARNING", "lwpf_patch"):
+        lwpf_patch.revert()
+    assert "timm: 1 calls in other threads have been running for 0.2 s" in caplog.text
+    assert not hasattr(other, "func_d")
+    leave.set()
+    thread.join()
+    assert torch.equal(results[0], expected)
+
+    def revert(*arguments):
+        lwpf_patch.revert()
+
+    lwpf_patch.apply("timm")
+    module.proj.register_forward_hook(revert)
+    with pytest.raises(LwpfError, match="the patch of timm cannot be changed from inside of a patched forward"):
+        module(X)
+    assert lwpf_patch.status()["hosts"]["timm"]["state"] == "patched"
+
+
+# --- classes and instances of every kind ----------------------------------------------------------------------------
+
+
+def _unusual_classes():
+    class SkipsInit(Attention):
+        def __init__(self, dim):
+            torch.nn.Module.__init__(self)
+            self.take(Attention(dim, num_heads=3))
+
+        def take(self, other):
+            self.__dict__.update({k: v for k, v in vars(other).items() if not k.startswith("_")})
+            for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"):
+                setattr(self, name, getattr(other, name))
+
+    class SkipsSetstate(Attention):
+        def __init__(self, dim):
+            super().__init__(dim, num_heads=3)
+
+        def __setstate__(self, state):
+            self.__dict__.update(state)
+
+    class Borrows(torch.nn.Module):
+        forward = Attention.forward
+
+        def __init__(self, dim):
+            super().__init__()
+            SkipsInit.take(self, Attention(dim, num_heads=3))
+
+    class BorrowsToo(Borrows):
+        pass
+
+    return [SkipsInit, SkipsSetstate, Borrows, BorrowsToo]
+
+
+def test_classes_that_go_past_the_constructor_or_borrow_the_forward():
+    before = _unusual_classes()
+    namespaces = [dict(vars(cls)) for cls in (*before, Attention, torch.nn.Module)]
+    lwpf_patch.apply("timm")
+    after = _unusual_classes()
+    modules = [cls(12).eval() for cls in (*before, *after)]
+    modules += [copy.deepcopy(modules[1]), copy.deepcopy(modules[5])]
+    for module in modules:
+        assert isinstance(module.func_d, lwpf_patch.ReLU), type(module)
+        assert module(X).shape == X.shape
+    lwpf_patch.apply("timm", uhop="on")
+    for module in [*modules, *(cls(12) for cls in (*before, *after))]:
+        assert isinstance(module.func_d, lwpf_patch.NoForgetting)
+        assert len(list(module.feature_map.parameters())) == 1
+    lwpf_patch.revert()
+    assert [dict(vars(cls)) for cls in (*before, Attention, torch.nn.Module)] == namespaces
+    assert not any("func_d" in module._modules or "feature_map" in module._modules for module in modules)
+    assert [type(vars(cls)["__init__"]).__name__ for cls in after if "__init__" in vars(cls)] == ["function"] * 3
+    assert all(not hasattr(cls(12), "func_d") for cls in (*before, *after))
+
+
+def test_instances_that_the_garbage_collector_no_longer_lists():
+    module, kept = Attention(12, num_heads=3), [Attention(12, num_heads=3)]
+    globals()["_kept"] = kept
+    frozen_before = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        assert gc.get_freeze_count() > frozen_before
+        lwpf_patch.apply("timm")
+        assert isinstance(module.func_d, lwpf_patch.ReLU)
+        assert isinstance(kept[0].func_d, lwpf_patch.ReLU)
+        lwpf_patch.revert()
+        assert not hasattr(module, "func_d")
+        assert not hasattr(kept[0], "func_d")
+    finally:
+        gc.unfreeze()
+        del globals()["_kept"]
+
+
+def test_what_borrows_unseen_fails_with_the_remedy():
+    """Nobody can see that a function calls another one by name; the traceback says what to do."""
+
+    class Calls(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads, self.fused_attn = 3, False
+            self.__dict__["other"] = Attention(12, num_heads=3).eval()
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "func_d" else getattr(self.__dict__["other"], name)
+
+        def forward(self, x):
+            return Attention.forward(self, x)
+
+    class Later(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            vars(self).update({k: v for k, v in vars(Attention(12, num_heads=3)).items() if k != "_modules"})
+            self._modules.update({k: v for k, v in Attention(12, num_heads=3)._modules.items() if k != "func_d"})
+
+    lwpf_patch.apply("timm")
+    Later.forward = Attention.forward
+    later, calls = Later(), Calls()
+    for module in (later, calls):
+        for module.fused_attn in (True, False):
+            with pytest.raises(AttributeError, match="func_d") as caught:
+                module(X)
+            shown = "".join(traceback.format_exception(caught.value))
+            assert (
+                "# lwpf_patch: no func_d here? Set self.func_d = lwpf_patch.ReLU(), or call lwpf_patch.apply()" in shown
+            )
+    func_d = lwpf_patch.status()["hosts"]["timm"]["settings"]["func_d"]
+    lwpf_patch.apply("timm", func_d=func_d)  # once more
+    assert later(X).shape == X.shape
+    calls.func_d = lwpf_patch.ReLU()
+    assert calls(X).shape == X.shape
+
+
+@contextlib.contextmanager
+def _reloaded(*modules):
+    kept = [dict(vars(module)) for module in modules]
+    try:
+        for module in modules:
+            importlib.reload(module)
+        yield
+    finally:
+        lwpf_patch.revert()
+        for module, namespace in zip(modules, kept, strict=True):
+            vars(module).update(namespace)
+
+
+def test_a_module_that_was_reloaded_before(plain_code):
+    """What was made before the reload has the classes and functions from before."""
+    module = Attention(12, num_heads=3).eval()
+    plain = module(X)
+    with _reloaded(timm.layers.attention):
+        new = timm.layers.attention.Attention(12, num_heads=3).eval()
+        assert type(new) is not Attention
+        lwpf_patch.apply("timm")
+        assert isinstance(new.func_d, lwpf_patch.ReLU)
+        assert isinstance(module.func_d, lwpf_patch.ReLU)
+        assert not torch.equal(module(X), plain)
+        lwpf_patch.revert()
+        assert torch.equal(module(X), plain)
+        assert not hasattr(new, "func_d")
+        assert Attention.forward.__code__ is plain_code[0]
+        Attention.forward.__code__ = (lambda self, x, attn_mask=None, is_causal=False: x).__code__
+        try:
+            with pytest.raises(
+                ConflictError, match=r"timm.layers.attention was reloaded, and a Attention.forward from be"
+            ):
+                lwpf_patch.apply("timm")
+            assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
+        finally:
+            Attention.forward.__code__ = plain_code[0]
+
+
+def test_a_reloaded_function_that_a_module_has_from_before():
+    functional = pytest.importorskip("hflayers.functional")
+    from hflayers.activation import HopfieldCore
+
+    core, x = HopfieldCore(8, num_heads=2).eval(), torch.randn(4, 2, 8)
+    plain = core(x, x, x)[0]
+    with _reloaded(functional):
+        lwpf_patch.apply("hflayers")
+        assert not torch.equal(core(x, x, x)[0], plain)
+        lwpf_patch.revert()
+        assert torch.equal(core(x, x, x)[0], plain)
+
+
+def test_a_patch_that_fails_changes_nothing():
+    """The second of two instances cannot be patched: the first, and new ones, are as before."""
+
+    class Mine(Attention):
+        feature_map = None
+
+    first, second = Attention(12, num_heads=3), Mine(12, num_heads=3)
+    for before in (None, "pfu:mu=0.3"):
+        if before:
+            lwpf_patch.apply("timm", func_d=before)
+        func_d = getattr(first, "func_d", None)
+        with pytest.raises(ConflictError, match="Mine has an attribute feature_map of its own"):
+            lwpf_patch.apply("timm", uhop="on")
+        assert getattr(first, "func_d", None) is func_d
+        assert "feature_map" not in first._modules
+        assert _func_d(pickle.loads(pickle.dumps(first))) == _func_d(first) == _func_d(Attention(12, num_heads=3))
+        assert first.eval()(X).shape == X.shape
+    del second, Mine
+    gc.collect()

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import py_compile
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
 import pytest
+from conftest import require_host
+
+import lwpf_patch
 
 USE = """
 import timm, torch
@@ -189,3 +200,160 @@ def test_apply_before_and_after_the_import(python):
     assert python(code=within + USE).stdout.strip() == "PFU(mu=dmedian, bias=mu, sigma=0.01)"
     reverted = before + "lwpf_patch.revert()\n"
     assert python(code=reverted + USE).stdout.strip() == "None"
+
+
+# --- where hosts lie ------------------------------------------------------------------------------------------------
+
+#: Prints which hflayers this is, and the func_d that it computes with.
+USE_HFLAYERS = """
+import os, hflayers, torch
+from hflayers.activation import HopfieldCore
+x = torch.randn(3, 1, 8)
+core = HopfieldCore(embed_dim=8, num_heads=2)
+core(x, x, x)
+print(os.path.dirname(hflayers.__file__), core.func_d)
+"""
+
+
+def _folder(name: str) -> Path:
+    require_host(name)
+    return Path(__import__(name).__file__).parent
+
+
+@pytest.fixture(scope="module")
+def without_hosts(tmp_path_factory):
+    """Runs an interpreter whose environment has everything but the hosts, of which it has the metadata alone."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    for place in (Path(p) for p in sys.path if p.endswith("site-packages")):
+        for entry in place.iterdir():
+            if entry.name not in ("timm", "hflayers", "deeprc", "lwpf_patch") and entry.suffix != ".pth":
+                target = site_packages / entry.name
+                if not target.exists():
+                    target.symlink_to(entry)
+    package = Path(lwpf_patch.__file__).parent
+    (site_packages / "lwpf_patch").symlink_to(package)
+    shutil.copy(package / "lwpf_patch.pth", site_packages)
+
+    def run(*arguments, cwd, check=True, **variables):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
+        result = subprocess.run(
+            [folder / "bin" / "python", *arguments], cwd=cwd, capture_output=True, text=True,
+            env=environment | {"OMP_NUM_THREADS": "1", **variables},
+        )  # fmt: skip
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+def test_a_host_beside_the_script(without_hosts, tmp_path):
+    """The folder of the script comes on sys.path after the start-up hook has run."""
+    shutil.copytree(_folder("hflayers"), tmp_path / "hflayers")
+    (tmp_path / "train.py").write_text(USE_HFLAYERS)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "train.py").write_text(USE_HFLAYERS)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    ways = [
+        (["../train.py"], elsewhere, {"LWPF_PATCH": "hflayers"}),
+        (["-m", "lwpf_patch", "run", "--patch", "hflayers", "../train.py"], elsewhere, {}),
+        (["-m", "lwpf_patch", "run", "--patch", "hflayers", "-m", "package.train"], tmp_path, {}),
+    ]
+    for arguments, folder, variables in ways:
+        out = without_hosts(*arguments, cwd=folder, **variables)
+        assert out.stdout.splitlines()[-1] == f"{tmp_path / 'hflayers'} ReLU()"
+        # The metadata of an installed hflayers say nothing about these files.
+        line = out.stderr.splitlines()[0]
+        assert line.startswith(f"lwpf_patch: hflayers of unknown version at {tmp_path / 'hflayers'}: hopfield_core")
+    doctor = without_hosts("-m", "lwpf_patch", "doctor", cwd=elsewhere)
+    assert "hflayers: LWPF_PATCH=hflayers takes effect in a new interpreter" in doctor.stdout
+    assert "a copy beside a script is patched when the script imports it" in doctor.stdout
+
+
+def test_a_host_that_nobody_finds(without_hosts, tmp_path):
+    """An import stops the script, whatever it catches; a question whether it is there is answered."""
+    (tmp_path / "ask.py").write_text(
+        "import importlib.util\n"
+        "print(importlib.util.find_spec('timm'))\n"
+        "try:\n    importlib.util.find_spec('timm.layers')\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+    )
+    (tmp_path / "try.py").write_text("try:\n    import timm.layers\nexcept ImportError:\n    pass\nprint('went on')\n")
+    out = without_hosts("-m", "lwpf_patch", "run", "ask.py", cwd=tmp_path)
+    assert out.stdout.splitlines() == ["None", "No module named 'timm'"]
+    assert "timm was asked to be patched, but this program never imported it" in out.stderr
+    for arguments in (["try.py"], ["-m", "lwpf_patch", "run", "try.py"]):
+        out = without_hosts(*arguments, cwd=tmp_path, check=False, LWPF_PATCH="timm")
+        assert out.returncode == 1
+        assert out.stdout == ""
+        expected = f"timm was asked to be patched, but it is not installed here: {tmp_path / 'try.py'}:2 imports it"
+        assert f"HostNotInstalledError: {expected}" in out.stderr
+        assert "pip install timm" in out.stderr
+    assert "No module named 'timm'" in without_hosts("-c", "import timm", cwd=tmp_path, check=False).stderr
+    out = without_hosts("-c", "import lwpf_patch; lwpf_patch.apply('hflayers')", cwd=tmp_path, check=False)
+    assert "hflayers was asked to be patched, but it is not installed here: pip install" in out.stderr
+
+
+def test_a_fork_is_announced_with_its_own_version(python, tmp_path):
+    package = tmp_path / "timm"
+    shutil.copytree(_folder("timm"), package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "version.py").write_text("__version__ = '1.0.31+mine'\n")
+    out = python(code=USE, LWPF_PATCH="timm")
+    assert out.stderr.startswith("lwpf_patch: timm 1.0.31+mine: Attention, AttentionRope patched")
+    assert out.stdout.strip() == "ReLU()"
+
+
+def test_a_host_in_a_zip_file(python, tmp_path):
+    (tmp_path / "content").mkdir()
+    shutil.copytree(
+        _folder("hflayers"), tmp_path / "content" / "hflayers", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    archive = shutil.make_archive(str(tmp_path / "hosts"), "zip", tmp_path / "content")
+    for variables, code in (
+        ({"LWPF_PATCH": "hflayers"}, ""),
+        ({}, "import lwpf_patch; lwpf_patch.apply('hflayers')\n"),
+    ):
+        out = python(code=code + USE_HFLAYERS, PYTHONPATH=archive, **variables)
+        assert out.stdout.splitlines()[-1] == f"{archive}/hflayers ReLU()"
+
+
+@pytest.mark.parametrize("way", ["variable", "apply"])
+def test_a_host_without_its_sources(python, tmp_path, way):
+    layers = tmp_path / "timm" / "layers"
+    layers.mkdir(parents=True)
+    (tmp_path / "attention.py").write_text("class Attention:\n    def forward(self, x):\n        return x\n")
+    py_compile.compile(str(tmp_path / "attention.py"), cfile=str(layers / "attention.pyc"))
+    (tmp_path / "attention.py").unlink()
+    (layers / "__init__.py").write_text("")
+    (tmp_path / "timm" / "__init__.py").write_text("from .layers import attention\n")
+    code = "import lwpf_patch; lwpf_patch.apply('timm')\n" if way == "apply" else ""
+    out = python(code=code + "import timm\nprint('went on')", check=False, **({} if code else {"LWPF_PATCH": "timm"}))
+    assert out.returncode == 1
+    assert out.stdout == ""
+    assert (
+        "timm.layers.attention cannot be patched: lwpf_patch rewrites source code, and there is none in" in out.stderr
+    )
+    assert "install the library with its sources" in out.stderr
+
+
+def test_apply_while_another_thread_imports(python, tmp_path):
+    """What that thread had begun to import before apply was called is waited for, and what it comes to is seen."""
+    for module in ("functional", "activation"):
+        folder = tmp_path / module
+        shutil.copytree(_folder("hflayers"), folder / "hflayers", ignore=shutil.ignore_patterns("__pycache__"))
+        with (folder / "hflayers" / f"{module}.py").open("a") as file:
+            file.write("\n\nimport time as _time\n\n_time.sleep(1)\n")
+        code = f"""
+import sys, threading, time, torch, lwpf_patch
+thread = threading.Thread(target=lambda: __import__("hflayers"))
+thread.start()
+while "hflayers.{module}" not in sys.modules:
+    time.sleep(0.001)
+lwpf_patch.apply("hflayers")
+thread.join()
+state = lwpf_patch.status()["hosts"]["hflayers"]
+print(state["state"], len(state["sites"]))
+"""
+        out = python(code=code + USE_HFLAYERS, PYTHONPATH=str(folder))
+        assert out.stdout.splitlines() == ["patched 2", f"{folder / 'hflayers'} ReLU()"]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import SettingsError
+from ..errors import HostNotInstalledError, SettingsError
 from ..hosts import HOSTS
 from .arms import Arm
 
@@ -248,7 +248,11 @@ def versions(hosts: Iterable[str] | None = ()) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     for name, host in HOSTS.items():
-        if (version := host.version()) != "unknown":
+        try:
+            version = host.version()
+        except HostNotInstalledError:
+            continue
+        if version is not None:
             found[name] = version
     if hosts is not None:
         found |= {"lwpf_patch": __version__, "lwpf_patch_source": _own_source()}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Container, Iterable, Mapping
+import json
+import sys
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 from .. import rewriting
 from ..compat import Shim
@@ -49,28 +53,65 @@ class Host:
     names_of_model: Callable[[Any], Iterable[str]] | None = None
 
     def root(self) -> Path:
-        """Returns the folder of the package, without importing it.
+        """Return the folder of the package, without importing it.
 
         Raises:
-            HostNotInstalledError: It is not installed.
+            HostNotInstalledError: Python does not find it from here.
         """
-        spec = importlib.util.find_spec(self.name)
+        return Path(self._locations()[0])
+
+    def find(self, module: str) -> ModuleSpec | None:
+        """Return where one of its modules would be imported from, without importing anything; None: it has none.
+
+        Raises:
+            HostNotInstalledError: Python does not find the host from here.
+        """
+        locations: Sequence[str] | None = self._locations()
+        spec: ModuleSpec | None = None
+        parts = module.split(".")
+        for number in range(2, len(parts) + 1):
+            spec = PathFinder.find_spec(".".join(parts[:number]), locations)
+            if spec is None:
+                return None
+            locations = spec.submodule_search_locations
+        return spec
+
+    def _locations(self) -> list[str]:
+        try:
+            spec = importlib.util.find_spec(self.name)
+        except ValueError:  # something that someone has put in sys.modules
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise HostNotInstalledError(
                 f"{self.name} was asked to be patched, but it is not installed here: {self.install}"
             )
-        return Path(next(iter(spec.submodule_search_locations)))
+        return list(spec.submodule_search_locations)
 
-    def source(self, module: str) -> Path:
-        """Returns where the source of one of its modules would be."""
-        return self.root().joinpath(*module.split(".")[1:]).with_suffix(".py")
+    def version(self) -> str | None:
+        """Return the version of the package that is imported, or would be; None if it does not say.
 
-    def version(self) -> str:
-        """Returns the installed version, ``"unknown"`` if it has none."""
+        That of an installed distribution counts only where the package's files are the distribution's: a fork beside
+        the script is not the upstream that happens to be installed.
+
+        Raises:
+            HostNotInstalledError: Python does not find it from here.
+        """
+        version = getattr(sys.modules.get(self.name), "__version__", None)
+        if isinstance(version, str):
+            return version
+        root = self.root().resolve()
         try:
-            return metadata.version(self.distribution or self.name)
+            distribution = metadata.distribution(self.distribution or self.name)
         except metadata.PackageNotFoundError:
-            return "unknown"
+            return None
+        files = Path(str(distribution.locate_file(self.name))).resolve()
+        source = _editable_source(distribution)
+        return distribution.version if files == root or (source and source in root.parents) else None
+
+    def described(self) -> str:
+        """Return its name and version, as messages have it, or where it lies if the version is unknown."""
+        version = self.version()
+        return f"{self.name} {version}" if version else f"{self.name} of unknown version at {self.root()}"
 
     def modules(self) -> list[str]:
         """Returns the names of the modules that hold sites, or that need shims."""
@@ -125,13 +166,13 @@ class Host:
         plans = []
         selected = self.selected(settings)
         for module in self.modules():
-            path = self.source(module)
-            if not path.exists():
+            sites = [site for site in selected if site.module == module]
+            spec = self.find(module) if sites else None
+            if spec is None:
                 continue
-            source = rewriting.read_source(path)
-            sites = [site for site in selected if site.module == module and rewriting.has_site(source, site)]
-            if sites:
-                plans.append(rewriting.plan(str(path), source, sites, settings.uhop is not None))
+            path, source = rewriting.source_of(spec)
+            if sites := [site for site in sites if rewriting.has_site(source, site)]:
+                plans.append(rewriting.plan(path, source, sites, settings.uhop is not None))
         self.missing((site for plan in plans for site in plan.sites), settings, imported=self.modules())
         return plans
 
@@ -144,6 +185,7 @@ class Host:
             imported: The names of the modules that have been imported, and so can bring no further site.
 
         Raises:
+            HostNotInstalledError: Python does not find the host from here.
             RewriteError: A site that every version should have is in none of the places where it is known to be.
         """
         names = {site.qualname for site in found}
@@ -152,7 +194,7 @@ class Host:
             if qualname not in names:
                 places = [site.module for site in self.sites if site.qualname == qualname]
                 expected[qualname] = [
-                    module for module in places if module not in imported and self.source(module).exists()
+                    module for module in places if module not in imported and self.find(module) is not None
                 ]
         # What is not required is not in every version. But something has to be there.
         nothing_left = not names and not any(expected.values())
@@ -160,8 +202,8 @@ class Host:
             if not expected[qualname] and (qualname in self.required or nothing_left):
                 places = [site.module for site in self.sites if site.qualname == qualname]
                 raise RewriteError(
-                    f"{self.name} {self.version()} has no {qualname} in {' or '.join(places)}: this version is not "
-                    "supported; nothing was patched"
+                    f"{self.described()} has no {qualname} in {' or '.join(places)}: this version is not supported; "
+                    "nothing was patched"
                 )
         return [
             module
@@ -186,3 +228,11 @@ def selects(settings: Settings, name: str) -> bool:
     """Returns whether ``include`` and ``exclude`` leave a name in."""
     included = any(fnmatchcase(name, pattern) for pattern in settings.include)
     return included and not any(fnmatchcase(name, pattern) for pattern in settings.exclude)
+
+
+def _editable_source(distribution: metadata.Distribution) -> Path | None:
+    """Return the folder that a distribution was installed from if its files stayed there (``pip install -e``)."""
+    direct_url = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if not direct_url.get("dir_info", {}).get("editable", False):
+        return None
+    return Path(unquote(urlparse(direct_url["url"]).path)).resolve()

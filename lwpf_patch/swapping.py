@@ -1,0 +1,129 @@
+"""Swapping code objects: finding the functions of a host's sites, and putting other code into them.
+
+Other threads may be anywhere while that happens. A call that has begun goes on with the code it began with, so what
+that code needs is taken away only when no frame runs it any more; see :mod:`lwpf_patch.frames`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from . import rewriting
+from .attaching import module_classes
+from .errors import ConflictError
+from .rewriting import Site
+
+#: The code that stood in each function that has patched code now.
+_originals: dict[FunctionType, CodeType] = {}
+
+
+@dataclass
+class PatchedSite:
+    """A function of a site and its patched code.
+
+    Attributes:
+        site: The site.
+        owner: The class; None for a function of a module.
+        function: The function object whose code is swapped.
+        original: The code that stands there unpatched.
+        patched: The patched code.
+        known: Whether its syntax tree is one that is known to be right to edit.
+    """
+
+    site: Site
+    owner: type | None
+    function: FunctionType
+    original: CodeType
+    patched: CodeType
+    known: bool
+
+    def put(self) -> None:
+        """Put the patched code into the function."""
+        _originals[self.function] = self.original
+        if self.function.__code__ is not self.patched:
+            self.function.__code__ = self.patched
+
+    def take_out(self) -> None:
+        """Put the code back that stood there before."""
+        self.function.__code__ = self.original
+        if self.owner is None:
+            self.function.__kwdefaults__ = None
+        _originals.pop(self.function, None)
+
+
+def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: bool = False) -> list[PatchedSite]:
+    """Find the functions of some sites and their patched code, and check that nothing stands in the way.
+
+    Args:
+        module: The module that defines them.
+        sites: The sites.
+        uhop: Whether U-Hop's feature map shall come in.
+        earlier: Whether to return also the functions of earlier executions of the module: after ``importlib.reload``,
+            instances and namespaces can have the classes and functions from before.
+
+    Raises:
+        RewriteError: The source is not there or has a shape that is not known.
+        ConflictError: A function is not what the module's source says.
+    """
+    path, source = rewriting.source_of(module.__spec__)
+    plan = rewriting.plan(path, source, sites, uhop)
+    codes = plan.compile()
+    classes = module_classes() if earlier else []
+    found = []
+    for site in sites:
+        owner = getattr(module, site.owner) if site.owner else None
+        name = site.qualname.rpartition(".")[2]
+        places: list[tuple[type | None, Any]] = [(owner, vars(owner or module).get(name))]
+        if earlier and owner is not None:
+            places += [(cls, vars(cls)[name]) for cls in classes if _is_earlier(cls, owner) and name in vars(cls)]
+        elif earlier:
+            places += [(None, function) for function in _earlier_functions(module, places[0][1])]
+        for place, function in places:
+            original, new = codes[site.qualname]
+            live = _originals.get(function, function.__code__) if type(function) is FunctionType else None
+            # type() and not isinstance(): a wrapt proxy claims to be a function and hands out the code of another one.
+            if live is None or live != original or len(live.co_freevars) != len(new.co_freevars):
+                raise ConflictError(_conflict(site, path, function, place is owner and function is places[0][1]))
+            patched = function.__code__ if function.__code__ == new else new
+            found.append(PatchedSite(site, place, function, live, patched, site not in plan.unknown))
+    return found
+
+
+def _is_earlier(cls: type, owner: type) -> bool:
+    same = cls.__module__ == owner.__module__ and cls.__qualname__ == owner.__qualname__
+    return same and cls is not owner and "_lwpf_plain_class" not in vars(cls)  # that of patch_model
+
+
+def _earlier_functions(module: ModuleType, function: Any) -> list[Any]:
+    """Find functions of the same name and origin that other modules have in their namespaces."""
+    found = {}
+    for other in list(sys.modules.values()):
+        each = getattr(other, "__dict__", {}).get(function.__name__) if type(function) is FunctionType else None
+        if type(each) is FunctionType and each.__globals__ is vars(module) and each is not function:
+            found[id(each)] = each
+    return list(found.values())
+
+
+def _conflict(site: Site, path: str, function: Any, current: bool) -> str:
+    if current:
+        return (
+            f"{site.module}.{site.qualname} is not the code of its source file {path}: it is {describe(function)}. "
+            "lwpf_patch does not rewrite another patch: remove that one, apply lwpf_patch before it, or leave this "
+            "site out with exclude="
+        )
+    return (
+        f"{site.module} was reloaded, and a {site.qualname} from before is not the code of its source file {path}: it "
+        f"is {describe(function)}. What was made with it could not be patched: apply lwpf_patch before the reload, or "
+        "leave this site out with exclude="
+    )
+
+
+def describe(function: object) -> str:
+    """Describe what stands where a function was expected."""
+    module = getattr(function, "__module__", None)
+    code = getattr(function, "__code__", None)
+    where = f" at {code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+    return f"{getattr(function, '__qualname__', function)!r} of module {module}{where} ({type(function).__name__})"

@@ -63,7 +63,7 @@ def recompute(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or are_active() or (not torch.compiler.is_compiling() and _is_batched(grad))
 
 
-# Of torch.autograd.grad(is_grads_batched=True), which has a vmap of its own. Should the question be gone, PyTorch raises.
+# Of torch.autograd.grad(is_grads_batched=True), which has a vmap of its own. Is the question gone, PyTorch raises.
 _is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda grad: False)
 
 

@@ -8,10 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 import transform_cases
-from torch.autograd import functional
-from transform_cases import BACKENDS, FUNC_DS, PROGRAMS, SUBJECTS, TRANSFORMS
+from transform_cases import BACKENDS, PROGRAMS, SUBJECTS, TRANSFORMS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "transforms.md"

@@ -235,7 +235,7 @@ def compiled(function: Callable) -> Callable:
 def in_compiled_code(s: Subject) -> None:
     function = compiled(s.function)
     compare(gradients(function, s.placed()), gradients(s.reference, s.wide()), s)
-    with pytest.raises(RuntimeError, match="double backward|create_graph=False"):
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
         gradient_penalty(s._replace(function=function))
 
 
@@ -392,7 +392,9 @@ def onnx(backend: str, name: str, dynamo: bool, written_out: bool) -> None:
     )  # fmt: skip
     content = made.model_proto.SerializeToString() if dynamo else file.getvalue()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    program.check(lambda *x: torch.from_numpy(session.run(None, dict(zip(names, (t.numpy() for t in x), strict=True)))[0]))
+    program.check(
+        lambda *x: torch.from_numpy(session.run(None, dict(zip(names, (t.numpy() for t in x), strict=True)))[0])
+    )
 
 
 def onnx_of(dynamo: bool, written_out: bool) -> Callable[[str, str], None]:

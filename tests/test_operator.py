@@ -13,8 +13,8 @@ from oracle import Forgetting
 from torch.nn import functional as F
 
 import lwpf_patch
-from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention
-from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_products, tiles
+from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention, transforms
+from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_primitives, cpu_products, operators, tiles
 
 INF = float("inf")
 
@@ -138,7 +138,13 @@ def test_dropout_drops_as_often_as_it_says(backend):
 @pytest.mark.parametrize("name", FUNC_DS)
 @pytest.mark.parametrize(
     ("query_shape", "key_shape"),
-    [((5, 4), (6, 4)), ((3, 5, 4), (3, 6, 4)), ((1, 2, 5, 4), (3, 1, 6, 4)), ((7, 8), (7, 8))],
+    [
+        ((5, 4), (6, 4)),
+        ((3, 5, 4), (3, 6, 4)),
+        ((1, 2, 5, 4), (3, 1, 6, 4)),
+        ((7, 8), (7, 8)),
+        ((4, 1, 4), (4, 9, 4)),
+    ],
 )
 def test_shapes_scale_and_causality(name, query_shape, key_shape, backend):
     func_d, forgetting = FUNC_DS[name]
@@ -327,6 +333,49 @@ def test_a_nan_is_not_hidden(backend):
         assert out[0, 2].isnan().all(), func_d
 
 
+@pytest.mark.parametrize("masked", ["no", "empty rows", "additive", "causal"])
+@pytest.mark.parametrize("func_d", ["pfu", "pfu:bias=0.25", "pfu:empty=plain"])
+@pytest.mark.parametrize("wrong", ["one nan", "a nan in a mask", "all nan", "all inf", "nearly all inf"])
+def test_a_median_that_is_no_number_makes_everything_nan(wrong, func_d, masked, backend):
+    query, key, value = (t.abs().detach().requires_grad_() for t in tensors((2, 5, 4), (2, 6, 4), (2, 6, 3)))
+    mask = {"empty rows": torch.arange(5)[:, None].expand(5, 6) != 2, "additive": torch.randn(5, 6).double()}.get(
+        masked
+    )
+    if wrong == "a nan in a mask":
+        mask = torch.zeros(5, 6, dtype=torch.float64)
+        mask[0, 0] = torch.nan
+        masked = "additive"
+    with torch.no_grad():
+        if wrong == "one nan":
+            query[0, 1, 0] = torch.nan
+            key[0, 1:] *= 0.5  # so that ties do not matter
+        elif wrong.startswith("all"):
+            query[:] = float(wrong.split()[1])
+        elif wrong != "a nan in a mask":
+            query[:, 1:] = INF
+    backend = "eager" if "plain" in func_d else backend
+    out = lwpf_attention(query, key, value, mask, func_d=func_d, is_causal=masked == "causal", backend=backend)
+    empty = torch.zeros(5, dtype=torch.bool)
+    if masked == "empty rows":
+        empty[2] = True
+        assert torch.equal(out[:, empty], torch.zeros(2, 1, 3).double())  # there is nothing to forget
+    if "nan" in wrong or func_d == "pfu":
+        assert out[:, ~empty].isnan().all()
+        (grad,) = torch.autograd.grad(out.sum(), value)
+        assert grad[:, : 5 if masked == "causal" else 6].isnan().all()  # the last key is seen by no query then
+    elif "bias" in func_d:
+        assert not out.any()  # all is forgotten, and becomes 0.25
+
+
+def test_more_scores_than_float32_counts(monkeypatch):
+    assert cpu_median._sum(torch.ones(2**24 + 3)) == 2**24 + 3
+    monkeypatch.setattr(cpu_median, "EXACT", 7)
+    query, key, value = tensors((2, 30, 4), (2, 31, 4), (2, 31, 3))
+    out = lwpf_attention(query, key, value, func_d="pfu", backend="cpu")
+    expected = oracle.attention(query, key, value, func_d=Forgetting("pfu", "dmedian", "mu"))
+    compare(out, expected, [query, key, value])
+
+
 @pytest.mark.parametrize("mask_name", ["none", "boolean", "empty rows", "additive with -inf"])
 @pytest.mark.parametrize("name", ["relu", "pfu:mu=0.1,bias=-0.2,sigma=0"])
 def test_rows_that_would_forget_everything_can_forget_nothing(name, mask_name):
@@ -486,12 +535,84 @@ def test_compiled_without_graph_breaks(func_d, dynamic, backend):
         compare(compiled(query, key, value, mask), attend(query, key, value, mask), [query, key, value])
 
 
-def test_second_derivatives_of_the_eager_form():
+@pytest.mark.parametrize("name", [*FUNC_DS, "sparsemax", "entmax15", "1.3"])
+def test_second_derivatives_are_those_of_finite_differences(name, backend):
+    """In forward mode too, and with arguments that depend on each other."""
+    options = {"func_d": FUNC_DS[name][0]} if name in FUNC_DS else {"func_d": "relu", "sep": name}
+    if name not in FUNC_DS:
+        pytest.importorskip("entmax")
+        backend = "auto"
+
+    def attend(x, bias):
+        return lwpf_attention(x, 2 * x.flip(0), x, bias, training=False, backend=backend, **options)
+
+    x, bias = tensors((3, 2), (3, 3))
+    torch.autograd.gradcheck(attend, (x, bias), check_forward_ad=True)
+    torch.autograd.gradgradcheck(attend, (x, bias))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("name", FUNC_DS)
+def test_second_derivatives_equal_the_oracles(name, dropout_p, backend):
+    """With the very noise and dropout of the forward pass."""
+    _, forgetting = FUNC_DS[name]
+    func_d = ReLU() if name == "relu" else PFU(mu=forgetting.mu, bias=forgetting.bias, sigma=0.7)
+    query, key, value, mask = *tensors((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 3)), _additive((2, 2, 5, 6), -INF)
+    options = dict(func_d=func_d, training=True, backend=backend)
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(seed)
+    eps = float(torch.randn(1) * 0.7**2) if name != "relu" else 0.0
+    torch.manual_seed(seed)
+    keep = dropout_mask(query, key, mask, dropout_p, options) if dropout_p else None
+    torch.manual_seed(seed)
+    ours = lwpf_attention(query, key, value, mask, dropout_p, **options)
+    expected = oracle.attention(
+        query, key, value, func_d=Forgetting(forgetting.kind, forgetting.mu, forgetting.bias, eps), attn_mask=mask,
+        dropout_keep=keep, dropout_p=dropout_p,
+    )  # fmt: skip
+    inputs, cotangent = [query, key, value, mask], torch.randn_like(expected).requires_grad_()
+    results = []
+    for out in (ours, expected):
+        first = torch.autograd.grad(out, inputs, cotangent, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(3).sum() for g in first), [*inputs, cotangent])
+        results.append([*first, *second])
+    for got, wanted in zip(*results, strict=True):
+        oracle.assert_equal(got, wanted)
+
+
+def test_many_scores_have_every_derivative():
+    """Of a size at which "auto" takes the backend of the CPU."""
+    query, key, value, tangent = (torch.randn(8, 16, 64, 16) for _ in range(4))
+
+    def attend(query, backend="auto"):
+        return lwpf_attention(query, key, value, func_d="relu", backend=backend)
+
+    for backend in ("auto", "cpu"):
+        out, along = torch.func.jvp(lambda q, b=backend: attend(q, b), (query,), (tangent,))
+        expected, expected_along = torch.func.jvp(lambda q: attend(q, "eager"), (query,), (tangent,))
+        assert torch.equal(out, expected)
+        assert torch.equal(along, expected_along)
+    gradient = torch.func.vmap(torch.func.grad(lambda q, k, v: lwpf_attention(q, k, v, func_d="relu").square().sum()))
+    leaf = query.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(leaf).square().sum(), leaf, create_graph=True)
+    torch.testing.assert_close(gradient(query, key, value), expected.detach())
+    (second,) = torch.autograd.grad(expected.square().sum(), leaf)
+    assert second.abs().sum() > 0
+
+
+def test_nothing_is_differentiated_where_a_gradient_is_missing(backend):
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
     query, key, value = tensors((3, 2), (4, 2), (4, 2))
-    for func_d in ("relu", "pfu:mu=0.1,bias=0"):
-        torch.autograd.gradgradcheck(
-            lambda q, k, v, f=func_d: lwpf_attention(q, k, v, func_d=f, backend="eager"), (query, key, value)
-        )
+    out = Cut.apply(lwpf_attention(query, key, value, func_d="relu", backend=backend))
+    assert torch.autograd.grad(out.sum(), query, allow_unused=True) == (None,)
 
 
 # --- the backend of the CPU -------------------------------------------------------------------------------------
@@ -724,9 +845,64 @@ def test_a_mode_sees_the_operator(kept):
     assert [one for one in seen if one.startswith("lwpf")] == [name, f"{name}_backward"]
 
 
-def test_there_is_no_second_derivative_by_the_cpu_backend():
+# --- what rests on something private of PyTorch's ----------------------------------------------------------------
+
+STEPS = [name for name, step in vars(cpu_primitives).items() if isinstance(step, cpu_primitives.Step)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_does_something_else_is_not_taken(name):
+    step = getattr(cpu_primitives, name)
+    fast, plain, *rest = step._fast, step._plain, step._uses, step._numbers, step._odd
+
+    def shifted(*arguments, out):
+        return fast(*arguments, out=out).add_(1e-3)
+
+    def gone(*arguments, out):
+        raise AttributeError("no such operator")
+
+    assert cpu_primitives.Step(plain, plain, *rest).is_fast
+    for wrong in (shifted, gone):
+        assert not cpu_primitives.Step(wrong, plain, *rest).is_fast
+    # Of the versions that are tested, one has a derivative of the softmax that takes no part of a larger tensor.
+    assert step.is_fast or name == "softmax_backward"
+
+
+@pytest.mark.parametrize("name", FUNC_DS)
+def test_plain_steps_give_the_same(name, kept, monkeypatch):
+    for step in STEPS:
+        monkeypatch.setattr(getattr(cpu_primitives, step), "is_fast", False)
+    func_d, forgetting = FUNC_DS[name]
+    query, key, value = tensors((2, 5, 4), (2, 7, 4), (2, 7, 3))
+    ours = lwpf_attention(query, key, value, is_causal=True, func_d=func_d, training=False, backend="cpu")
+    expected = oracle.attention(query, key, value, func_d=forgetting, is_causal=True)
+    compare(ours, expected, [query, key, value])
+
+
+def test_where_pytorch_cannot_be_asked(kept, monkeypatch):
     query, key, value = tensors((3, 2), (4, 2), (4, 2))
-    out = lwpf_attention(query, key, value, func_d="relu", backend="cpu")
-    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
-        torch.autograd.grad(grad.sum(), key)
+
+    def results():
+        out = lwpf_attention(query, key, value, func_d="pfu", training=False, backend="cpu")
+        return [out, *torch.autograd.grad(out.sum(), [query, key, value])]
+
+    direct = results()
+    monkeypatch.setattr(operators, "_CAN_ASK", False)  # then all goes through the dispatcher
+    assert all(torch.equal(one, two) for one, two in zip(direct, results(), strict=True))
+    assert backends.choose("cpu", ReLU(), query, key, "exclude")[0] == "cpu"
+    monkeypatch.setattr(transforms, "_CAN_ASK", False)
+    assert backends.choose("cpu", ReLU(), query, key, "exclude")[0] == "eager"
+    for module in (operators, transforms):
+        assert module._can_ask()
+        monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+        monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+        assert not module._can_ask()
+        monkeypatch.undo()
+
+
+@needs_onednn
+def test_onednn_is_not_used_where_it_multiplies_something_else(monkeypatch):
+    assert cpu_products._linear_multiplies()
+    multiply = cpu_products.linear
+    monkeypatch.setattr(cpu_products, "linear", lambda left, right: multiply(left.contiguous() + 1e-2, right))
+    assert not cpu_products._linear_multiplies()

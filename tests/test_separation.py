@@ -153,11 +153,44 @@ def test_memory_is_linear_in_the_number_of_patterns(kind, monkeypatch):
         assert largest.elements <= 3 * max(1 << 16, patterns.numel())  # the numbers of a tile's pairs are three each
 
 
-def test_no_second_derivative():
-    patterns = normal(5, 3)
-    (gradient,) = torch.autograd.grad(separation_loss(patterns), patterns, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t", [2.0, 50.0])
+def test_second_derivatives_equal_the_oracles(t, kind):
+    """Also where something else is added to the loss, through which there is a second way to the patterns."""
+    patterns = normal(2, 7, 3)
+    results = []
+    for losses in (
+        separation_loss(patterns, t, kind),
+        torch.stack([oracle.separation_loss(item, t, kind) for item in patterns]),
+    ):
+        first = torch.autograd.grad(losses.square().sum() + patterns.pow(3).sum(), patterns, create_graph=True)
+        results.append([*first, *torch.autograd.grad(first[0].pow(3).sum(), patterns)])
+    for got, wanted in zip(*results, strict=True):
+        oracle.assert_equal(got, wanted)
+    item = patterns[0].detach().requires_grad_()
+    torch.autograd.gradcheck(lambda x: separation_loss(x, t, kind), item, check_forward_ad=True)
+    torch.autograd.gradgradcheck(lambda x: separation_loss(x, t, kind), item)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_can_be_differentiated_are_the_same(kind):
+    """With ties, a pattern of zeros, extreme lengths, in half precision, and with a NaN in one item of the batch."""
+    unit = torch.eye(4, dtype=torch.float64)
+    cases = [torch.cat([unit, -unit])[[0, 5, 2, 1]], torch.cat([normal(4, 3)] * 2), normal(6, 4)]
+    cases += [normal(6, 4).bfloat16()]
+    cases += [torch.cat([normal(5, 3), torch.zeros(1, 3)]), 1e-30 * normal(6, 4), 1e30 * normal(6, 4), normal(2, 6, 4)]
+    cases[-1] = cases[-1].detach()
+    cases[-1][0, 1, 2] = math.nan
+    for patterns in cases:
+        patterns = patterns.detach().requires_grad_()
+        plain, again = (
+            torch.autograd.grad(separation_loss(patterns, kind=kind).sum(), patterns, create_graph=graph)[0]
+            for graph in (False, True)
+        )
+        assert again.dtype == patterns.dtype
+        digits = 1e-12 if patterns.dtype == torch.float64 else 1e-2
+        limit = digits * float(plain.nan_to_num().abs().max())
+        torch.testing.assert_close(again.detach(), plain, rtol=0, atol=limit, equal_nan=True)
 
 
 # --- the feature map ---------------------------------------------------------------------------------------------

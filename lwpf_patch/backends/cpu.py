@@ -228,8 +228,8 @@ def _backward(
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
     problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     a = threshold.item()
-    if math.isnan(a):
-        a = -math.inf  # all weights are NaN, and keep it
+    if math.isnan(a) or (bias is None and a == math.inf):
+        a = -math.inf  # all weights are NaN, and stay it
     new = torch.empty_like if query.shape[1] else torch.zeros_like  # without a query, no tile writes them
     grad_query, grad_key, grad_value = new(query), new(key), new(value)
     key_sum, value_sum = KeySum(grad_key, problem), KeySum(grad_value, problem)

@@ -31,9 +31,9 @@ def test_public_names_are_documented(name):
 
 #: What a module may import of the package when it is loaded: only what stands further down this list.
 LAYERS = [
-    "__main__", "_startup", "cli", "folding", "models", "registry", "exit_report", "attaching", "teachers", "owners", "hosts",
-    "rewriting", "edits", "compat", "attention", "retrieval", "forgetting", "backends", "uhop", "separation", "sep",
-    "settings", "importing", "reporting", "errors",
+    "__main__", "_startup", "cli", "folding", "models", "registry", "exit_report", "attaching", "teachers", "owners",
+    "hosts", "rewriting", "edits", "compat", "attention", "retrieval", "forgetting", "backends", "uhop", "separation",
+    "sep", "settings", "importing", "reporting", "errors",
 ]  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def test_the_backend_that_computes_is_said_once_with_its_reason(caplog):
         model(images())
     lines = [record.message for record in caplog.records if "is computed by backend" in record.message]
     assert lines == [
-        "timm: attention is computed by backend eager: there are few scores",
-        "timm: attention is computed by backend cpu: as asked",
+        "lwpf_patch: timm: attention is computed by backend eager: there are few scores",
+        "lwpf_patch: timm: attention is computed by backend cpu: as asked",
     ]
     assert lwpf_patch.status()["hosts"]["timm"]["backends"] == {"cpu": ["as asked"], "eager": ["there are few scores"]}

@@ -19,16 +19,16 @@ from .settings import Settings
 if TYPE_CHECKING:
     from torch import nn
 
-    from .forgetting import FuncD
+    from .attention import HostFuncD
     from .uhop import HostFeatureMap
 
 
-def func_d_prototype(host: Host, settings: Settings) -> FuncD:
-    """Makes the func_d of which every instance gets a copy."""
-    from . import forgetting
+def func_d_prototype(host: Host, settings: Settings) -> HostFuncD:
+    """Make the func_d of which every instance gets a copy."""
+    from .attention import HostFuncD, rule_of
 
-    func_d = copy.deepcopy(forgetting.make_func_d(settings.func_d, settings.origin("func_d")))
-    func_d.masking, func_d.backend, func_d.host = settings.masking, settings.backend, host.name
+    rule = copy.deepcopy(rule_of(settings.func_d, settings.origin("func_d")))
+    func_d = HostFuncD(rule, host.name, settings.masking, settings.backend)
     if host.forward_hook is not None:
         func_d.register_forward_hook(host.forward_hook)
     return func_d

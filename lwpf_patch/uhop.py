@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import reporting
+from . import reporting, tracing
 from .errors import LwpfError
 from .separation import FeatureMap, separation_gradient
 from .settings import UHop
@@ -91,7 +91,7 @@ class HostFeatureMap(FeatureMap):
         """
         if not torch.jit.is_scripting():
             if isinstance(query, fx.Proxy):
-                return _call_in_trace(self, query, key)
+                return tracing.call_module(self, query, key)
             if self._listening and torch.is_grad_enabled() and not _is_exporting():
                 self._keys = _sample(self, key.detach())
                 self._counted = False
@@ -269,12 +269,6 @@ def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
     while math.gcd(step, count) > 1:
         step += 1
     return key[..., torch.arange(samples, device=key.device) * step % count, :]
-
-
-def _call_in_trace(feature_map: HostFeatureMap, query: Any, key: Any) -> Any:
-    """In a trace by torch.fx, becomes a call of that very module, so that Stage I still runs."""
-    tracer = query.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(feature_map), (query, key), {})
 
 
 # --- Stage I --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .eager import lowest
+from .eager_form import lowest
 
 
 def batch_shape(*shapes: torch.Size) -> torch.Size:

@@ -27,25 +27,55 @@ from torch import Tensor
 
 from . import cpu_kept, cpu_products
 from .arguments import batch_shape, flat_mask, widen_mask
+from .base import Backend, Call, is_exporting, why_not_fused
 from .cpu_median import TIES, median
 from .cpu_products import add_product, product
 from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, keep
+from .eager_form import repeat_heads
 from .operators import Operator
 from .tiles import Problem
 
+#: From so many scores on, "auto" takes this backend. Below, its calls cost more than they save.
+MANY_SCORES = 1 << 19
 #: Scores in a tile for each thread: few enough for the caches, enough rows for products of matrices to be fast.
 TILE = 1 << 19
 #: Scores no larger than this need no maximum taken off before their exponentials, which are far from any limit.
 BOUND = 60.0
 
 
-def why_not(query: Tensor) -> str | None:
-    """Returns why the backend cannot compute with such tensors, None if it can."""
-    if query.device.type != "cpu":
-        return f"the tensors are on {query.device}"
-    if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"it does not compute in {query.dtype}"
-    return None
+class CPU(Backend):
+    """Computes on the CPU, tile by tile."""
+
+    name = "cpu"
+    device = "cpu"
+
+    def why_not(self, call: Call) -> str | None:
+        """Return why it cannot compute a call; None: it can."""
+        query = call.query
+        if query.device.type != "cpu":
+            return f"the tensors are on {query.device}"
+        if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            return f"it does not compute in {query.dtype}"
+        return why_not_fused(call)
+
+    def why_rather_not(self, call: Call) -> str | None:
+        """Return that there are too few scores for it to be worth it; None: there are enough."""
+        if is_exporting():  # sizes may be dynamic, and must not be asked
+            return None
+        few = call.query.shape[:-1].numel() * call.key.shape[-2] < MANY_SCORES
+        return "there are few scores" if few else None
+
+    def compute(self, call: Call) -> Tensor:
+        """Compute a call; see :meth:`Backend.compute`."""
+        threshold = call.rule.threshold()
+        assert threshold is not None
+        key, value = call.key, call.value
+        if call.enable_gqa:
+            key, value = repeat_heads(call.query, key), repeat_heads(call.query, value)
+        return attention(
+            call.query, key, value, call.attn_mask, call.dropout_p, call.is_causal, call.scale,
+            threshold.mu, threshold.bias, call.noise(threshold),
+        )  # fmt: skip
 
 
 def attention(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import lowest
+from .eager_form import lowest
 from .tiles import Problem, Tile
 
 #: As many positions of scores that are equal to the median are noted; the backward pass looks for more by itself.

@@ -18,21 +18,12 @@ import torch
 from torch import Tensor
 
 from .arguments import batch_shape, flat_mask, widen_mask
-from .eager import lowest
+from .base import Backend, Call, why_not_fused
+from .eager_form import lowest
 
 #: Features per head that the tiles hold at most.
 WIDEST = 256
 LOG2_E = 1 / math.log(2)
-
-
-def why_not(query: Tensor, value: Tensor | None) -> str | None:
-    """Returns why the backend cannot compute with such tensors, None if it can."""
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it does not compute in {query.dtype}"
-    width = query.shape[-1] if value is None else max(query.shape[-1], value.shape[-1])
-    if width > WIDEST:
-        return f"it holds up to {WIDEST} features per head, not {width}"
-    return _why_not_on(query.device.type, query.device.index)
 
 
 @functools.lru_cache
@@ -56,6 +47,31 @@ def _why_not_on_device(kind: str, index: int | None) -> str | None:
 # While torch.compile traces, what a device can do is a constant. It does not look into a cached function by itself.
 _constant: Any = torch.compiler.assume_constant_result
 _why_not_on = _constant(lambda kind, index: _why_not_on_device(kind, index))
+
+
+class Triton(Backend):
+    """Computes on NVIDIA's GPUs with kernels of its own."""
+
+    name = "triton"
+    device = "cuda"
+
+    def why_not(self, call: Call) -> str | None:
+        """Return why it cannot compute a call; None: it can."""
+        if call.query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"it does not compute in {call.query.dtype}"
+        width = max(call.query.shape[-1], call.value.shape[-1])
+        if width > WIDEST:
+            return f"it holds up to {WIDEST} features per head, not {width}"
+        return _why_not_on(call.query.device.type, call.query.device.index) or why_not_fused(call)
+
+    def compute(self, call: Call) -> Tensor:
+        """Compute a call; see :meth:`Backend.compute`."""
+        threshold = call.rule.threshold()
+        assert threshold is not None
+        return attention(
+            call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale,
+            threshold.mu, threshold.bias, call.noise(threshold), call.enable_gqa,
+        )  # fmt: skip
 
 
 def attention(

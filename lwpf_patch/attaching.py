@@ -95,7 +95,7 @@ def _is_free(module: nn.Module, name: str) -> bool:
     """
     existing = module._modules.get(name)
     if existing is not None:
-        return getattr(existing, "attached", False)
+        return getattr(existing, "attached", False) and not getattr(existing, "by_hand", False)
     if name in module.__dict__ or hasattr(type(module), name):
         raise ConflictError(
             f"{type(module).__module__}.{type(module).__qualname__} has an attribute {name} of its own "

@@ -34,12 +34,14 @@ class OwnedFuncD(nn.Module):
             recipe to the letter, which lets hidden keys back into the denominator.
         backend: Which backend computes.
         attached: Whether ``apply()`` put it there, and ``revert()`` may take it away.
+        by_hand: Whether the rule was assigned by hand, so that ``apply()`` with other settings leaves it.
     """
 
     masking: str
     backend: str
     host: str
     attached: bool
+    by_hand: bool
 
     def __init__(self, rule: FuncD, host: str, masking: str = "exclude", backend: str = "auto") -> None:
         super().__init__()
@@ -48,6 +50,7 @@ class OwnedFuncD(nn.Module):
         self.masking = masking
         self.backend = backend
         self.attached = False
+        self.by_hand = False
         _keep_settings_of_layers()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -97,5 +100,6 @@ def _on_assignment(module: nn.Module, name: str, assigned: Optional[nn.Module]) 
     if not isinstance(layer, OwnedFuncD):
         return None
     layer.rule = assigned
+    layer.by_hand = True
     assigned.train(layer.training)
     return layer

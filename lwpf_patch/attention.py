@@ -33,8 +33,8 @@ def lwpf_attention(
 
     Computes ``s = scale * q k^T (+ mask)``, ``(D, D') = func_d(s)``, ``w = dropout(softmax(D))`` and returns
     ``(D' * w) v``: a forgotten key keeps its part of the denominator but gives no value. Half precision is computed in
-    float32; under autocast the inputs are cast as for SDPA. There is no double backward for other backends than eager,
-    nor for other normalisations than the softmax.
+    float32; under autocast the inputs are cast as for SDPA. Second derivatives,
+    and the transforms of torch.func, have the fused backends compute with the scores in memory, as ``"eager"`` does.
 
     Args:
         query: (..., L, E).

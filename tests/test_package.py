@@ -33,7 +33,7 @@ def test_public_names_are_documented(name):
 LAYERS = [
     "__main__", "_startup", "cli", "comparing", "folding", "models", "registry", "exit_report", "swapping", "attaching",
     "teachers", "owners", "hosts", "rewriting", "edits", "compat", "attention", "retrieval", "forgetting", "backends",
-    "uhop", "separation", "sep", "unpickling", "settings", "importing", "frames", "reporting", "errors",
+    "uhop", "separation", "sep", "transforms", "unpickling", "settings", "importing", "frames", "reporting", "errors",
 ]  # fmt: skip
 
 

@@ -218,6 +218,9 @@ class FuncD(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         unpickling.require_patch(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FuncD":
+        return unpickling.deepcopy(self, memo)
+
     def __prepare_scriptable__(self) -> "FuncD":
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
         _mark_used(self.host)

@@ -222,9 +222,9 @@ def settings_of(host: str) -> Settings | None:
 
 
 def is_patched(host: str, qualname: str) -> bool:
-    """Return whether a function of a host has its patched code."""
+    """Return whether a function of a host was asked to be patched, and not left out."""
     applied = _applied.get(host)
-    return applied is not None and any(site.site.qualname == qualname for site in applied.sites)
+    return applied is not None and any(site.qualname == qualname for site in applied.host.selected(applied.settings))
 
 
 def status() -> dict[str, Any]:

@@ -157,6 +157,9 @@ class HostFeatureMap(FeatureMap):
         unpickling.require_patch(self)
         _register(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HostFeatureMap":
+        return unpickling.deepcopy(self, memo)
+
     def __prepare_scriptable__(self) -> "HostFeatureMap":
         if not self._separated:
             raise LwpfError(

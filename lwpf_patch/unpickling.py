@@ -6,8 +6,10 @@ would compute plain, without a word.
 
 from __future__ import annotations
 
+import copy
 import os
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 from .errors import LwpfError
 from .settings import UNPICKLE_VARIABLE, read_unpickle
@@ -17,8 +19,25 @@ if TYPE_CHECKING:
     from .uhop import HostFeatureMap
 
 
+_thread = threading.local()
+
+
+def deepcopy(part: Any, memo: dict[int, Any]) -> Any:
+    """Copy a func_d or a feature map within the process: where the original runs, the copy does as well."""
+    make, arguments, state = part.__reduce_ex__(4)[:3]
+    copied = make(*arguments)
+    memo[id(part)] = copied
+    state = copy.deepcopy(state, memo)
+    _thread.copying = True
+    try:
+        copied.__setstate__(state)
+    finally:
+        _thread.copying = False
+    return copied
+
+
 def require_patch(part: FuncD | HostFeatureMap) -> None:
-    """See that the host of a func_d or a feature map that was just unpickled, or copied, is patched.
+    """See that the host of a func_d or a feature map that was just unpickled is patched.
 
     Raises:
         ConflictError: It is patched without U-Hop, and the feature map is a trained one.
@@ -26,15 +45,13 @@ def require_patch(part: FuncD | HostFeatureMap) -> None:
     """
     from . import registry
 
-    if not part.attached or not part.host or registry.is_patched(part.host, part.site):
+    if getattr(_thread, "copying", False) or not part.attached or not part.host:
+        return
+    if registry.is_patched(part.host, part.site):
         return
     here = registry.settings_of(part.host)
     if here is None and read_unpickle(os.environ.get(UNPICKLE_VARIABLE, "")) == "patch":
-        part.attached = False  # what is copied from it meanwhile is no part of a model
-        try:
-            registry.request(part.host, part.request)
-        finally:
-            part.attached = True
+        registry.request(part.host, part.request)
         if registry.is_patched(part.host, part.site):
             return
     if here is not None and here.uhop is None and part.request.uhop is not None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 #: How many times the examples of a run that takes seconds.
-FACTORS = {"seconds": 1, "hour": 150}
+FACTORS = {"seconds": 1, "hour": 90}
 
 PROFILE = os.environ.get("FUZZ_PROFILE", "seconds")
 if PROFILE not in FACTORS:

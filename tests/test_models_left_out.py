@@ -10,6 +10,7 @@ import torch
 from timm.task.distillation import DistillationTeacher
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from vits import images, vit
 
 import lwpf_patch
@@ -83,7 +84,7 @@ def test_the_hook_is_in_nobodys_way():
     """torch goes through all hooks of optimizers while ours looks for the last time; another one comes after it."""
     lwpf_patch.apply("timm")
     calls = []
-    handle = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *args: calls.append(args))
+    handle = register_optimizer_step_post_hook(lambda *args: calls.append(args))
     try:
         _distil(_student(), _named(), steps=teachers.STEPS + 2)
     finally:

@@ -278,6 +278,7 @@ def test_a_host_that_nobody_finds(without_hosts, tmp_path):
         "import importlib.util\n"
         "print(importlib.util.find_spec('timm'))\n"
         "try:\n    importlib.util.find_spec('timm.layers')\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+        "import torch\ntorch.nn.Linear(2, 2)(torch.zeros(2))\n"
     )
     (tmp_path / "try.py").write_text("try:\n    import timm.layers\nexcept ImportError:\n    pass\nprint('went on')\n")
     out = without_hosts("-m", "lwpf_patch", "run", "ask.py", cwd=tmp_path)

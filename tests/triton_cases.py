@@ -468,12 +468,35 @@ def test_training_with_noise_and_dropout_compiles():
     assert not torch.equal(out, compiled(query))
 
 
-def test_there_is_no_second_derivative():
-    query, key, value = (torch.randn(3, 16, device=DEVICE, requires_grad=True) for _ in range(3))
-    out = lwpf_attention(query, key, value, func_d="relu", backend="triton")
-    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no autograd formula was registered|does not require grad"):
-        torch.autograd.grad(grad.sum(), key)
+@pytest.mark.parametrize("func_d", ["relu", "pfu:mu=0.1,bias=-0.2,sigma=0"])
+def test_second_derivatives(func_d):
+    tensors = [torch.randn(2, 3, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+
+    def derivatives(backend):
+        out = lwpf_attention(*tensors, func_d=func_d, backend=backend)
+        grads = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
+
+    for ours, expected in zip(derivatives("triton"), derivatives("eager"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_second_derivatives_keep_the_dropout_mask_of_the_forward_pass():
+    tensors = [torch.randn(2, 5, 16, device=DEVICE) for _ in range(3)]
+    directions = [torch.randn_like(tensor) for tensor in tensors]
+
+    def gradients(step, **options):
+        moved = [(t + step * d).requires_grad_() for t, d in zip(tensors, directions, strict=True)]
+        torch.manual_seed(0)  # the same mask in every call
+        # Keeps all scores, so that none crosses the threshold in between.
+        out = lwpf_attention(*moved, dropout_p=0.5, func_d="pfu:mu=-50,bias=-50,sigma=0", backend="triton")
+        return moved, torch.autograd.grad(out.square().sum(), moved, **options)
+
+    moved, grads = gradients(0.0, create_graph=True)
+    products = sum((grad * d).sum() for grad, d in zip(grads, directions, strict=True))
+    ours = torch.autograd.grad(products, moved)
+    for got, above, below in zip(ours, gradients(0.01)[1], gradients(-0.01)[1], strict=True):
+        torch.testing.assert_close(got, (above - below) / 0.02, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -288,19 +288,20 @@ class Makers:
     someone else has wrapped in turn cannot be taken out, and does nothing from then on.
     """
 
-    NAMES = ("__init__", "__setstate__")
-
     def __init__(self) -> None:
         self._owned: dict[type, _Owned] = {}  # replaced and never changed, since other threads read it
 
-        def attach_after(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
-            result = wrapped(*args, **kwargs)
-            # What is unpickled brings what it was saved with. In a constructor that of the base has done it already.
-            self.attach(instance, replace=getattr(wrapped, "__name__", "") == "__setstate__")
-            return result
+        def wrapper(replace: bool) -> Callable[..., Any]:
+            def attach_after(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+                result = wrapped(*args, **kwargs)
+                self.attach(instance, replace)
+                return result
 
-        self._attach_after = attach_after
-        self.code: CodeType = attach_after.__code__
+            return attach_after
+
+        # What is unpickled brings what it was saved with. In a constructor that of the base has done it already.
+        self._attach_after = {"__init__": wrapper(replace=False), "__setstate__": wrapper(replace=True)}
+        self.code: CodeType = self._attach_after["__init__"].__code__  # of both
 
     def attach(self, instance: Any, replace: bool = True, owners: Owners | None = None) -> None:
         """Give an instance what its sites need; see :meth:`Attachments.attach`."""
@@ -371,12 +372,12 @@ class Makers:
         import wrapt
 
         codes = []
-        for name in self.NAMES if self._is_covered(cls) else ():
+        for name in self._attach_after if self._is_covered(cls) else ():
             inherited = name not in vars(cls)
             if (inherited and cls not in self._owned) or self._is_ours(vars(cls).get(name)):
                 continue
             original = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
-            wrapper: Any = wrapt.FunctionWrapper(original, self._attach_after)
+            wrapper: Any = wrapt.FunctionWrapper(original, self._attach_after[name])
             wrapper._self_inherited = inherited
             setattr(cls, name, wrapper)
             codes.append(getattr(original, "__code__", None))
@@ -385,11 +386,11 @@ class Makers:
     def _is_ours(self, value: Any) -> bool:
         import wrapt
 
-        return type(value) is wrapt.FunctionWrapper and value._self_wrapper is self._attach_after
+        return type(value) is wrapt.FunctionWrapper and value._self_wrapper in self._attach_after.values()
 
     def overridden(self, owner: type | None) -> list[tuple[str, Any]]:
         """Return what someone has put over our wrappers in a class, by name."""
-        names = self.NAMES if owner in self._owned else ()
+        names = self._attach_after if owner in self._owned else ()
         return [(name, vars(owner).get(name)) for name in names if not self._is_ours(vars(owner).get(name))]
 
     def covers(self, instance: Any) -> bool:
@@ -409,7 +410,7 @@ class Makers:
             return gone
 
     def _unwrap(self, cls: type) -> None:
-        for name in self.NAMES:
+        for name in self._attach_after:
             wrapper: Any = vars(cls).get(name)
             if self._is_ours(wrapper) and wrapper._self_inherited:
                 delattr(cls, name)

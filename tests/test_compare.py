@@ -7,6 +7,7 @@ nothing is said of a host that was never imported. One test trains a network of 
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import itertools
 import json
@@ -226,7 +227,7 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(folder, capsys):
 
 def test_a_patch_without_effect_is_a_failure(folder, capsys):
     """The attention of the patched runs was never reached: their figures are not theirs."""
-    (folder / "train.py").write_text(SCRIPT)
+    (folder / "train.py").write_text(SCRIPT + "\nimport torch; torch.nn.Linear(2, 2)(torch.zeros(2))")
     assert main(["compare", *ARMS[2:], "--arm", "pfu", "--seeds", "1", *TOP1, *COMMAND]) == 1
     err = capsys.readouterr().err
     assert "relu, seed 0: FAILED: lwpf_patch: timm was asked to be patched" in err
@@ -239,7 +240,14 @@ def test_interrupted(folder, tmp_path):
     slow = "\nif seed: print('pid', os.getpid(), flush=True); import time; time.sleep(60)"
     (folder / "train.py").write_text(SCRIPT + slow + END)
     command = [sys.executable, "-m", "lwpf_patch", "compare", *ARMS, "--jobs", "2", "--seeds", "2", *TOP1, *COMMAND]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def start():
+        # As a terminal starts it: what a shell starts in the background ignores SIGINT, and hands that on.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stderr=pipe, stdout=subprocess.DEVNULL, text=True, preexec_fn=heed)
+
+    child = start()
     logs = []
     deadline = time.monotonic() + 60
     while len(logs) < 2 and time.monotonic() < deadline:
@@ -256,7 +264,7 @@ def test_interrupted(folder, tmp_path):
             os.kill(pid, 0)
     ran(folder)
     # Not the same script: what was interrupted is repeated, and with it the rest.
-    again = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    again = start()
     while not (lines := ran(folder)) and time.monotonic() < deadline + 30:
         time.sleep(0.1)
     again.send_signal(signal.SIGTERM)

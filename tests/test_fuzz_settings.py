@@ -210,7 +210,8 @@ class Raises:
 
 OBJECTS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.complex_numbers(), st.binary(max_size=3), VALUES,
-    st.integers(10**300, 10**310), st.lists(st.integers(0, 3), max_size=2), st.builds(lambda: 10**5000), st.builds(Raises),
+    st.integers(10**300, 10**310), st.lists(st.integers(0, 3), max_size=2),
+    st.builds(lambda: 10**5000), st.builds(Raises),
     st.floats(width=32).map(np.float32), st.floats(width=16).map(torch.tensor), st.just(np.zeros(3)),
     st.just(torch.eye(2)), st.dictionaries(st.text(max_size=2), st.integers(), max_size=1), st.just(int),
     st.fractions(), st.decimals(),

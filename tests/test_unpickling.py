@@ -96,6 +96,15 @@ def test_in_a_process_that_is_patched(saved, caplog):
             torch.load(saved.file, weights_only=False)
 
 
+def test_after_torch_compile_too():
+    """torch.compile puts a function of its own in the place of nn.Module.__setstate__."""
+    torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.zeros(2))
+    with lwpf_patch.patched("timm", func_d="relu"):
+        data = pickle.dumps(vit())
+    with lwpf_patch.patched("timm", func_d=PFU):
+        assert isinstance(pickle.loads(data).blocks[0].attn.func_d, lwpf_patch.PFU)
+
+
 SPAWN = """
 import multiprocessing, sys
 import torch

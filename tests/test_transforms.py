@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import transform_cases
 from transform_cases import BACKENDS, PROGRAMS, SUBJECTS, TRANSFORMS
+
+from lwpf_patch.backends.triton import why_no_triton
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "transforms.md"
@@ -61,7 +62,7 @@ def test_the_table_of_programs(backend):
     check(MADE, backend, transform_cases.made_programs(backend))
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 @pytest.mark.timeout(900)
 def test_the_tables_of_the_triton_backend(python):
     """In Triton's interpreter, and so in a process of its own."""

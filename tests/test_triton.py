@@ -7,7 +7,6 @@ is settled when it is first imported, for all kernels there are, and torch.compi
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ import torch
 
 import lwpf_patch
 from lwpf_patch import ReLU, backends, lwpf_attention
+from lwpf_patch.backends import triton as triton_backend
+from lwpf_patch.backends.triton import why_no_triton
 
 HERE = Path(__file__).parent
 CASES = (str(HERE / "triton_cases.py"), "-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "-s")
@@ -22,7 +23,7 @@ CASES = (str(HERE / "triton_cases.py"), "-c", str(HERE.parent / "pyproject.toml"
 ORACLE, MEDIAN = "test_equals or test_the_attention or test_any_scale", "test_the_median or test_the_gradient"
 PARTS = {"oracle": ORACLE, "median": MEDIAN, "others": f"not ({ORACLE} or {MEDIAN})"}
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
 
@@ -40,6 +41,14 @@ def test_on_the_cpu_it_says_why_not():
     with pytest.raises(lwpf_patch.SettingsError, match=r"backend 'triton' cannot do what is asked: .* are on cpu; use"):
         lwpf_attention(query, query, query, func_d="relu", backend="triton")
     assert backends.choose("auto", ReLU(), query, query, "exclude") == ("eager", "there are few scores")
+
+
+@pytest.mark.parametrize(("version", "new"), [("3.4.0", False), ("3.5.1", True), ("3.10.0+git1", True), ("4.0", True)])
+def test_an_old_triton_is_left_alone(monkeypatch, version, new):
+    monkeypatch.setattr(triton_backend, "_triton_version", lambda: version)
+    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: object())
+    reason = triton_backend.why_no_triton()
+    assert reason is None if new else f"Triton is of version {version}" in str(reason)
 
 
 def test_the_kernels_are_imported_when_they_compute(python):

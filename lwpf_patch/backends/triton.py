@@ -12,6 +12,8 @@ import functools
 import importlib.util
 import math
 import os
+import re
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,8 @@ from .eager import lowest, repeat_heads
 #: Features per head that the tiles hold at most.
 WIDEST = 256
 LOG2_E = 1 / math.log(2)
+#: The kernels' tests pass with this one and later ones. The interpreters of earlier ones cannot run them.
+OLDEST_TRITON = (3, 5)
 
 
 def why_not(query: Tensor, value: Tensor | None) -> str | None:
@@ -38,14 +42,32 @@ def why_not(query: Tensor, value: Tensor | None) -> str | None:
     return _why_not_on(query.device.type, query.device.index)
 
 
+def why_no_triton() -> str | None:
+    """Return why the kernels are not used here, whatever the device; None: they can be."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    version = _triton_version()
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton is of version {version}, and the kernels are tested from {oldest} on (PyTorch 2.9)"
+    return None
+
+
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build of another name
+        return importlib.import_module("triton").__version__
+
+
 @functools.lru_cache
 def _why_not_on_device(kind: str, index: int | None) -> str | None:
     """Returns why the backend cannot compute on a device, None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if kind != "cuda" and not (kind == "cpu" and interpreted):
         return f"the tensors are on {kind}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if (reason := why_no_triton()) is not None:
+        return reason
     if interpreted:
         return None
     if torch.version.hip is not None:

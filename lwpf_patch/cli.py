@@ -251,7 +251,7 @@ def _plain_status() -> dict[str, Any]:
                 for plan in plans
                 for site in plan.sites
             ]
-            shims = [{"name": shim.name, "why": shim.why, "needed": shim.needed()} for shim in host.shims]
+            shims = [{"name": shim.name, "why": shim.why, "needed": shim.is_needed()} for shim in host.shims]
             version = host.version() or "unknown"
             hosts[name] = {"version": version, "patchable": True, "sites": sites, "shims": shims}
         except HostNotInstalledError as error:

@@ -36,15 +36,23 @@ class Shim:
         name: A short name.
         why: What is broken.
         modules: The host's modules concerned.
-        needed: Whether it is broken in this environment; asked when one of the modules has been imported.
+        broken: Return whether it is broken in this environment. Where the library that it asks about is not
+            installed, it may raise an ImportError.
         replacements: What to replace in a module.
     """
 
     name: str
     why: str
     modules: tuple[str, ...]
-    needed: Callable[[], bool]
+    broken: Callable[[], bool]
     replacements: Callable[[ModuleType], list[Replacement]]
+
+    def is_needed(self) -> bool:
+        """Return whether the shim is needed in this environment, which may lack what the host requires."""
+        try:
+            return self.broken()
+        except ImportError:  # metadata.PackageNotFoundError is one, too
+            return False
 
 
 @dataclass

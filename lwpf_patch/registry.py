@@ -273,7 +273,7 @@ def _shim_state(applied: Applied, shim: Shim) -> str:
         return "refused"
     if any(each.shim is shim for each in applied.shims):
         return "applied"
-    return "waiting for its import" if shim.needed() else "not needed"
+    return "waiting for its import" if shim.is_needed() else "not needed"
 
 
 # --- patching and reverting -----------------------------------------------------------------------------------------
@@ -567,7 +567,7 @@ def _refuse_inside(host: Host, sites: list[PatchedSite]) -> None:
 
 def _shim(applied: Applied, module: ModuleType, old: Applied | None = None) -> None:
     for shim in applied.host.shims if applied.settings.compat else ():
-        if module.__name__ in shim.modules and shim.needed():
+        if module.__name__ in shim.modules and shim.is_needed():
             there = [each for each in (old.shims if old is not None else ()) if each.is_of(shim, module)]
             applied.shims += there or [AppliedShim.apply(shim, module)]
 

@@ -215,6 +215,27 @@ print(os.path.dirname(hflayers.__file__), core.func_d)
 """
 
 
+def test_the_shims_of_a_host_without_its_requirements(python):
+    """`doctor` and `status()` tell about DeepRC where neither NumPy nor pandas, which it requires, are installed."""
+    code = """
+import sys
+from importlib import metadata
+
+def version(name, _version=metadata.version):
+    if name in ("numpy", "pandas"):
+        raise metadata.PackageNotFoundError(name)
+    return _version(name)
+
+metadata.version = version
+sys.modules.update(numpy=None, pandas=None)
+import lwpf_patch
+lwpf_patch.apply("deeprc")
+print([shim["state"] for shim in lwpf_patch.status()["hosts"]["deeprc"]["shims"]])
+"""
+    needed = "waiting for its import"
+    assert python(code=code).stdout.strip() == str(["not needed", "not needed", needed, needed])
+
+
 def _folder(name: str) -> Path:
     require_host(name)
     return Path(__import__(name).__file__).parent

@@ -148,7 +148,7 @@ UINT8_MASKS = Shim(
     "uint8 masks",
     "hflayers.functional warns about masks of dtype uint8 with a module that it does not import",
     modules=("hflayers.functional",),
-    needed=lambda: True,
+    broken=lambda: True,
     replacements=lambda module: [] if hasattr(module, "warnings") else [Replacement(module, "warnings", warnings)],
 )
 

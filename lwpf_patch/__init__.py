@@ -19,7 +19,7 @@ _EXPORTS = {
     "folding": ("fold",),
     "attention": ("lwpf_attention", "partial_forgetting"),
     "retrieval": ("retrieve",),
-    "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU"),
+    "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU", "Threshold"),
     "separation": ("FeatureMap", "separation_loss"),
     "settings": ("register_func_d",),
     "errors": (
@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .forgetting import FuncD as FuncD
     from .forgetting import NoForgetting as NoForgetting
     from .forgetting import ReLU as ReLU
+    from .forgetting import Threshold as Threshold
     from .models import patch_model as patch_model
     from .models import unpatch_model as unpatch_model
     from .registry import apply as apply

@@ -28,16 +28,16 @@ from .settings import Settings, UHop
 if TYPE_CHECKING:
     from torch import nn
 
-    from .forgetting import FuncD
+    from .attention import HostFuncD
     from .uhop import HostFeatureMap
 
 
-def func_d_prototype(host: Host, settings: Settings) -> FuncD:
-    """Makes the func_d of which every instance gets a copy."""
-    from . import forgetting
+def func_d_prototype(host: Host, settings: Settings) -> HostFuncD:
+    """Make the func_d of which every instance gets a copy."""
+    from .attention import HostFuncD, rule_of
 
-    func_d = copy.deepcopy(forgetting.make_func_d(settings.func_d, settings.origin("func_d")))
-    func_d.masking, func_d.backend, func_d.host = settings.masking, settings.backend, host.name
+    rule = copy.deepcopy(rule_of(settings.func_d, settings.origin("func_d")))
+    func_d = HostFuncD(rule, host.name, settings.masking, settings.backend)
     if host.forward_hook is not None:
         func_d.register_forward_hook(host.forward_hook)
     func_d._register_load_state_dict_pre_hook(_name_the_remedy)  # type: ignore[no-untyped-call]
@@ -157,7 +157,7 @@ class Attachments:
         """Make what :meth:`attach` attaches, and return the steps that are left, none of which raises."""
         steps: list[Callable[[], object]] = []
         excluded = self._is_excluded(module, owners)
-        if site.func_d and _is_free(module, "func_d", replace):
+        if site.func_d and (_is_a_rule(module, "func_d") or _is_free(module, "func_d", replace)):
             func_d = self._func_d_for(module, site, excluded)
             if func_d is not None:
                 steps.append(partial(_own, module, "func_d", func_d))
@@ -184,6 +184,8 @@ class Attachments:
         if getattr(existing, "request", None) == self.settings and bool(existing.host) != excluded:
             return None
         func_d = _plain_func_d() if excluded else copy.deepcopy(self.func_d)
+        if _is_a_rule(module, "func_d") or getattr(existing, "by_hand", False):
+            func_d.rule, func_d.by_hand = getattr(existing, "rule", existing), True
         self._mark(func_d, site)
         if existing is not None and repr(existing) != repr(func_d):
             reporting.note_replaced(self.host.name, repr(existing), repr(func_d))
@@ -204,11 +206,12 @@ class Attachments:
         return copied or match(names_in_construction(module, self.host), patterns)
 
 
-def _plain_func_d() -> FuncD:
+def _plain_func_d() -> HostFuncD:
     """Make what stands for a func_d in a model that stays plain; of no host, as whose use it would count."""
-    from . import forgetting
+    from .attention import HostFuncD
+    from .forgetting import NoForgetting
 
-    return forgetting.NoForgetting()
+    return HostFuncD(NoForgetting(), "")
 
 
 def _no_feature_map(host: Host) -> nn.Module:
@@ -239,6 +242,13 @@ def _own(module: nn.Module, name: str, part: Any) -> None:
 
 def _disown(module: nn.Module, name: str) -> None:
     module.__dict__["_modules"] = {key: part for key, part in module._modules.items() if key != name}
+
+
+def _is_a_rule(module: nn.Module, name: str) -> bool:
+    """Return whether a module has a forgetting function by a name that was assigned to it by hand, unpatched."""
+    from .forgetting import FuncD
+
+    return isinstance(module._modules.get(name), FuncD)
 
 
 def _is_free(module: nn.Module, name: str, replace: bool = True) -> bool:
@@ -479,7 +489,10 @@ def detach(instances: Iterable[Any], host: str, names: Iterable[str] = ("func_d"
             part = modules.get(name)
             if getattr(part, "attached", False) and part.host in (host, ""):  # "": of a model that was left out
                 lost += name == "feature_map" and is_trained(part)
-                _disown(instance, name)
+                if getattr(part, "by_hand", False):
+                    instance.__dict__["_modules"] = {**modules, name: part.rule}
+                else:
+                    _disown(instance, name)
                 part.attached = False  # something else may hold it still, such as a traced model
     warn_of_loss(lost, host)
 

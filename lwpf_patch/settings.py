@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .errors import SettingsError, shown, unknown_value
 
 MASKINGS = ("exclude", "paper")
-BACKENDS = ("auto", "cpu", "eager", "triton")
+BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
 #: The normalisations of U-Hop that have a name, each with its alpha.
 SEPS = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 

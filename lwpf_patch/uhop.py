@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import reporting, unpickling
+from . import reporting, tracing, unpickling
 from .errors import LwpfError, StageOneError
 from .separation import FeatureMap, separation_gradient
 from .settings import UHop
@@ -99,8 +99,8 @@ class HostFeatureMap(FeatureMap):
         """
         if not torch.jit.is_scripting():
             if isinstance(query, fx.Proxy):
-                return _call_in_trace(self, query, key)
-            if self._listening and torch.is_grad_enabled() and not _is_exporting():
+                return tracing.call_module(self, query, key)
+            if self._listening and torch.is_grad_enabled() and not tracing.is_exporting():
                 self._keys = _sample(self, key.detach())
                 self._counted = False
             return _map_query(query, _gram_in_full_precision(self, query))
@@ -251,11 +251,6 @@ def report(host: str) -> str | None:
 # --- in the forward pass --------------------------------------------------------------------------------------------
 
 
-def _is_exporting() -> bool:
-    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 and later
-    return exporting is not None and exporting()
-
-
 def _map_query(query: Tensor, gram: Tensor) -> Tensor:
     if gram.dim() == 2:
         return query @ gram
@@ -304,12 +299,6 @@ def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
     while math.gcd(step, count) > 1:
         step += 1
     return key[..., torch.arange(samples, device=key.device) * step % count, :]
-
-
-def _call_in_trace(feature_map: HostFeatureMap, query: Any, key: Any) -> Any:
-    """In a trace by torch.fx, becomes a call of that very module, so that Stage I still runs."""
-    tracer = query.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(feature_map), (query, key), {})
 
 
 # --- Stage I --------------------------------------------------------------------------------------------------------

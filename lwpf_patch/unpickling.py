@@ -9,15 +9,10 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import LwpfError
 from .settings import UNPICKLE_VARIABLE, read_unpickle
-
-if TYPE_CHECKING:
-    from .forgetting import FuncD
-    from .uhop import HostFeatureMap
-
 
 _thread = threading.local()
 
@@ -36,8 +31,11 @@ def deepcopy(part: Any, memo: dict[int, Any]) -> Any:
     return copied
 
 
-def require_patch(part: FuncD | HostFeatureMap) -> None:
+def require_patch(part: Any) -> None:
     """See that the host of a func_d or a feature map that was just unpickled is patched.
+
+    Args:
+        part: A :class:`lwpf_patch.attention.OwnedFuncD` or a :class:`lwpf_patch.uhop.HostFeatureMap`.
 
     Raises:
         ConflictError: It is patched without U-Hop, and the feature map is a trained one.
@@ -62,7 +60,7 @@ def require_patch(part: FuncD | HostFeatureMap) -> None:
     raise LwpfError(_message(part, here is None))
 
 
-def _message(part: FuncD | HostFeatureMap, unpatched: bool) -> str:
+def _message(part: Any, unpatched: bool) -> str:
     settings = part.request.describe()
     uhop = f", uhop={settings['uhop']}" if settings["uhop"] else ""
     how = f"func_d={settings['func_d']}, masking={settings['masking']}, backend={settings['backend']}{uhop}"

@@ -170,7 +170,7 @@ def test_a_model_is_left_out_by_its_name_or_a_class_around_it(pattern):
     assert torch.equal(copy.deepcopy(model).model(x), expected)
     other = timm.models.Eva(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, attn_type="rope",
                             use_rot_pos_emb=True)  # fmt: skip
-    assert isinstance(other.blocks[0].attn.func_d, lwpf_patch.ReLU)
+    assert isinstance(other.blocks[0].attn.func_d.rule, lwpf_patch.ReLU)
     if pattern != "_Around":
         assert torch.equal(plain.model(x), expected)  # it was there before
         lwpf_patch.apply("timm", func_d="pfu", exclude_models=pattern)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lwpf_patch
+from lwpf_patch import backends, settings
 
 PACKAGE = Path(lwpf_patch.__file__).parent
 
@@ -32,9 +33,14 @@ def test_public_names_are_documented(name):
 #: What a module may import of the package when it is loaded: only what stands further down this list.
 LAYERS = [
     "__main__", "_startup", "cli", "comparing", "folding", "models", "registry", "exit_report", "swapping", "attaching",
-    "teachers", "owners", "hosts", "rewriting", "edits", "compat", "attention", "retrieval", "forgetting", "backends",
-    "uhop", "separation", "sep", "transforms", "unpickling", "settings", "importing", "frames", "reporting", "errors",
+    "teachers", "owners", "hosts", "rewriting", "edits", "compat", "attention", "forgetting", "backends", "retrieval",
+    "uhop", "tracing", "separation", "sep", "transforms", "unpickling", "settings", "importing", "frames", "reporting",
+    "errors",
 ]  # fmt: skip
+
+
+def test_the_names_of_backends_are_those_that_settings_allow():
+    assert sorted(["auto", *(backend.name for backend in backends.BACKENDS)]) == sorted(settings.BACKENDS)
 
 
 def test_imports_point_down():

@@ -115,9 +115,9 @@ def _backward(model, x):
 
 
 def test_uhop_alone_forgets_nothing_and_together_with_func_d_it_forgets():
-    assert isinstance(_model().blocks[0].attn.func_d, lwpf_patch.NoForgetting)
+    assert isinstance(_model().blocks[0].attn.func_d.rule, lwpf_patch.NoForgetting)
     lwpf_patch.revert()
-    assert isinstance(_model(func_d="relu").blocks[0].attn.func_d, lwpf_patch.ReLU)
+    assert isinstance(_model(func_d="relu").blocks[0].attn.func_d.rule, lwpf_patch.ReLU)
 
 
 # --- Stage I --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, functional
 from torch.utils.checkpoint import checkpoint
 
-from lwpf_patch import PFU, FuncD, LwpfError, ReLU, backends, lwpf_attention, separation_loss
+from lwpf_patch import PFU, FuncD, LwpfError, ReLU, lwpf_attention, separation_loss
+from lwpf_patch.backends import cpu
 
 Function = Callable[..., Tensor]
 
@@ -446,13 +447,13 @@ def is_ours(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    before, backends.MANY_SCORES = backends.MANY_SCORES, 0  # for "auto"
+    before, cpu.MANY_SCORES = cpu.MANY_SCORES, 0  # for "auto"
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
-        backends.MANY_SCORES = before
+        cpu.MANY_SCORES = before
 
 
 def derivatives(column: str) -> dict[str, str]:

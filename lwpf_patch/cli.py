@@ -14,10 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, backends, importing, registry
+from . import __version__, backends
 from .comparing import command as comparing
 from .errors import HostNotInstalledError, LwpfError, SettingsError
 from .hosts import HOSTS
+from .patching import importing, registry
 from .settings import (
     BACKENDS,
     FUNC_D_OPTIONS,
@@ -337,7 +338,7 @@ def _coloured(line: str) -> str:
 
 _PROBE = """
 import sys
-registry = sys.modules.get("lwpf_patch.registry")
+registry = sys.modules.get("lwpf_patch.patching.registry")
 state = registry.status()["hosts"] if registry else {}
 print(",".join(name for name, host in state.items() if host["state"] in ("patched", "waiting for its import")))
 """

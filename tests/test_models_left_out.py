@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from vits import images, vit
 
 import lwpf_patch
-from lwpf_patch import exit_report, owners, teachers, uhop
+from lwpf_patch import uhop
+from lwpf_patch.patching import exit_report, owners, state, teachers
 
 
 def _named():
@@ -200,7 +201,7 @@ def test_a_pattern_that_matches_nothing_is_reported(monkeypatch, caplog):
     monkeypatch.setattr(exit_report, "has_computed", lambda: True)
     lwpf_patch.apply("timm", exclude_models=["test_vit", "vit_bsae*"])
     _named()
-    exit_report.report(lwpf_patch.registry._applied)
+    exit_report.report(state.PATCHED)
     assert "exclude_models: 'vit_bsae*' matched no model" in caplog.text
     assert "'test_vit'" not in caplog.text
 

@@ -475,7 +475,7 @@ def test_forwards_and_constructors_while_another_thread_patches(case):
 def test_calls_that_do_not_end(monkeypatch, caplog):
     """A forward that goes on for long keeps what it needs; from inside of one nothing can be changed."""
     lwpf_patch.apply("timm")
-    monkeypatch.setattr("lwpf_patch.frames.PATIENCE", 0.2)
+    monkeypatch.setattr("lwpf_patch.patching.frames.PATIENCE", 0.2)
     entered, leave, results = threading.Event(), threading.Event(), []
 
     class Slow(torch.nn.Linear):

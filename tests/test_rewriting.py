@@ -10,9 +10,8 @@ import pytest
 import record_sources
 
 from lwpf_patch import RewriteError, rewriting
-from lwpf_patch.edits import attention
 from lwpf_patch.hosts import known
-from lwpf_patch.rewriting import Site
+from lwpf_patch.rewriting import Site, attention
 
 SITE = Site("host.layers", "Layer.forward", attention, {})
 

@@ -8,14 +8,14 @@ from typing import Any, Optional
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .. import unpickling
+from ..attached import Attached
 from ..forgetting import FuncD, make_func_d
 from ..settings import BACKENDS, MASKINGS, check_name
 
 _ALLOWED = {"masking": MASKINGS, "backend": BACKENDS}
 
 
-class OwnedFuncD(nn.Module):
+class OwnedFuncD(Attached, nn.Module):
     """The forgetting function of one attention layer.
 
     ``layer.func_d = lwpf_patch.PFU(mu=0.1)`` puts another function in; all else stays as it is.
@@ -28,22 +28,16 @@ class OwnedFuncD(nn.Module):
 
     Attributes:
         rule: The forgetting function.
-        host: The host's name.
         masking: ``"exclude"``: keys hidden by a mask (score -inf or ``finfo.min``) are neither kept nor forgotten, have
             no part in the denominator or the median, and a row with no key left gives 0. ``"paper"``: the official
             recipe to the letter, which lets hidden keys back into the denominator.
         backend: Which backend computes.
-        attached: Whether ``apply()`` put it there, and ``revert()`` may take it away.
-        site: Of an attached one: the function whose patched code calls it.
-        request: Of an attached one: the settings that the host is patched with.
         by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
             ``revert()`` takes the rest away.
     """
 
     masking: str
     backend: str
-    host: str
-    attached: bool
     by_hand: bool
 
     def __init__(self, rule: FuncD, host: str, masking: str = "exclude", backend: str = "auto") -> None:
@@ -52,9 +46,6 @@ class OwnedFuncD(nn.Module):
         self.host = host
         self.masking = masking
         self.backend = backend
-        self.attached = False
-        self.site = ""
-        self.request: Any = None
         self.by_hand = False
         _keep_settings_of_layers()
 
@@ -71,10 +62,6 @@ class OwnedFuncD(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _keep_settings_of_layers()
-        unpickling.require_patch(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnedFuncD":
-        return unpickling.deepcopy(self, memo)
 
     def __repr__(self) -> str:
         """Show the forgetting function, and the settings that are not the defaults."""

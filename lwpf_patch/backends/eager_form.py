@@ -6,7 +6,7 @@ Plain functions that torch.jit.script compiles too. Shapes: B any batch dimensio
 import torch
 from torch import Tensor
 
-from .. import sep
+from .. import normalising
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -184,7 +184,7 @@ def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, a
     Returns:
         The output, (B, L, Ev).
     """
-    weights = forgotten.softmax(dim=-1) if alpha == 1.0 else sep.normalise(forgotten, alpha)
+    weights = forgotten.softmax(dim=-1) if alpha == 1.0 else normalising.normalise(forgotten, alpha)
     if dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, dropout_p, True)
     weights = mask * weights

@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from .. import rewriting
-from ..compat import Shim
 from ..errors import HostNotInstalledError, RewriteError, SettingsError
 from ..rewriting import Plan, Site
 from ..settings import Settings
+from .shims import Shim
 
 
 @dataclass(frozen=True)

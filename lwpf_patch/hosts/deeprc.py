@@ -11,12 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from .. import reporting
-from ..compat import Replacement, Shim
-from ..edits import Function, Splice
 from ..errors import RewriteError
-from ..rewriting import Folding, Site
+from ..rewriting import Folding, Function, Site, Splice
 from . import known
 from .base import Host
+from .shims import Replacement, Shim
 
 
 def forget_in_bags(function: Function) -> list[Splice]:

@@ -7,12 +7,11 @@ import warnings
 from itertools import pairwise
 from typing import Any
 
-from ..compat import Replacement, Shim
-from ..edits import Function, Splice
 from ..errors import FoldError, RewriteError, SettingsError
-from ..rewriting import Folding, Site
+from ..rewriting import Folding, Function, Site, Splice
 from . import known
 from .base import Host, multiply_rows
+from .shims import Replacement, Shim
 
 _CORE = "hopfield_core_forward"
 _SCORES = "attn_output_weights"

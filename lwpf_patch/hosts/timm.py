@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..edits import attention
 from ..errors import FoldError
-from ..rewriting import Folding, Site
+from ..rewriting import Folding, Site, attention
 from . import known
 from .base import Host, multiply_rows
 

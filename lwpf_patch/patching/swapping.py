@@ -1,7 +1,7 @@
 """Swapping code objects: finding the functions of a host's sites, and putting other code into them.
 
 Other threads may be anywhere while that happens. A call that has begun goes on with the code it began with, so what
-that code needs is taken away only when no frame runs it any more; see :mod:`lwpf_patch.frames`.
+that code needs is taken away only when no frame runs it any more; see :mod:`lwpf_patch.patching.frames`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from . import rewriting
+from .. import rewriting
+from ..errors import ConflictError
+from ..rewriting import Site
 from .attaching import module_classes
-from .errors import ConflictError
-from .rewriting import Site
 
 #: The code that stood in each function that has patched code now.
 _originals: dict[FunctionType, CodeType] = {}

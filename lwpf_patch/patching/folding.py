@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import FoldError, SettingsError
+from ..errors import FoldError, SettingsError
+from ..rewriting import Folding
+from ..uhop import FoldedFeatureMap, HostFeatureMap
 from .models import site_of
-from .rewriting import Folding
-from .uhop import FoldedFeatureMap, HostFeatureMap
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: How far scores may move, in units of the rounding of the weights times the size of query and key.

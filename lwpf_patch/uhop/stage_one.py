@@ -1,322 +1,33 @@
-"""U-Hop in a script that does not know it: the feature map of a host's attention, and Stage I while the script trains.
+"""Stage I in a script that does not know it: it runs right after a step of the optimizer that trains the feature maps.
 
-Source: Wu et al., ICML 2024. A patched attention module owns its Φ as ``self.feature_map``, so that the script's
-optimizer, EMA, checkpoints and DDP see it. A forward pass in training keeps a sample of its keys. Stage I runs outside
-of it, right after a step of the optimizer that trains Φ: nothing of it is in the way of torch.compile, gradient
-checkpointing, autocast or GradScaler, and a step that GradScaler skips does not count.
+Source: Wu et al., ICML 2024. Nothing of it is in the way of torch.compile, gradient checkpointing, autocast or
+GradScaler, and a step that GradScaler skips does not count.
 """
 
 import itertools
-import math
 import time
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, fx, nn
+from torch import Tensor, distributed, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import reporting, tracing, unpickling
-from .errors import LwpfError, StageOneError
-from .separation import FeatureMap, separation_gradient
-from .settings import UHop
+from .. import reporting
+from ..errors import LwpfError, StageOneError
+from ..settings import UHop
+from .host_map import MAPS, HostFeatureMap
+from .separation import separation_gradient
 
 #: So many steps of other optimizers may pass before one must have trained a feature map that waits for it.
 PATIENCE = 10
-
-_numbers = itertools.count()
-_separated_hosts: set[str] = set()
 #: The feature maps whose last Stage I failed, by number: their host, and why. They may be gone when the process ends.
-_failures: dict[int, tuple[str, str]] = {}
-_maps: "weakref.WeakSet[HostFeatureMap]" = weakref.WeakSet()
-
-
-class HostFeatureMap(FeatureMap):
-    """The feature map Φ of one attention module of a host, the identity until Stage I has run.
-
-    Args:
-        dim: d, the number of features of a head.
-        heads: The number of heads, each with a map of its own; None: there are no heads.
-        settings: When Stage I runs, and how.
-        host: The host's name.
-        like: A tensor on the device and of the dtype that the map shall have.
-
-    Attributes:
-        weight: W = Φ - I, (heads, d, d) or (d, d).
-        steps: How many steps of the optimizer have been made, until Stage I has run for the last time; int64. With the
-            weight it is in the checkpoint, so that a run that is resumed goes on where it stopped.
-        settings: When Stage I runs, and how.
-        host: The host's name.
-        attached: Whether ``apply()`` put it there, and ``revert()`` may take it away.
-        advice: What else to do, with this host, where Stage I separates nothing.
-        site: Of an attached one: the function whose patched code calls it.
-        request: Of an attached one: the settings that the host is patched with.
-    """
-
-    advice = ""
-    steps: Tensor
-    _number: int
-
-    def __init__(self, dim: int, heads: int | None, settings: UHop, host: str, like: Tensor) -> None:
-        super().__init__(dim, heads, device=like.device, dtype=like.dtype)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=like.device))
-        self.host = host
-        self.attached = False
-        self.site = ""
-        self.request: Any = None
-        self._begin(settings, 0)  # nothing is read here, for models that are made without data
-        _register(self)
-
-    def adopt(self, settings: UHop) -> None:
-        """Takes over other settings, and goes on from where it is."""
-        if self.weight.is_meta:
-            self._begin(settings, 0)
-            return
-        if not self.steps and self.weight.any():
-            self.steps.fill_(1)  # an average of models may have lost the count
-        self._begin(settings, int(self.steps))
-
-    def _begin(self, settings: UHop, steps: int) -> None:
-        self.settings = settings
-        self.weight.requires_grad_(settings.train)
-        self._trains = settings.train
-        self._keys: Tensor | None = None
-        self._counted = False  # whether these keys have been waiting for an optimizer already
-        self._missed = 0
-        self._set_steps(steps)
-
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:  # type: ignore[override]
-        """Maps the query so that its products with the keys are those of the mapped patterns.
-
-        ``<Φ(q), Φ(k)> = <q Φ^T Φ, k>``: the query alone is multiplied, once, and the keys stay as they are.
-
-        Args:
-            query: (B, heads, L, d) or (B heads, L, d); (L, d) where there are no heads.
-            key: (B, heads, S, d) or (B heads, S, d); (S, d) where there are no heads.
-
-        Returns:
-            q Φ^T Φ, of the query's shape and dtype.
-        """
-        if not torch.jit.is_scripting():
-            if isinstance(query, fx.Proxy):
-                return tracing.call_module(self, query, key)
-            if self._listening and torch.is_grad_enabled() and not tracing.is_exporting():
-                self._keys = _sample(self, key.detach())
-                self._counted = False
-            return _map_query(query, _gram_in_full_precision(self, query))
-        return _map_query(query, self.gram().to(query.dtype))
-
-    def matrix(self) -> Tensor:
-        """Returns the matrix of Φ, I + W; see :meth:`FeatureMap.matrix`.
-
-        Until Stage I has run, the gradient of W is 0 and not missing: the optimizer leaves the identity alone, and DDP
-        gets the gradient that it waits for. The values are always those of W, which an average of models may have got
-        from elsewhere.
-        """
-        weight: Tensor = self.weight
-        if not self._trains:
-            weight = weight.detach()
-        elif not self._separated:
-            weight = weight.detach() + 0.0 * weight
-        return torch.eye(weight.size(-1), device=weight.device, dtype=weight.dtype) + weight
-
-    def _is_frozen(self) -> bool:
-        """Returns whether the script has frozen a map that was to train; such a network stays as it is."""
-        return self._trains and not self.weight.requires_grad
-
-    def _set_steps(self, steps: int) -> None:
-        # Python's own values, so that a forward pass neither waits for a device nor breaks a compiled graph.
-        self._steps = steps
-        self._separated = steps > 0
-        if self._separated:
-            _separated_hosts.add(self.host)
-        self._listening = self.settings.is_due(steps + 1)
-
-    def _count_step(self) -> None:
-        """Count a step of the optimizer; one with a Stage I counts once that has succeeded."""
-        self.steps.fill_(self._steps + 1)
-        self._set_steps(self._steps + 1)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Loads a checkpoint; one without Φ means the identity, before Stage I."""
-        if not any(prefix + name in state_dict for name in ("weight", "steps")):
-            if self.weight.is_meta and rest[0].get("assign_to_params_buffers", False):
-                self.to_empty(device=torch.get_default_device())  # as the rest becomes real
-            with torch.no_grad():
-                self.weight.zero_()
-                self.steps.zero_()
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-        self.adopt(self.settings)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_keys": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        unpickling.require_patch(self)
-        _register(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HostFeatureMap":
-        return unpickling.deepcopy(self, memo)
-
-    def __prepare_scriptable__(self) -> "HostFeatureMap":
-        if not self._separated:
-            raise LwpfError(
-                f"torch.jit.script: the feature map of {self.host} waits for Stage I (uhop), which a scripted model "
-                "cannot run: script the model after its training has begun, or apply lwpf_patch without uhop"
-            )
-        return self
-
-    def extra_repr(self) -> str:
-        """Shows the sizes and the settings."""
-        return f"{super().extra_repr()}, {self.settings}"
-
-
-class NoFeatureMap(nn.Module):
-    """Stands where a feature map could be, and does nothing.
-
-    Attributes:
-        host: The host's name.
-        attached: Whether ``revert()`` may take it away.
-    """
-
-    def __init__(self, host: str, attached: bool) -> None:
-        super().__init__()
-        self.host, self.attached = host, attached
-
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """Returns the query."""
-        return query
-
-
-class FoldedFeatureMap(NoFeatureMap):
-    """Stands where a feature map was whose matrix is now part of the projections.
-
-    Args:
-        folded: The map that was there.
-    """
-
-    def __init__(self, folded: HostFeatureMap) -> None:
-        super().__init__(folded.host, folded.attached)
-
-
-def without_module(query: Tensor, key: Tensor) -> Tensor:
-    """Stands for a feature map where a host's function is called past the modules that have one.
-
-    Raises:
-        LwpfError: Always: there is no feature map to use.
-    """
-    raise LwpfError(
-        "U-Hop was asked for (uhop), but this attention function is called directly, and only modules have a feature "
-        "map: call the module, or apply lwpf_patch without uhop"
-    )
-
-
-def summary(host: str) -> dict[str, int]:
-    """Returns how many feature maps of a host live, and how many of them have been through Stage I."""
-    maps = [each for each in _maps if each.host == host]
-    return {"modules": len(maps), "separated": sum(each._separated for each in maps)}
-
-
-def report(host: str) -> str | None:
-    """Returns what people should know when the process ends: whose Stage I failed or never ran, and why."""
-    reasons = [reason for name, reason in _failures.values() if name == host]
-    if reasons:
-        return (
-            f"{host}: U-Hop's Stage I failed for {len(reasons)} feature maps when it was last tried, and they are as "
-            f"they were before: {reasons[-1]}"
-        )
-    waiting = [each for each in _maps if each.host == host and not each._separated]
-    frozen = [each for each in waiting if each._is_frozen()]
-    saw = [each for each in waiting if each._keys is not None and each not in frozen]
-    if host in _separated_hosts and not saw:
-        return None
-    if saw:
-        why = "no step of an optimizer that has them among its parameters came after their forward passes"
-    elif frozen:
-        why = (
-            "the script has frozen them, and train=true asks for maps that train; train=false separates frozen ones too"
-        )
-    else:
-        why = "it runs after the first step of the torch.optim optimizer that trains the model"
-    if host in _separated_hosts:
-        return (
-            f"{host}: U-Hop's Stage I ran in this process, but not on {len(saw)} feature maps that waited for it, and "
-            f"are still the identity: {why}"
-        )
-    return f"{host}: U-Hop was asked for, but Stage I never ran, and every feature map is still the identity: {why}"
-
-
-# --- in the forward pass --------------------------------------------------------------------------------------------
-
-
-def _map_query(query: Tensor, gram: Tensor) -> Tensor:
-    if gram.dim() == 2:
-        return query @ gram
-    if query.dim() == 3:
-        return (query.unflatten(0, (-1, gram.size(0))) @ gram).flatten(0, 1)  # type: ignore[no-untyped-call]
-    if query.is_contiguous():
-        return query @ gram
-    # As a projection lays it out, (B, L, heads, d) in memory: one product for each head, and nothing is copied.
-    batch, length = query.size(0), query.size(2)
-    mapped = torch.bmm(query.transpose(0, 1).flatten(1, 2), gram)
-    return mapped.unflatten(1, (batch, length)).transpose(0, 1)  # type: ignore[no-untyped-call]
-
-
-def _gram_in_full_precision(feature_map: HostFeatureMap, query: Tensor) -> Tensor:
-    """Computes Φ^T Φ in the dtype of Φ under autocast too, and rounds it once, to what the query has."""
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return feature_map.gram().to(query.dtype)
-    return feature_map.gram().to(query.dtype)
-
-
-def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
-    """Takes keys from everywhere, the same for all heads: (heads, n, d) or (n, d), n at most ``samples``.
-
-    They are the same if the pass is computed again, for gradient checkpointing.
-
-    Raises:
-        LwpfError: In a replica of nn.DataParallel, whose keys would be lost with it.
-    """
-    if getattr(feature_map, "_is_replica", False):
-        raise LwpfError(
-            "uhop: nn.DataParallel makes new replicas of the model for every step, and what they see does not reach "
-            "Stage I: use DistributedDataParallel, or apply lwpf_patch without uhop"
-        )
-    weight = feature_map.weight
-    if weight.dim() == 3:
-        key = key.unflatten(0, (-1, weight.size(0))) if key.dim() == 3 else key  # type: ignore[no-untyped-call]
-        key = key.transpose(0, 1).flatten(1, 2)
-    count, samples = int(key.size(-2)), feature_map.settings.samples
-    if count <= samples:
-        return key.clone()
-    # Steps of the golden section, of no common divisor with the count: all different, and spread over items and
-    # positions alike, where an even step could meet the same position of every item.
-    step = round(count * 0.6180339887498949)
-    while math.gcd(step, count) > 1:
-        step += 1
-    return key[..., torch.arange(samples, device=key.device) * step % count, :]
-
-
-# --- Stage I --------------------------------------------------------------------------------------------------------
-
-_hook: Any = None
-
-
-def _register(feature_map: HostFeatureMap) -> None:
-    global _hook
-    feature_map._number = next(_numbers)  # of the same order in every process
-    _maps.add(feature_map)
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_step)
+FAILURES: dict[int, tuple[str, str]] = {}
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Counts the step of an optimizer for the feature maps that it trains, and runs Stage I for those that are due."""
-    waiting = [each for each in _maps if each._steps < each.settings.last and not each.steps.is_meta]
+    waiting = [each for each in MAPS if each._steps < each.settings.last and not each.steps.is_meta]
     if not waiting:
         return
     waiting.sort(key=lambda each: each._number)
@@ -338,11 +49,11 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         except BaseException as error:  # it stays due, with the keys of the next step
             for each in together:
                 each._keys = None
-                _failures[each._number] = each.host, str(error) or repr(error)
+                FAILURES[each._number] = each.host, str(error) or repr(error)
             raise
         for each in together:
             each._count_step()
-            _failures.pop(each._number, None)
+            FAILURES.pop(each._number, None)
 
 
 def _is_trained_by(feature_map: HostFeatureMap, optimizer: Any, trained: set[int]) -> bool:
@@ -598,3 +309,8 @@ def _averaged(gradients: list[Tensor], failure: Exception | None, names: str) ->
             "were, and it is tried again after the next step"
         )
     return [part.view_as(gradient) / ranks for part, gradient in zip(parts, gradients, strict=True)]
+
+
+def watch_optimizers() -> None:
+    """Have Stage I run after the steps of all optimizers of torch.optim; called once, when this package is imported."""
+    register_optimizer_step_post_hook(_after_step)

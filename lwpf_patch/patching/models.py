@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from . import registry
+from ..errors import ConflictError, SettingsError, shown
+from ..hosts import HOSTS, Host
+from ..rewriting import Site
+from ..settings import Settings
+from ..uhop import HostFeatureMap
+from . import changing
 from .attaching import func_d_prototype, is_trained, make_feature_map, warn_of_loss
-from .errors import ConflictError, SettingsError, shown
-from .hosts import HOSTS, Host
-from .rewriting import Site
-from .settings import Settings
 from .swapping import describe, locate
-from .uhop import HostFeatureMap
 
 
 def patch_model(
@@ -86,7 +86,7 @@ def patch_model(
                 lost += is_trained(module._modules[part])
                 delattr(module, part)
     warn_of_loss(lost, ", ".join(dict.fromkeys(found[name][0].name for name in chosen)))
-    registry.forget_compiled()
+    changing.forget_compiled()
     return chosen
 
 
@@ -112,9 +112,9 @@ def unpatch_model(model: nn.Module) -> list[str]:
                 lost += is_trained(module._modules[part])
                 delattr(module, part)
         module.__class__ = _plain_class(type(module))
-        registry.attach_if_applied(module)
+        changing.attach_if_applied(module)
     warn_of_loss(lost, type(model).__name__)
-    registry.forget_compiled()
+    changing.forget_compiled()
     return names
 
 

@@ -6,29 +6,23 @@ would compute plain, without a word.
 
 from __future__ import annotations
 
-import copy
 import os
-import threading
 from typing import Any
 
-from .errors import LwpfError
-from .settings import UNPICKLE_VARIABLE, read_unpickle
+from ..errors import LwpfError
+from ..settings import UNPICKLE_VARIABLE, read_unpickle
+from . import changing, state
+from .attaching import refuse_to_ignore
 
-_thread = threading.local()
 
+def set_state(part: Any, contents: Any) -> None:
+    """Set the state of an attached part that is unpickled, and see that its host is patched.
 
-def deepcopy(part: Any, memo: dict[int, Any]) -> Any:
-    """Copy a func_d or a feature map within the process: where the original runs, the copy does as well."""
-    make, arguments, state = part.__reduce_ex__(4)[:3]
-    copied = make(*arguments)
-    memo[id(part)] = copied
-    state = copy.deepcopy(state, memo)
-    _thread.copying = True
-    try:
-        copied.__setstate__(state)
-    finally:
-        _thread.copying = False
-    return copied
+    Raises:
+        LwpfError: As for :func:`require_patch`.
+    """
+    part.__setstate__(contents)
+    require_patch(part)
 
 
 def require_patch(part: Any) -> None:
@@ -41,22 +35,15 @@ def require_patch(part: Any) -> None:
         ConflictError: It is patched without U-Hop, and the feature map is a trained one.
         LwpfError: It is not patched, and ``LWPF_UNPICKLE`` does not say that it shall be.
     """
-    from . import registry
-
-    if getattr(_thread, "copying", False) or not part.attached or not part.host:
+    if state.is_patched(part.host, part.site):
         return
-    if registry.is_patched(part.host, part.site):
-        return
-    here = registry.settings_of(part.host)
+    here = state.settings_of(part.host)
     if here is None and read_unpickle(os.environ.get(UNPICKLE_VARIABLE, "")) == "patch":
-        registry.request(part.host, part.request)
-        if registry.is_patched(part.host, part.site):
+        changing.request(part.host, part.request)
+        if state.is_patched(part.host, part.site):
             return
-    if here is not None and here.uhop is None and part.request.uhop is not None:
-        from .attaching import refuse_to_ignore
-
-        if hasattr(part, "adopt"):
-            return refuse_to_ignore(part, part.site.rpartition(".")[0])
+    if here is not None and here.uhop is None and part.request.uhop is not None and hasattr(part, "adopt"):
+        return refuse_to_ignore(part, part.site.rpartition(".")[0])
     raise LwpfError(_message(part, here is None))
 
 

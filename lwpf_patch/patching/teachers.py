@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import reporting
-from .hosts import HOSTS
+from .. import reporting
+from ..hosts import HOSTS
 from .owners import Owners
 
 #: So many steps are looked at.

@@ -17,8 +17,8 @@ from importlib.machinery import ModuleSpec
 from types import CodeType
 from typing import Any
 
-from .edits import Edit, Function, Splice
-from .errors import RewriteError
+from ..errors import RewriteError
+from .source import Edit, Function, Splice
 
 
 @dataclass(frozen=True)

@@ -1,134 +1,31 @@
-"""The registry: what is patched, with what, and since when.
+"""Taking a host from one state to another: patched with some settings, or not at all.
 
 A host is patched module by module: at once where a module is already imported, and otherwise when it is. Patching swaps
 the code object of a function, not the function: old instances, subclasses, names imported before and captured bound
-methods are all patched, and revert is exact.
-
-What the patched code calls are submodules of every instance; :mod:`lwpf_patch.attaching` puts them there. Nothing here
-imports torch before a host is there to be patched.
+methods are all patched, and revert is exact. What the patched code calls are submodules of every instance;
+:mod:`lwpf_patch.patching.attaching` puts them there.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import exit_report, frames, importing, reporting
-from .attaching import Attachments, Makers, detach, func_d_prototype, living
-from .compat import AppliedShim, Shim
-from .errors import ConflictError, HostNotInstalledError, LwpfError
-from .hosts import HOSTS, Host
+from .. import reporting
+from ..errors import ConflictError, HostNotInstalledError, LwpfError
+from ..hosts import HOSTS, Host
+from ..hosts.shims import AppliedShim
+from ..rewriting import Site
+from ..settings import Settings
+from . import exit_report, frames, importing
+from .attaching import Makers, detach, func_d_prototype, living
 from .owners import Owners
-from .rewriting import Site
-from .settings import Settings, check_hosts, texts
+from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost
 from .swapping import PatchedSite, describe, locate
 
 if TYPE_CHECKING:
     from torch import nn
-
-#: Held while a host goes from one state to another: one at a time.
-_transitions = threading.RLock()
-#: Held while the state is read or changed, and by imports; never while waiting for another thread.
-_lock = threading.RLock()
-
-
-@dataclass
-class Applied:
-    """A host that was asked to be patched.
-
-    Attributes:
-        host: The host.
-        settings: How.
-        makers: What has new instances come with what they need.
-        sites: What has been patched of it so far.
-        shims: The compatibility shims that are in place.
-        complete: Whether every site that was asked for has been found.
-    """
-
-    host: Host
-    settings: Settings
-    makers: Makers = field(default_factory=Makers)
-    sites: list[PatchedSite] = field(default_factory=list)
-    shims: list[AppliedShim] = field(default_factory=list)
-    complete: bool = False
-    _attachments: Attachments | None = None
-
-    def attachments(self) -> Attachments:
-        """Return what the instances get; made at first use, since it needs torch."""
-        if self._attachments is None:
-            self._attachments = Attachments(self.host, self.settings)
-        return self._attachments
-
-    def provisional(self) -> list[Any]:
-        """Return references to what was made while it was not sure that this state would stand."""
-        return (self._attachments.provisional or []) if self._attachments is not None else []
-
-
-_applied: dict[str, Applied] = {}
-_blocks: dict[str, list[_Block]] = {}
-
-
-# --- what users call ------------------------------------------------------------------------------------------------
-
-
-def apply(
-    host: str | Iterable[str],
-    *,
-    func_d: Any = None,
-    masking: str = "exclude",
-    backend: str = "auto",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-    compat: bool = True,
-    uhop: Any = None,
-    exclude_models: str | Iterable[str] | None = None,
-) -> None:
-    """Patches a host, now or when it is imported. Applying again with other settings replaces them.
-
-    Other threads may be in the middle of a forward pass or a constructor: each call of an attention module computes
-    with what was there before or with what is there afterwards. Applying once more with the same settings looks for
-    modules that have come without a func_d.
-
-    Args:
-        host: A host's name, such as ``"timm"``, or several.
-        func_d: The forgetting function: text such as ``"relu"`` or ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``, a
-            :class:`lwpf_patch.FuncD`, or a callable that maps scores to ``(D(s), D'(s))``. Each attention module gets a
-            copy of its own. Default: ``"relu"``, or ``"none"`` with ``uhop``.
-        masking: ``"exclude"`` keeps keys that a mask hides out of everything; ``"paper"`` is the official recipe, which
-            lets them back into the denominator.
-        backend: Which implementation of the operator computes.
-        include: Glob patterns over site names such as ``"timm.layers.attention.Attention"``; default all.
-        exclude: Glob patterns over site names to leave alone.
-        compat: Whether to mend what a current environment breaks in a host; ``lwpf status`` lists these shims.
-        uhop: U-Hop (Wu et al., ICML 2024): each attention module gets a feature map, and Stage I separates its keys
-            after the first step of the optimizer. Text such as ``"iters=100,t=2,lr=0.1"``, or ``"on"``; apply it before
-            the optimizer is made. None: no U-Hop.
-        exclude_models: Glob patterns over names of models that stay plain, such as the teacher of a distillation: the
-            class of a model, or of any module around the attention, and what ``timm.create_model`` calls it.
-
-    Raises:
-        SettingsError: An unknown host, func_d, masking, backend or option of uhop, or a pattern that matches no site.
-        HostNotInstalledError: The host is not installed.
-        RewriteError: A function of the host has a shape that is not known.
-        ConflictError: Someone else has patched a function that would be patched.
-    """
-    names = check_hosts(texts(host), "apply()", HOSTS)
-    settings = Settings(
-        func_d, masking, backend, include, exclude, compat, uhop, exclude_models  # type: ignore[arg-type]
-    )  # fmt: skip
-    for name in names:  # all of them can be met before any of them is
-        HOSTS[name].selected(settings)
-        HOSTS[name].root()
-        if name not in sys.modules:
-            HOSTS[name].missing((), settings, imported=())
-    for name in names:
-        request(name, settings)
 
 
 def request(name: str, settings: Settings) -> None:
@@ -141,139 +38,14 @@ def request(name: str, settings: Settings) -> None:
     host.selected(settings)
     if not isinstance(settings.func_d, str) or "torch" in sys.modules:
         func_d_prototype(host, settings)  # raises for a wrong one
-    with _transitions:
-        before = _applied.get(name)
+    with TRANSITIONS:
+        before = PATCHED.get(name)
         if before is not None and before.settings == settings:
             _attach_missing(before)
             return
-        _change(host, settings)
+        change(host, settings)
         if before is None:
             reporting.forget_use(name)
-
-
-def revert(host: str | None = None) -> None:
-    """Restores the very code that stood there before ``apply``.
-
-    Calls that other threads have begun are waited for, for 10 s at most, before what they use is taken away.
-
-    Args:
-        host: The host's name, None for all.
-
-    Raises:
-        SettingsError: There is no such host.
-        ConflictError: Someone else has patched over our patch since.
-        LwpfError: It is called inside of a patched forward.
-    """
-    with _transitions:
-        names = list(_applied) if host is None else check_hosts([host], "revert()", HOSTS)
-        for name in names:
-            if name in _applied:
-                _change(HOSTS[name], None)
-
-
-@dataclass
-class _Block:
-    """A block of :func:`patched`, with what it found."""
-
-    before: Settings | None
-
-
-@contextlib.contextmanager
-def patched(host: str, **settings: Any) -> Iterator[None]:
-    """Patches a host for the length of a ``with`` block; afterwards it is as it was before, patched or not.
-
-    A host is patched for the whole process, so blocks of several threads share it: the settings are those of the block
-    that was entered last, for everyone. Each block puts back what it found. One that ends while a later one is still
-    open changes nothing; the later one then puts back what the ended one had found, so that after the last of them the
-    host is as it was before the first. ``apply`` and ``revert`` inside of a block hold until it ends.
-
-    Args:
-        host: The host's name.
-        **settings: As for :func:`apply`.
-
-    Raises:
-        LwpfError: As for :func:`apply`, and at the end as for :func:`revert`.
-    """
-    check_hosts([host], "patched()", HOSTS)
-    with _transitions:
-        before = _applied.get(host)
-        apply(host, **settings)
-        block = _Block(None if before is None else before.settings)
-        blocks = _blocks.setdefault(host, [])
-        blocks.append(block)
-    try:
-        yield
-    finally:
-        with _transitions:
-            above = blocks[blocks.index(block) + 1 :]
-            blocks.remove(block)
-            if above:
-                above[0].before = block.before
-            elif block.before is None:
-                revert(host)
-            else:
-                request(host, block.before)
-
-
-def settings_of(host: str) -> Settings | None:
-    """Return the settings that a host is patched with, None if it is not."""
-    applied = _applied.get(host)
-    return None if applied is None else applied.settings
-
-
-def is_patched(host: str, qualname: str) -> bool:
-    """Return whether a function of a host was asked to be patched, and not left out."""
-    applied = _applied.get(host)
-    return applied is not None and any(site.qualname == qualname for site in applied.host.selected(applied.settings))
-
-
-def status() -> dict[str, Any]:
-    """Returns what is patched, as plain data: for each host its version, state, settings and sites."""
-    with _lock:
-        return {"hosts": {name: _host_status(host) for name, host in HOSTS.items()}}
-
-
-def _host_status(host: Host) -> dict[str, Any]:
-    applied = _applied.get(host.name)
-    found: dict[str, Any]
-    try:
-        found = {"installed": True, "version": host.version() or "unknown"}
-    except HostNotInstalledError as error:
-        if applied is None:
-            return {"installed": False, "state": "not installed", "hint": str(error)}
-        found = {"installed": False, "version": "unknown"}
-    if applied is None:
-        return {**found, "state": "off"}
-    return {
-        **found,
-        "state": "patched" if applied.sites else "waiting for its import",
-        "called": reporting.was_used(host.name),
-        "backends": reporting.backends_of(host.name),
-        "shims": [{"name": shim.name, "why": shim.why, "state": _shim_state(applied, shim)} for shim in host.shims],
-        "modules": len(living(applied.makers.owners())),
-        "feature_maps": _feature_maps(host.name) if applied.settings.uhop is not None else None,
-        "settings": applied.settings.describe(),
-        # by name: a module that was reloaded has two classes of one name, both patched
-        "sites": list(
-            {
-                site.site.name: {"name": site.site.name, "function": site.site.qualname, "known": site.known}
-                for site in applied.sites
-            }.values()
-        ),
-    }
-
-
-def _feature_maps(host: str) -> dict[str, int]:
-    uhop = sys.modules.get(f"{__package__}.uhop")  # which imports torch
-    return uhop.summary(host) if uhop is not None else {"modules": 0, "separated": 0}
-
-
-def _shim_state(applied: Applied, shim: Shim) -> str:
-    if not applied.settings.compat:
-        return "refused"
-    if any(each.shim is shim for each in applied.shims):
-        return "applied"
-    return "waiting for its import" if shim.is_needed() else "not needed"
 
 
 # --- patching and reverting -----------------------------------------------------------------------------------------
@@ -284,8 +56,8 @@ def on_import(module: ModuleType) -> None:
     if module.__name__ == exit_report.MODULE:
         exit_report.listen(module)
         return
-    with _lock:
-        for applied in list(_applied.values()):
+    with LOCK:
+        for applied in list(PATCHED.values()):
             if module.__name__ in applied.host.modules():
                 _patch_imported(applied, module)
             if module.__name__ in (applied.host.name, *applied.host.modules()):
@@ -298,14 +70,14 @@ def on_not_found(name: str, where: str) -> None:
     Raises:
         HostNotInstalledError: The host was asked to be patched.
     """
-    if name in _applied:
+    if name in PATCHED:
         raise HostNotInstalledError(
             f"{name} was asked to be patched, but it is not installed here: {where} imports it, and Python does not "
             f"find it. {HOSTS[name].install}; or put the folder that holds it on sys.path; or do not ask for it"
         )
 
 
-def _change(host: Host, settings: Settings | None) -> None:
+def change(host: Host, settings: Settings | None) -> None:
     """Take a host from the state that it is in to another one: patched with some settings, or (None) not at all.
 
     In this order, so that every call in another thread finds what its code needs, and an error leaves all as it was:
@@ -315,18 +87,18 @@ def _change(host: Host, settings: Settings | None) -> None:
     3. The code is swapped.
     4. What only the old state needed is taken away, once nothing runs its code any more.
     """
-    old, new = _applied.get(host.name), None
+    old, new = PATCHED.get(host.name), None
     if old is not None:
         _check_untouched(old)
     replaced: list[CodeType] = []
     if settings is not None:
-        new = Applied(host, settings)
+        new = PatchedHost(host, settings)
         replaced = _patch(old, new)
     elif old is not None:
         _refuse_inside(host, old.sites)
-        with _lock:
-            del _applied[host.name]
-            if not _applied:
+        with LOCK:
+            del PATCHED[host.name]
+            if not PATCHED:
                 importing.unwatch()
                 exit_report.unlisten()
     _finish(host, old, new, replaced)
@@ -334,14 +106,14 @@ def _change(host: Host, settings: Settings | None) -> None:
         _announce(new)
 
 
-def _patch(old: Applied | None, new: Applied) -> list[CodeType]:
+def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
     """Patch the modules of a host that are imported already, and watch for the others; return the code replaced."""
     host = new.host
     located: list[PatchedSite] = []
     try:
         if old is None:
-            with _lock:
-                _applied[host.name] = new
+            with LOCK:
+                PATCHED[host.name] = new
                 importing.watch([host.name, *host.modules(), exit_report.MODULE], on_import, on_not_found)
                 of_torch = sys.modules.get(exit_report.MODULE)
                 if of_torch is not None and not importing.is_initializing(of_torch):
@@ -353,14 +125,14 @@ def _patch(old: Applied | None, new: Applied) -> list[CodeType]:
                 )
         else:
             new.makers = old.makers
-        with _lock:
+        with LOCK:
             modules = _loaded(host).values()
             located = [site for module in modules for site in _locate(new, module, earlier=True)]
             if host.name in sys.modules:
                 _missing(new, [*new.sites, *located])
             if old is not None:
                 _refuse_inside(host, _changed(old.sites, located))
-            _applied[host.name] = new
+            PATCHED[host.name] = new
             for module in modules:
                 _shim(new, module, old)
             if located:
@@ -372,7 +144,7 @@ def _patch(old: Applied | None, new: Applied) -> list[CodeType]:
                 f"{host.name} cannot be patched: another thread has been inside of a constructor of one of its classes "
                 f"for {frames.PATIENCE:g} s"
             )
-        with _lock:
+        with LOCK:
             _attach(new, located)
             replaced = [site.function.__code__ for site in located if site.function.__code__ is not site.patched]
             grows = old is None or old.settings.uhop is None or new.settings.uhop is not None
@@ -385,7 +157,7 @@ def _patch(old: Applied | None, new: Applied) -> list[CodeType]:
         raise
 
 
-def _patch_imported(applied: Applied, module: ModuleType) -> None:
+def _patch_imported(applied: PatchedHost, module: ModuleType) -> None:
     """Patch a module that has just been executed: nothing of it is running, so that there is nobody to wait for."""
     _shim(applied, module)
     located = _locate(applied, module)
@@ -401,7 +173,7 @@ def _patch_imported(applied: Applied, module: ModuleType) -> None:
         forget_compiled()
 
 
-def _finish(host: Host, old: Applied | None, new: Applied | None, replaced: list[CodeType]) -> None:
+def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replaced: list[CodeType]) -> None:
     """Take away what only the old state needed, and put in what could not be swapped before.
 
     A function that is passed func_d by its callers takes it for as long as one of these callers may run, and gets along
@@ -411,7 +183,7 @@ def _finish(host: Host, old: Applied | None, new: Applied | None, replaced: list
     after = new.sites if new is not None else []
     makers = new.makers if new is not None else old.makers if old is not None else Makers()
     dropped = [site for site in before if site.function not in {site.function for site in after}]
-    with _lock:
+    with LOCK:
         _set_interim_defaults(dropped)
         replaced = [*replaced, *(site.patched for site in dropped)]
         for site in dropped:
@@ -428,7 +200,7 @@ def _finish(host: Host, old: Applied | None, new: Applied | None, replaced: list
         running = frames.wait_for(calls)
     finally:
         keep = {id(each.get("self")) for each in frames.variables(running)}
-        with _lock:
+        with LOCK:
             for site in dropped:
                 if site.owner is None:
                     site.take_out()
@@ -449,14 +221,14 @@ def _finish(host: Host, old: Applied | None, new: Applied | None, replaced: list
         )
 
 
-def _restore(old: Applied | None, new: Applied, located: list[PatchedSite]) -> None:
+def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSite]) -> None:
     """Undo a patch that failed before code was swapped, and what imports have patched in the meantime."""
     host, made = new.host, []
-    with _lock:
+    with LOCK:
         if old is not None:
-            _applied[host.name] = old
+            PATCHED[host.name] = old
             _put_makers(old, old.sites)
-        elif _applied.pop(host.name, None) is not None and not _applied:
+        elif PATCHED.pop(host.name, None) is not None and not PATCHED:
             importing.unwatch()
             exit_report.unlisten()
         before = {site.function for site in old.sites} if old is not None else set()
@@ -465,14 +237,14 @@ def _restore(old: Applied | None, new: Applied, located: list[PatchedSite]) -> N
             if old is None or not any(each is shim for each in old.shims):
                 shim.undo()
     frames.wait_for(frames.in_flight([new.makers.code]))
-    with _lock:
+    with LOCK:
         made = [module for each in new.provisional() if (module := each()) is not None]
         detach([module for module in made if not new.makers.covers(module)], host.name)
         for module in made:
             new.makers.attach(module)
     if new.sites:
         names = dict.fromkeys(site.site.module for site in new.sites)
-        _finish(host, Applied(host, new.settings, makers=new.makers, sites=new.sites), None, [])
+        _finish(host, PatchedHost(host, new.settings, makers=new.makers, sites=new.sites), None, [])
         for name in names if old is not None else ():
             on_import(sys.modules[name])
 
@@ -485,7 +257,7 @@ def _loaded(host: Host) -> dict[str, ModuleType]:
     return {name: module for name, module in found.items() if not importing.is_initializing(module)}
 
 
-def _missing(applied: Applied, found: list[PatchedSite], just_imported: str = "") -> list[str]:
+def _missing(applied: PatchedHost, found: list[PatchedSite], just_imported: str = "") -> list[str]:
     """Return the modules that have yet to be imported before all that was asked for is found.
 
     Raises:
@@ -495,7 +267,7 @@ def _missing(applied: Applied, found: list[PatchedSite], just_imported: str = ""
     return applied.host.missing([site.site for site in found], applied.settings, imported)
 
 
-def _announce(applied: Applied, just_imported: str = "") -> None:
+def _announce(applied: PatchedHost, just_imported: str = "") -> None:
     """Say what was patched once all that was asked for has been found; raises as :func:`_missing` does."""
     if _missing(applied, applied.sites, just_imported) or applied.complete:
         return
@@ -510,8 +282,8 @@ def _announce(applied: Applied, just_imported: str = "") -> None:
     )
 
 
-def _locate(applied: Applied, module: ModuleType, earlier: bool = False) -> list[PatchedSite]:
-    """Find what is to be patched in a module and is not yet; see :func:`lwpf_patch.swapping.locate`."""
+def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> list[PatchedSite]:
+    """Find what is to be patched in a module and is not yet; see :func:`lwpf_patch.patching.swapping.locate`."""
     sites = [site for site in applied.host.selected(applied.settings) if site.module == module.__name__]
     sites = [site for site in sites if _is_defined_here(module, site)]
     if not sites:
@@ -532,7 +304,7 @@ def _changed(before: list[PatchedSite], after: list[PatchedSite]) -> list[Patche
     return [site for site in before if codes.get(site.function) is not site.patched]
 
 
-def _check_untouched(applied: Applied) -> None:
+def _check_untouched(applied: PatchedHost) -> None:
     """Check that nobody has patched over our patch, which would be undone with it.
 
     Raises:
@@ -565,19 +337,19 @@ def _refuse_inside(host: Host, sites: list[PatchedSite]) -> None:
         )
 
 
-def _shim(applied: Applied, module: ModuleType, old: Applied | None = None) -> None:
+def _shim(applied: PatchedHost, module: ModuleType, old: PatchedHost | None = None) -> None:
     for shim in applied.host.shims if applied.settings.compat else ():
         if module.__name__ in shim.modules and shim.is_needed():
             there = [each for each in (old.shims if old is not None else ()) if each.is_of(shim, module)]
             applied.shims += there or [AppliedShim.apply(shim, module)]
 
 
-def _put_makers(applied: Applied, sites: list[PatchedSite]) -> list[CodeType]:
+def _put_makers(applied: PatchedHost, sites: list[PatchedSite]) -> list[CodeType]:
     owned = [(site.owner, site.function, site.site) for site in sites if site.owner is not None]
     return applied.makers.put(owned, applied.attachments()) if owned else []
 
 
-def _attach(applied: Applied, sites: list[PatchedSite], replace: bool = True) -> bool:
+def _attach(applied: PatchedHost, sites: list[PatchedSite], replace: bool = True) -> bool:
     """Attach to the instances that live, all or none, and return whether there was anything to attach."""
     instances = living(applied.makers.owners({site.function for site in sites}))
     # What another thread has begun to construct since it was watched is not whole yet, and comes with it by itself.
@@ -590,16 +362,16 @@ def _attach(applied: Applied, sites: list[PatchedSite], replace: bool = True) ->
     return bool(steps)
 
 
-def _attach_missing(applied: Applied) -> None:
+def _attach_missing(applied: PatchedHost) -> None:
     """Attach to instances that have come without a func_d past everything that could be watched."""
-    with _lock:
+    with LOCK:
         if applied.sites:
             applied.makers.look_for_classes()
             if _attach(applied, applied.sites, replace=False):
                 forget_compiled()
 
 
-def _swap(applied: Applied, sites: list[PatchedSite], functions: bool = True) -> None:
+def _swap(applied: PatchedHost, sites: list[PatchedSite], functions: bool = True) -> None:
     """Put the patched code in: callees, which then take more than their callers pass, before callers.
 
     Args:
@@ -620,7 +392,7 @@ def _swap(applied: Applied, sites: list[PatchedSite], functions: bool = True) ->
     applied.sites += sites
 
 
-def _set_interim_defaults(sites: list[PatchedSite], applied: Applied | None = None) -> None:
+def _set_interim_defaults(sites: list[PatchedSite], applied: PatchedHost | None = None) -> None:
     """Have functions compute as the new state (None: unpatched) for callers that pass nothing yet, or no longer."""
     for site in sites:
         if site.owner is None:
@@ -636,13 +408,13 @@ def _map_nothing(query: Any, key: Any) -> Any:
     return query
 
 
-def _set_defaults(sites: list[PatchedSite], applied: Applied) -> None:
+def _set_defaults(sites: list[PatchedSite], applied: PatchedHost) -> None:
     """Have functions that are called without func_d, past the modules of their library, forget as their host does."""
     for site in sites:
         if site.owner is None:
             site.function.__kwdefaults__ = {"func_d": applied.attachments().func_d}
             if applied.settings.uhop is not None:
-                from .uhop import without_module
+                from ..uhop import without_module
 
                 site.function.__kwdefaults__["feature_map"] = without_module
 
@@ -660,11 +432,6 @@ def forget_compiled() -> None:
 
 def attach_if_applied(module: nn.Module) -> None:
     """Gives an instance of a patched class what its host's instances have."""
-    with _lock:
-        for applied in _applied.values():
+    with LOCK:
+        for applied in PATCHED.values():
             applied.makers.attach(module, owners=Owners())
-
-
-# --- at exit --------------------------------------------------------------------------------------------------------
-
-atexit.register(exit_report.report, _applied)

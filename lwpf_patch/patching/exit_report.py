@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import owners, reporting
+from .. import reporting
+from . import owners
 
 if TYPE_CHECKING:
     import torch
 
-    from .registry import Applied
+    from .state import PatchedHost
 
 #: Where the class of all modules is defined.
 MODULE = "torch.nn.modules.module"
@@ -56,7 +57,7 @@ def _first_call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # This code runs as a function of torch, whose globals it sees.
     if torch.compiler.is_compiling():
         return self._call_impl(*args, **kwargs)
-    from lwpf_patch import exit_report
+    from lwpf_patch.patching import exit_report
 
     return exit_report.note_call()(self, *args, **kwargs)
 
@@ -84,7 +85,7 @@ def has_computed() -> bool:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def report(applied: Mapping[str, Applied]) -> None:
+def report(applied: Mapping[str, PatchedHost]) -> None:
     """Say what came of the requests to patch, where it is less than was asked for.
 
     Args:
@@ -106,7 +107,7 @@ def report(applied: Mapping[str, Applied]) -> None:
         )
 
 
-def _of_host(name: str, applied: Applied) -> str | None:
+def _of_host(name: str, applied: PatchedHost) -> str | None:
     if not applied.complete:
         places = dict.fromkeys(site.module for site in applied.host.sites)
         wanted = "it" if name not in sys.modules else " or ".join(places)
@@ -122,7 +123,7 @@ def _of_host(name: str, applied: Applied) -> str | None:
             f"model uses none of {', '.join(classes)}{left_out}"
         )
     if applied.settings.uhop is not None:
-        from . import uhop
+        from ..uhop import report as uhop
 
         return uhop.report(name)
     return None

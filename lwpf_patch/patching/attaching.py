@@ -18,23 +18,24 @@ from functools import partial
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import frames, reporting
-from .errors import ConflictError, SettingsError
-from .hosts import Host
+from .. import reporting
+from ..errors import ConflictError, SettingsError
+from ..hosts import Host
+from ..rewriting import Site
+from ..settings import Settings, UHop
+from . import frames
 from .owners import Owners, match, names_in_construction
-from .rewriting import Site
-from .settings import Settings, UHop
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .attention import HostFuncD
-    from .uhop import HostFeatureMap
+    from ..attention import HostFuncD
+    from ..uhop import HostFeatureMap
 
 
 def func_d_prototype(host: Host, settings: Settings) -> HostFuncD:
     """Make the func_d of which every instance gets a copy."""
-    from .attention import HostFuncD, rule_of
+    from ..attention import HostFuncD, rule_of
 
     rule = copy.deepcopy(rule_of(settings.func_d, settings.origin("func_d")))
     func_d = HostFuncD(rule, host.name, settings.masking, settings.backend)
@@ -80,7 +81,7 @@ def make_feature_map(module: nn.Module, site: Site, host: Host, uhop: UHop) -> H
     Raises:
         SettingsError: The module can have none.
     """
-    from .uhop import HostFeatureMap
+    from ..uhop import HostFeatureMap
 
     assert site.map_size is not None
     try:
@@ -208,14 +209,14 @@ class Attachments:
 
 def _plain_func_d() -> HostFuncD:
     """Make what stands for a func_d in a model that stays plain; of no host, as whose use it would count."""
-    from .attention import HostFuncD
-    from .forgetting import NoForgetting
+    from ..attention import HostFuncD
+    from ..forgetting import NoForgetting
 
     return HostFuncD(NoForgetting(), "")
 
 
 def _no_feature_map(host: Host) -> nn.Module:
-    from .uhop import NoFeatureMap
+    from ..uhop import NoFeatureMap
 
     return NoFeatureMap(host.name, attached=True)
 
@@ -246,7 +247,7 @@ def _disown(module: nn.Module, name: str) -> None:
 
 def _is_a_rule(module: nn.Module, name: str) -> bool:
     """Return whether a module has a forgetting function by a name that was assigned to it by hand, unpatched."""
-    from .forgetting import FuncD
+    from ..forgetting import FuncD
 
     return isinstance(module._modules.get(name), FuncD)
 

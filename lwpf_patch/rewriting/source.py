@@ -10,7 +10,7 @@ import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .errors import RewriteError
+from ..errors import RewriteError
 
 SDPA = "scaled_dot_product_attention"
 SOFTMAX = "softmax"

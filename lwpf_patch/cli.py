@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, backends
+from . import __version__
 from .comparing import command as comparing
 from .errors import HostNotInstalledError, LwpfError, SettingsError
 from .hosts import HOSTS
@@ -29,6 +29,7 @@ from .settings import (
     VARIABLES,
     Settings,
     check_hosts,
+    describe_backend,
     from_environment,
     read_unpickle,
     split_list,
@@ -267,7 +268,7 @@ def _plain_status() -> dict[str, Any]:
         "hook": [str(path) for path in _hook_files()],
         "environment": environment,
         "request": request,
-        "backend": backends.describe(request.get("backend", "auto")),
+        "backend": describe_backend(request.get("backend", "auto")),
         "hosts": hosts,
     }
 

@@ -490,6 +490,13 @@ class Settings:
         }
 
 
+def describe_backend(requested: str) -> str:
+    """Return, in words, what a request for a backend comes to."""
+    if requested != "auto":
+        return requested
+    return "auto (triton on CUDA of capability 8.0 and later; cpu for many scores on the CPU; eager otherwise)"
+
+
 def split_list(text: str) -> tuple[str, ...]:
     """Splits text at its commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

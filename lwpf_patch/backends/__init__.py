@@ -16,18 +16,11 @@ from .eager import Eager
 from .plain import Plain
 from .triton import Triton
 
-__all__ = ["BACKENDS", "Backend", "Call", "Threshold", "choose", "describe"]
+__all__ = ["BACKENDS", "Backend", "Call", "Threshold", "choose"]
 
 _EAGER, _PLAIN = Eager(), Plain()
 #: All backends; "auto" takes the first that is made for the device and suits the call, and else the eager one.
 BACKENDS: tuple[Backend, ...] = (_PLAIN, Triton(), CPU(), _EAGER)
-
-
-def describe(requested: str) -> str:
-    """Return, in words, what a request for a backend comes to."""
-    if requested != "auto":
-        return requested
-    return "auto (triton on CUDA of capability 8.0 and later; cpu for many scores on the CPU; eager otherwise)"
 
 
 def choose(requested: str, call: Call) -> tuple[Backend, str]:

@@ -22,6 +22,7 @@ _EXPORTS = {
     "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU", "Threshold"),
     "uhop.separation": ("FeatureMap", "separation_loss"),
     "settings": ("register_func_d",),
+    "hosts": ("register_host",),
     "errors": (
         "ConflictError",
         "FoldError",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .forgetting import NoForgetting as NoForgetting
     from .forgetting import ReLU as ReLU
     from .forgetting import Threshold as Threshold
+    from .hosts import register_host as register_host
     from .patching.folding import fold as fold
     from .patching.models import patch_model as patch_model
     from .patching.models import unpatch_model as unpatch_model

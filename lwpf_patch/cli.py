@@ -198,7 +198,7 @@ def _run(options: argparse.Namespace) -> int:
         options.parser.error("no script is given, and no module with -m")
     hosts = options.patch or os.environ.get(PATCH_VARIABLE, "").strip() or "timm"
     for host in check_hosts(split_list(hosts), "--patch" if options.patch else PATCH_VARIABLE, HOSTS):
-        HOSTS[host].selected(settings)
+        HOSTS[host].check(settings)
     environment[PATCH_VARIABLE] = hosts
     environment.update({VARIABLES[setting]: value for setting, value in given.items()})
     if options.unpickle is not None:
@@ -241,18 +241,7 @@ def _plain_status() -> dict[str, Any]:
     hosts = {}
     for name, host in HOSTS.items():
         try:
-            plans = host.plans(Settings(uhop=settings.uhop))
-            sites = [
-                {
-                    "name": site.name,
-                    "function": site.qualname,
-                    "file": plan.path,
-                    "hash": plan.hashes[site.qualname],
-                    "known": site.known.get(plan.hashes[site.qualname]),
-                }
-                for plan in plans
-                for site in plan.sites
-            ]
+            sites = host.describe_sites(Settings(uhop=settings.uhop))
             shims = [{"name": shim.name, "why": shim.why, "needed": shim.is_needed()} for shim in host.shims]
             version = host.version() or "unknown"
             hosts[name] = {"version": version, "patchable": True, "sites": sites, "shims": shims}

@@ -7,8 +7,9 @@ import types
 import numpy as np
 import pytest
 
+from lwpf_patch.hosting import Replacement, Shim
+from lwpf_patch.hosting.shims import AppliedShim
 from lwpf_patch.hosts import deeprc as host
-from lwpf_patch.hosts.shims import AppliedShim, Replacement, Shim
 
 
 def _shim(replacements) -> Shim:

@@ -42,8 +42,19 @@ class HostFuncD(OwnedFuncD):
         if not self.rule.forgets:
             return scores, torch.ones((), dtype=torch.bool, device=scores.device)
         noisy = self.training if training is None else training
-        excluded = None if self.masking == "paper" else scores <= eager.lowest(scores.dtype)
+        excluded = None if self.masking == "paper" else scores <= self._highest_hidden(scores)
         return self.rule.forget_rows(scores, excluded, noisy, self.masking, dim)
+
+    def _highest_hidden(self, scores: Tensor) -> float:
+        """Return the value at and below which a mask hides a key."""
+        sentinel = self.mask_sentinel
+        return eager.lowest(scores.dtype) if sentinel is None else 0.5 * sentinel
+
+    def _with_infinity(self, attn_mask: Tensor | None) -> Tensor | None:
+        """Write -inf for the host's own number into a mask, as every backend reads it."""
+        if attn_mask is None or self.mask_sentinel is None or attn_mask.dtype == torch.bool or self.masking == "paper":
+            return attn_mask
+        return attn_mask.masked_fill(attn_mask <= self._highest_hidden(attn_mask), float("-inf"))
 
     def scaled_dot_product_attention(
         self,
@@ -63,6 +74,7 @@ class HostFuncD(OwnedFuncD):
         if not torch.jit.is_scripting():
             if has_torch_function((query, key, value)):
                 return _dispatch_attention(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            attn_mask = self._with_infinity(attn_mask) if self.rule.forgets else attn_mask
             call = Call(
                 query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 self.training, self.masking,
@@ -74,6 +86,7 @@ class HostFuncD(OwnedFuncD):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         dtype = query.dtype
+        attn_mask = self._with_infinity(attn_mask)
         query, key, value = eager.prepare(query, key, value, enable_gqa)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
         forgotten, mask = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)

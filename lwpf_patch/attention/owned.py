@@ -32,6 +32,8 @@ class OwnedFuncD(Attached, nn.Module):
             no part in the denominator or the median, and a row with no key left gives 0. ``"paper"``: the official
             recipe to the letter, which lets hidden keys back into the denominator.
         backend: Which backend computes.
+        mask_sentinel: The number that a mask of the host adds to the scores of hidden keys, where it is neither -inf
+            nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
         by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
             ``revert()`` takes the rest away.
     """
@@ -39,6 +41,7 @@ class OwnedFuncD(Attached, nn.Module):
     masking: str
     backend: str
     by_hand: bool
+    mask_sentinel: Optional[float]
 
     def __init__(self, rule: FuncD, host: str, masking: str = "exclude", backend: str = "auto") -> None:
         super().__init__()
@@ -47,6 +50,7 @@ class OwnedFuncD(Attached, nn.Module):
         self.masking = masking
         self.backend = backend
         self.by_hand = False
+        self.mask_sentinel = None
         _keep_settings_of_layers()
 
     def __setattr__(self, name: str, value: Any) -> None:

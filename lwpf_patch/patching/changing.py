@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import sys
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import reporting
 from ..errors import ConflictError, HostNotInstalledError, LwpfError
-from ..hosts import HOSTS, Host
-from ..hosts.shims import AppliedShim
-from ..rewriting import Site
+from ..hosting import Host, RegisteredHost, RewrittenHost, Site
+from ..hosting.shims import AppliedShim
+from ..hosts import HOSTS
 from ..settings import Settings
 from . import exit_report, frames, importing
-from .attaching import Makers, detach, func_d_prototype, living
+from .attaching import Makers, detach, living
 from .owners import Owners
 from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost
 from .swapping import PatchedSite, describe, locate
@@ -35,9 +35,9 @@ def request(name: str, settings: Settings) -> None:
     that is seen when the host is imported.
     """
     host = HOSTS[name]
-    host.selected(settings)
+    host.check(settings)
     if not isinstance(settings.func_d, str) or "torch" in sys.modules:
-        func_d_prototype(host, settings)  # raises for a wrong one
+        host.prototypes(settings)  # raises for a wrong func_d
     with TRANSITIONS:
         before = PATCHED.get(name)
         if before is not None and before.settings == settings:
@@ -59,7 +59,10 @@ def on_import(module: ModuleType) -> None:
     with LOCK:
         for applied in list(PATCHED.values()):
             if module.__name__ in applied.host.modules():
-                _patch_imported(applied, module)
+                if isinstance(applied.host, RegisteredHost):
+                    _register(applied, module)
+                else:
+                    _patch_imported(applied, module)
             if module.__name__ in (applied.host.name, *applied.host.modules()):
                 _announce(applied, module.__name__)
 
@@ -87,6 +90,10 @@ def change(host: Host, settings: Settings | None) -> None:
     3. The code is swapped.
     4. What only the old state needed is taken away, once nothing runs its code any more.
     """
+    if isinstance(host, RegisteredHost):
+        _change_registered(host, settings)
+        return
+    assert isinstance(host, RewrittenHost)
     old, new = PATCHED.get(host.name), None
     if old is not None:
         _check_untouched(old)
@@ -98,12 +105,62 @@ def change(host: Host, settings: Settings | None) -> None:
         _refuse_inside(host, old.sites)
         with LOCK:
             del PATCHED[host.name]
-            if not PATCHED:
-                importing.unwatch()
-                exit_report.unlisten()
+            _unwatch_if_idle()
     _finish(host, old, new, replaced)
     if new is not None and host.name in sys.modules:
         _announce(new)
+
+
+def _change_registered(host: RegisteredHost, settings: Settings | None) -> None:
+    """Take a host with an interface from the state that it is in to another one; see :func:`change`."""
+    with LOCK:
+        old = PATCHED.pop(host.name, None)
+        for undo in reversed(list(old.registered.values()) if old is not None else []):
+            undo()
+        if settings is None:
+            _unwatch_if_idle()
+            return
+        new = PATCHED[host.name] = PatchedHost(host, settings)
+        _watch_imports(host)
+    if stuck := importing.wait_for(host.modules()):
+        raise LwpfError(_in_the_middle(host, stuck[0]))
+    with LOCK:
+        try:
+            for module in _loaded(host).values():
+                _register(new, module)
+        except BaseException:
+            _change_registered(host, None)
+            raise
+    if host.name in sys.modules:
+        _announce(new)
+
+
+def _register(applied: PatchedHost, module: ModuleType) -> None:
+    assert isinstance(applied.host, RegisteredHost)
+    if module.__name__ in applied.registered:  # it was reloaded: its interface is a new one
+        applied.registered.pop(module.__name__)
+    func_d = applied.host.prototypes(applied.settings)["func_d"]
+    applied.registered[module.__name__] = applied.host.register(module, func_d)
+
+
+def _watch_imports(host: Host) -> None:
+    importing.watch([host.name, *host.modules(), exit_report.MODULE], on_import, on_not_found)
+    of_torch = sys.modules.get(exit_report.MODULE)
+    if of_torch is not None and not importing.is_initializing(of_torch):
+        exit_report.listen(of_torch)
+
+
+def _unwatch_if_idle() -> None:
+    if not PATCHED:
+        importing.unwatch()
+        exit_report.unlisten()
+
+
+def _in_the_middle(host: Host, module: str) -> str:
+    return (
+        f"{host.name} cannot be patched in the middle of the import of {module}: call lwpf_patch.apply() before that "
+        "import, or after it"
+    )
 
 
 def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
@@ -114,15 +171,9 @@ def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
         if old is None:
             with LOCK:
                 PATCHED[host.name] = new
-                importing.watch([host.name, *host.modules(), exit_report.MODULE], on_import, on_not_found)
-                of_torch = sys.modules.get(exit_report.MODULE)
-                if of_torch is not None and not importing.is_initializing(of_torch):
-                    exit_report.listen(of_torch)
+                _watch_imports(host)
             if stuck := importing.wait_for(host.modules()):
-                raise LwpfError(
-                    f"{host.name} cannot be patched in the middle of the import of {stuck[0]}: call lwpf_patch.apply() "
-                    "before that import, or after it"
-                )
+                raise LwpfError(_in_the_middle(host, stuck[0]))
         else:
             new.makers = old.makers
         with LOCK:
@@ -147,7 +198,7 @@ def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
         with LOCK:
             _attach(new, located)
             replaced = [site.function.__code__ for site in located if site.function.__code__ is not site.patched]
-            grows = old is None or old.settings.uhop is None or new.settings.uhop is not None
+            grows = old is None or _rewritten(new).parts(old.settings) <= _rewritten(new).parts(new.settings)
             _swap(new, located, functions=grows)
             if located:
                 new.attachments().settle()
@@ -179,12 +230,13 @@ def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replac
     A function that is passed func_d by its callers takes it for as long as one of these callers may run, and gets along
     without it from the first that does not pass it.
     """
+    assert isinstance(host, RewrittenHost)
     before = old.sites if old is not None else []
     after = new.sites if new is not None else []
     makers = new.makers if new is not None else old.makers if old is not None else Makers()
     dropped = [site for site in before if site.function not in {site.function for site in after}]
     with LOCK:
-        _set_interim_defaults(dropped)
+        _set_interim_defaults(dropped, host)
         replaced = [*replaced, *(site.patched for site in dropped)]
         for site in dropped:
             if site.owner is not None:
@@ -192,9 +244,11 @@ def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replac
         gone = makers.drop({site.function for site in dropped})
         if before or after:
             forget_compiled()
-    maps_go = old is not None and old.settings.uhop is not None and new is not None and new.settings.uhop is None
-    waits = dropped or maps_go or any(site.owner is None for site in after)
-    calls = frames.in_flight([*replaced, *([makers.code] if gone or maps_go else [])]) if waits else []
+    leaving: frozenset[str] = frozenset()  # parts that are asked for no longer
+    if old is not None and new is not None:
+        leaving = host.parts(old.settings) - host.parts(new.settings)
+    waits = dropped or leaving or any(site.owner is None for site in after)
+    calls = frames.in_flight([*replaced, *([makers.code] if gone or leaving else [])]) if waits else []
     running = calls
     try:
         running = frames.wait_for(calls)
@@ -208,9 +262,9 @@ def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replac
                 site.put()
             if new is not None:
                 _set_defaults(after, new)
-            left = [each for each in living([*gone, *(makers.owners() if maps_go else [])]) if id(each) not in keep]
-            detach([each for each in left if not makers.covers(each)], host.name)
-            detach([each for each in left if maps_go and makers.covers(each)], host.name, ["feature_map"])
+            left = [each for each in living([*gone, *(makers.owners() if leaving else [])]) if id(each) not in keep]
+            detach([each for each in left if not makers.covers(each)], host.name, host.part_names())
+            detach([each for each in left if makers.covers(each)], host.name, leaving)
             for shim in reversed(old.shims if old is not None else []):
                 if new is None or not any(each is shim for each in new.shims):
                     shim.undo()
@@ -228,9 +282,8 @@ def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSit
         if old is not None:
             PATCHED[host.name] = old
             _put_makers(old, old.sites)
-        elif PATCHED.pop(host.name, None) is not None and not PATCHED:
-            importing.unwatch()
-            exit_report.unlisten()
+        elif PATCHED.pop(host.name, None) is not None:
+            _unwatch_if_idle()
         before = {site.function for site in old.sites} if old is not None else set()
         new.makers.drop({site.function for site in located} - before)
         for shim in reversed(new.shims):
@@ -239,7 +292,7 @@ def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSit
     frames.wait_for(frames.in_flight([new.makers.code]))
     with LOCK:
         made = [module for each in new.provisional() if (module := each()) is not None]
-        detach([module for module in made if not new.makers.covers(module)], host.name)
+        detach([module for module in made if not new.makers.covers(module)], host.name, _rewritten(new).part_names())
         for module in made:
             new.makers.attach(module)
     if new.sites:
@@ -264,15 +317,24 @@ def _missing(applied: PatchedHost, found: list[PatchedSite], just_imported: str 
         RewriteError: Something is in none of its places, all of which have been imported.
     """
     imported = {just_imported, *_loaded(applied.host)}
-    return applied.host.missing([site.site for site in found], applied.settings, imported)
+    return _rewritten(applied).modules_to_come([site.site for site in found], applied.settings, imported)
+
+
+def _rewritten(applied: PatchedHost) -> RewrittenHost:
+    assert isinstance(applied.host, RewrittenHost)
+    return applied.host
 
 
 def _announce(applied: PatchedHost, just_imported: str = "") -> None:
     """Say what was patched once all that was asked for has been found; raises as :func:`_missing` does."""
-    if _missing(applied, applied.sites, just_imported) or applied.complete:
+    if isinstance(applied.host, RegisteredHost):
+        waits, places = not applied.registered, list(applied.registered)
+    else:
+        waits = bool(_missing(applied, applied.sites, just_imported))
+        places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
+    if waits or applied.complete:
         return
     applied.complete = True
-    places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
     settings = applied.settings.describe()
     uhop = f", uhop {settings['uhop']}" if settings["uhop"] else ""
     left_out = f", but not in {', '.join(settings['exclude_models'])}" if settings["exclude_models"] else ""
@@ -284,12 +346,13 @@ def _announce(applied: PatchedHost, just_imported: str = "") -> None:
 
 def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> list[PatchedSite]:
     """Find what is to be patched in a module and is not yet; see :func:`lwpf_patch.patching.swapping.locate`."""
-    sites = [site for site in applied.host.selected(applied.settings) if site.module == module.__name__]
+    host = _rewritten(applied)
+    sites = [site for site in host.chosen_sites(applied.settings) if site.module == module.__name__]
     sites = [site for site in sites if _is_defined_here(module, site)]
     if not sites:
         return []
     done = {site.function for site in applied.sites}
-    found = locate(module, sites, applied.settings.uhop is not None, earlier)
+    found = locate(host, module, sites, host.parts(applied.settings), earlier)
     return [site for site in found if site.function not in done]
 
 
@@ -379,7 +442,7 @@ def _swap(applied: PatchedHost, sites: list[PatchedSite], functions: bool = True
         sites: What to put in.
         functions: Whether to put in callees already: not if they will take less than callers that still run pass.
     """
-    _set_interim_defaults(sites, applied)
+    _set_interim_defaults(sites, _rewritten(applied), applied)
     for site in sorted(sites, key=lambda site: site.owner is not None):
         if functions or site.owner is not None:
             site.put()
@@ -392,31 +455,27 @@ def _swap(applied: PatchedHost, sites: list[PatchedSite], functions: bool = True
     applied.sites += sites
 
 
-def _set_interim_defaults(sites: list[PatchedSite], applied: PatchedHost | None = None) -> None:
+def _set_interim_defaults(sites: list[PatchedSite], host: RewrittenHost, applied: PatchedHost | None = None) -> None:
     """Have functions compute as the new state (None: unpatched) for callers that pass nothing yet, or no longer."""
+    prototypes = {} if applied is None else applied.attachments().prototypes
     for site in sites:
         if site.owner is None:
-            func_d = _forget_nothing if applied is None else applied.attachments().func_d
-            site.function.__kwdefaults__ = {"func_d": func_d, "feature_map": _map_nothing}
-
-
-def _forget_nothing(scores: Any, training: bool) -> tuple[Any, int]:
-    return scores, 1
-
-
-def _map_nothing(query: Any, key: Any) -> Any:
-    return query
+            site.function.__kwdefaults__ = {
+                each.name: each.in_function(prototypes.get(each.name), is_asked=False) for each in host.attachments()
+            }
 
 
 def _set_defaults(sites: list[PatchedSite], applied: PatchedHost) -> None:
     """Have functions that are called without func_d, past the modules of their library, forget as their host does."""
+    host = _rewritten(applied)
+    parts, prototypes = host.parts(applied.settings), applied.attachments().prototypes
     for site in sites:
         if site.owner is None:
-            site.function.__kwdefaults__ = {"func_d": applied.attachments().func_d}
-            if applied.settings.uhop is not None:
-                from ..uhop import without_module
-
-                site.function.__kwdefaults__["feature_map"] = without_module
+            site.function.__kwdefaults__ = {
+                each.name: each.in_function(prototypes[each.name], is_asked=True)
+                for each in host.attachments()
+                if each.name in parts
+            }
 
 
 def forget_compiled() -> None:

@@ -109,14 +109,14 @@ def report(applied: Mapping[str, PatchedHost]) -> None:
 
 def _of_host(name: str, applied: PatchedHost) -> str | None:
     if not applied.complete:
-        places = dict.fromkeys(site.module for site in applied.host.sites)
+        places = dict.fromkeys(applied.host.places_of_attention())
         wanted = "it" if name not in sys.modules else " or ".join(places)
         return (
             f"{name} was asked to be patched, but this program never imported {wanted}: nothing ran with partial "
             "forgetting"
         )
     if not reporting.was_used(name):
-        classes = sorted({site.site.name for site in applied.sites})
+        classes = sorted({site.site.name for site in applied.sites} or applied.registered)
         left_out = ", or was left out by exclude_models" if applied.settings.exclude_models else ""
         return (
             f"{name} was patched, but no patched forward was ever called: nothing ran with partial forgetting. The "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import FoldError, SettingsError
-from ..rewriting import Folding
+from ..hosting import Folding
 from ..uhop import FoldedFeatureMap, HostFeatureMap
 from .models import site_of
 
@@ -122,7 +122,9 @@ def _plan(model: nn.Module, name: str, feature_map: HostFeatureMap) -> _Change |
     module = model.get_submodule(name)
     found = site_of(type(module))
     assert found is not None
-    folding = found[1].folding
+    attachment = found[1].feature_map
+    assert attachment is not None
+    folding = attachment.folding
     assert folding is not None
     try:
         if feature_map.weight.is_meta:

@@ -11,8 +11,9 @@ from typing import Any
 
 from .. import attached, reporting
 from ..errors import HostNotInstalledError
-from ..hosts import HOSTS, Host
-from ..hosts.shims import Shim
+from ..hosting import Host
+from ..hosting.shims import Shim
+from ..hosts import HOSTS
 from ..settings import Settings, check_hosts, texts
 from . import exit_report, unpickling
 from .attaching import living
@@ -70,10 +71,8 @@ def apply(
         func_d, masking, backend, include, exclude, compat, uhop, exclude_models  # type: ignore[arg-type]
     )  # fmt: skip
     for name in names:  # all of them can be met before any of them is
-        HOSTS[name].selected(settings)
-        HOSTS[name].root()
-        if name not in sys.modules:
-            HOSTS[name].missing((), settings, imported=())
+        HOSTS[name].check(settings)
+        HOSTS[name].check_installed(settings)
     for name in names:
         request(name, settings)
 
@@ -161,7 +160,7 @@ def _host_status(host: Host) -> dict[str, Any]:
         return {**found, "state": "off"}
     return {
         **found,
-        "state": "patched" if applied.sites else "waiting for its import",
+        "state": "patched" if applied.sites or applied.registered else "waiting for its import",
         "called": reporting.was_used(host.name),
         "backends": reporting.backends_of(host.name),
         "shims": [{"name": shim.name, "why": shim.why, "state": _shim_state(applied, shim)} for shim in host.shims],
@@ -179,8 +178,11 @@ def _host_status(host: Host) -> dict[str, Any]:
 
 
 def _feature_maps(host: str) -> dict[str, int]:
-    uhop = sys.modules.get(f"{__package__}.uhop")  # which imports torch
-    return uhop.summary(host) if uhop is not None else {"modules": 0, "separated": 0}
+    if "lwpf_patch.uhop" not in sys.modules:  # which imports torch
+        return {"modules": 0, "separated": 0}
+    from ..uhop import report
+
+    return report.summary(host)
 
 
 def _shim_state(applied: PatchedHost, shim: Shim) -> str:

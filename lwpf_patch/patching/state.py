@@ -6,11 +6,12 @@ Nothing here imports torch before a host is there to be patched.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..hosts import Host
-from ..hosts.shims import AppliedShim
+from ..hosting import Host, RewrittenHost
+from ..hosting.shims import AppliedShim
 from ..settings import Settings
 from .attaching import Attachments, Makers
 from .swapping import PatchedSite
@@ -31,6 +32,7 @@ class PatchedHost:
         makers: What has new instances come with what they need.
         sites: What has been patched of it so far.
         shims: The compatibility shims that are in place.
+        registered: Of a host with an interface: for each module that has it, what undoes the registration.
         complete: Whether every site that was asked for has been found.
     """
 
@@ -39,12 +41,14 @@ class PatchedHost:
     makers: Makers = field(default_factory=Makers)
     sites: list[PatchedSite] = field(default_factory=list)
     shims: list[AppliedShim] = field(default_factory=list)
+    registered: dict[str, Callable[[], None]] = field(default_factory=dict)
     complete: bool = False
     _attachments: Attachments | None = None
 
     def attachments(self) -> Attachments:
         """Return what the instances get; made at first use, since it needs torch."""
         if self._attachments is None:
+            assert isinstance(self.host, RewrittenHost)
             self._attachments = Attachments(self.host, self.settings)
         return self._attachments
 
@@ -66,4 +70,6 @@ def settings_of(host: str) -> Settings | None:
 def is_patched(host: str, qualname: str) -> bool:
     """Return whether a function of a host was asked to be patched, and not left out."""
     applied = PATCHED.get(host)
-    return applied is not None and any(site.qualname == qualname for site in applied.host.selected(applied.settings))
+    if applied is None or not isinstance(applied.host, RewrittenHost):
+        return applied is not None
+    return any(site.qualname == qualname for site in applied.host.chosen_sites(applied.settings))

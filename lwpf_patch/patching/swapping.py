@@ -7,13 +7,14 @@ that code needs is taken away only when no frame runs it any more; see :mod:`lwp
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from .. import rewriting
 from ..errors import ConflictError
-from ..rewriting import Site
+from ..hosting.rewritten import RewrittenHost, Site
 from .attaching import module_classes
 
 #: The code that stood in each function that has patched code now.
@@ -54,13 +55,16 @@ class PatchedSite:
         _originals.pop(self.function, None)
 
 
-def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: bool = False) -> list[PatchedSite]:
+def locate(
+    host: RewrittenHost, module: ModuleType, sites: list[Site], parts: Container[str], earlier: bool = False
+) -> list[PatchedSite]:
     """Find the functions of some sites and their patched code, and check that nothing stands in the way.
 
     Args:
+        host: The host.
         module: The module that defines them.
         sites: The sites.
-        uhop: Whether U-Hop's feature map shall come in.
+        parts: The names of the attachments that come in.
         earlier: Whether to return also the functions of earlier executions of the module: after ``importlib.reload``,
             instances and namespaces can have the classes and functions from before.
 
@@ -69,7 +73,7 @@ def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: b
         ConflictError: A function is not what the module's source says.
     """
     path, source = rewriting.source_of(module.__spec__)
-    plan = rewriting.plan(path, source, sites, uhop)
+    plan = host.plan(path, source, sites, parts)
     codes = plan.compile()
     classes = module_classes() if earlier else []
     found = []
@@ -88,7 +92,8 @@ def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: b
             if live is None or live != original or len(live.co_freevars) != len(new.co_freevars):
                 raise ConflictError(_conflict(site, path, function, place is owner and function is places[0][1]))
             patched = function.__code__ if function.__code__ == new else new
-            found.append(PatchedSite(site, place, function, live, patched, site not in plan.unknown))
+            known = plan.hashes[site.qualname] in site.known
+            found.append(PatchedSite(site, place, function, live, patched, known))
     return found
 
 

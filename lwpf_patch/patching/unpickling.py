@@ -10,9 +10,9 @@ import os
 from typing import Any
 
 from ..errors import LwpfError
+from ..hosting.attachments import refuse_to_ignore
 from ..settings import UNPICKLE_VARIABLE, read_unpickle
 from . import changing, state
-from .attaching import refuse_to_ignore
 
 
 def set_state(part: Any, contents: Any) -> None:
@@ -42,7 +42,7 @@ def require_patch(part: Any) -> None:
         changing.request(part.host, part.request)
         if state.is_patched(part.host, part.site):
             return
-    if here is not None and here.uhop is None and part.request.uhop is not None and hasattr(part, "adopt"):
+    if here is not None and here.uhop is None and part.request.uhop is not None and hasattr(part, "take_settings"):
         return refuse_to_ignore(part, part.site.rpartition(".")[0])
     raise LwpfError(_message(part, here is None))
 

@@ -8,67 +8,17 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import hashlib
 import itertools
 import linecache
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import CodeType
-from typing import Any
 
 from ..errors import RewriteError
 from .source import Edit, Function, Splice
-
-
-@dataclass(frozen=True)
-class Folding:
-    """How a feature map becomes part of the projections of its attention module.
-
-    Attributes:
-        parameters: Returns, for a model and a module of it, the names of the parameters that are multiplied, relative
-            to the module; or raises a FoldError that says what stands between them and the scores.
-        multiply: Multiplies them by the matrix of Φ, (heads, d, d) or (d, d), of float64 and on the CPU.
-        example: Returns random arguments for a call of the module, of float64 and on the CPU.
-    """
-
-    parameters: Callable[[Any, Any], list[str]]
-    multiply: Callable[[Any, Any], None]
-    example: Callable[[Any], tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A function of a host that holds softmax attention.
-
-    Attributes:
-        module: The module that defines it.
-        qualname: Its name in the module, ``"Attention.forward"``.
-        edit: What turns it into attention with partial forgetting.
-        known: For each syntax tree that is known to be right to edit, by hash, the versions of the host that have it.
-        func_d: Whether its modules get a func_d.
-        map_size: Where its modules get a feature map if U-Hop is asked for: what returns, for a module, the number of
-            heads (None: there are none) and of features of each; or raises a SettingsError that says why it has none.
-        folding: How their feature maps are folded.
-    """
-
-    module: str
-    qualname: str
-    edit: Edit
-    known: Mapping[str, str]
-    func_d: bool = True
-    map_size: Callable[[Any], tuple[int | None, int]] | None = None
-    folding: Folding | None = None
-
-    @property
-    def name(self) -> str:
-        """The name that users see and that patterns match, such as ``"timm.layers.attention.Attention"``."""
-        return f"{self.module}.{self.owner or self.qualname}"
-
-    @property
-    def owner(self) -> str:
-        """The class that the function belongs to; empty for a function of the module, which gets func_d passed."""
-        return self.qualname.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -80,29 +30,25 @@ class Plan:
         path: The file of its source.
         source: Its source.
         patched: The source with the edits spliced in.
-        sites: The sites in it.
-        unknown: Those whose syntax tree is not known; their shape is.
-        hashes: The hash of every site's syntax tree, by qualified name.
+        hashes: The hash of the syntax tree of each function that is edited, by qualified name.
     """
 
     module: str
     path: str
     source: str
     patched: str
-    sites: tuple[Site, ...]
-    unknown: tuple[Site, ...]
     hashes: Mapping[str, str]
 
     def compile(self) -> dict[str, tuple[CodeType, CodeType]]:
-        """Compiles both sources.
+        """Compile both sources.
 
         Returns:
-            For each qualified name of a site, the code that its source gives and the patched code.
+            For each function that is edited, by qualified name, the code that its source gives and the patched code.
         """
         filename = _enter_source(self.module, list(map(_with_hint, self.patched.splitlines(keepends=True))))
         before = compile(self.source, self.path, "exec", dont_inherit=True)
         after = compile(self.patched, filename, "exec", dont_inherit=True)
-        return {site.qualname: (_code(before, site.qualname), _code(after, site.qualname)) for site in self.sites}
+        return {name: (_code(before, name), _code(after, name)) for name in self.hashes}
 
     def diff(self) -> str:
         """Returns the unified difference, upstream against patched; empty if there is none."""
@@ -159,48 +105,52 @@ def _with_hint(line: str) -> str:
     return line if hint is None else line.rstrip("\n") + f"  # lwpf_patch: {hint}\n"
 
 
-def has_site(source: str, site: Site) -> bool:
-    """Returns whether a module's source defines a site."""
-    return bool(_definitions(ast.parse(source), site.qualname))
+def defines(source: str, qualname: str) -> bool:
+    """Return whether a module's source defines a function."""
+    return bool(_definitions(_tree(source), qualname))
 
 
-def plan(path: str, source: str, sites: Iterable[Site], uhop: bool = False) -> Plan:
-    """Plans the edits of some sites of one module; all of them or, when one anchor is missing, none.
+def plan(module: str, path: str, source: str, edits: Mapping[str, Iterable[Edit]], parts: Container[str] = ()) -> Plan:
+    """Plan the edits of some functions of one module; all of them or, when one anchor is missing, none.
 
     Args:
+        module: The module's name.
         path: The file of the source.
         source: The module's source.
-        sites: The sites, all in this module.
-        uhop: Whether U-Hop's feature map shall come in.
+        edits: The edits of each function, by its qualified name.
+        parts: The names of what shall come in, which edits may ask for; see :class:`Function`.
 
     Returns:
         The plan.
 
     Raises:
-        RewriteError: A site is not there, or does not have the shape that its edits need.
+        RewriteError: A function is not there, or does not have the shape that its edits need.
     """
-    sites = tuple(sites)
-    tree = ast.parse(source, path)
     encoded = source.encode()
     splices: list[Splice] = []
     hashes = {}
-    for site in sites:
-        node = _definition(tree, site, path)
-        hashes[site.qualname] = tree_hash(node)
-        splices += _splices(Function(node, encoded, path, uhop), site)
+    for qualname, of_function in edits.items():
+        node = _definition(_tree(source), f"{module}.{qualname}", qualname, path)
+        hashes[qualname] = tree_hash(node)
+        function = Function(node, encoded, path, parts)
+        splices += [splice for edit in of_function for splice in _splices(function, edit, f"{module}.{qualname}")]
     for splice in sorted(splices, key=lambda splice: splice.start, reverse=True):
         encoded = encoded[: splice.start] + splice.text.encode() + encoded[splice.end :]
-    unknown = tuple(site for site in sites if hashes[site.qualname] not in site.known)
-    return Plan(sites[0].module, path, source, encoded.decode(), sites, unknown, hashes)
+    return Plan(module, path, source, encoded.decode(), hashes)
 
 
-def _splices(function: Function, site: Site) -> list[Splice]:
+@functools.lru_cache(maxsize=1)
+def _tree(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def _splices(function: Function, edit: Edit, name: str) -> list[Splice]:
     try:
-        return site.edit(function)
+        return edit(function)
     except RewriteError as error:
         raise RewriteError(
-            f"{site.module}.{site.qualname} cannot be patched: {error}. Its source does not have the shape that "
-            "lwpf_patch knows; leave it out with exclude=, or install a version that is supported"
+            f"{name} cannot be patched: {error}. Its source does not have the shape that lwpf_patch knows; leave it "
+            "out with exclude=, or install a version that is supported"
         ) from None
 
 
@@ -219,11 +169,11 @@ def _scope(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef]:
             yield from _scope(child)
 
 
-def _definition(tree: ast.AST, site: Site, path: str) -> ast.FunctionDef:
-    found = _definitions(tree, site.qualname)
+def _definition(tree: ast.AST, name: str, qualname: str, path: str) -> ast.FunctionDef:
+    found = _definitions(tree, qualname)
     if len(found) != 1:
         what = "is not defined" if not found else f"is defined {len(found)} times"
-        raise RewriteError(f"{site.module}.{site.qualname} cannot be patched: it {what} in {path}")
+        raise RewriteError(f"{name} cannot be patched: it {what} in {path}")
     return found[0]
 
 

@@ -51,19 +51,19 @@ class HostFeatureMap(Attached, FeatureMap):
         super().__init__(dim, heads, device=like.device, dtype=like.dtype)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=like.device))
         self.host = host
-        self._begin(settings, 0)  # nothing is read here, for models that are made without data
+        self._start_at(settings, 0)  # nothing is read here, for models that are made without data
         _register(self)
 
-    def adopt(self, settings: UHop) -> None:
+    def take_settings(self, settings: UHop) -> None:
         """Takes over other settings, and goes on from where it is."""
         if self.weight.is_meta:
-            self._begin(settings, 0)
+            self._start_at(settings, 0)
             return
         if not self.steps and self.weight.any():
             self.steps.fill_(1)  # an average of models may have lost the count
-        self._begin(settings, int(self.steps))
+        self._start_at(settings, int(self.steps))
 
-    def _begin(self, settings: UHop, steps: int) -> None:
+    def _start_at(self, settings: UHop, steps: int) -> None:
         self.settings = settings
         self.weight.requires_grad_(settings.train)
         self._trains = settings.train
@@ -134,7 +134,7 @@ class HostFeatureMap(Attached, FeatureMap):
                 self.steps.zero_()
         else:
             super()._load_from_state_dict(state_dict, prefix, *rest)
-        self.adopt(self.settings)
+        self.take_settings(self.settings)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_keys": None}

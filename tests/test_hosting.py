@@ -88,7 +88,9 @@ def test_keys_that_a_mask_of_a_hundred_hides(library, name, func_d):
     hidden = torch.rand(4, 5) < 0.4
     mask = torch.zeros(4, 5, dtype=torch.float64).masked_fill(hidden, -100.0)
     forgetting = Forgetting("relu") if func_d == "relu" else Forgetting("pfu", "dmedian", "mu")
-    oracle.assert_equal(module(q, k, v, mask), oracle.attention(q, k, v, func_d=forgetting, attn_mask=~hidden, scale=1.0))
+    oracle.assert_equal(
+        module(q, k, v, mask), oracle.attention(q, k, v, func_d=forgetting, attn_mask=~hidden, scale=1.0)
+    )
     scripted = torch.jit.script(module)
     torch.testing.assert_close(scripted(q, k, v, mask), module(q, k, v, mask))
 

@@ -254,7 +254,7 @@ def test_the_last_layers_weights_and_inputs_are_mapped(func_d):
     network = model.attention_nn
     torch.nn.init.normal_(network.feature_map.weight, std=0.3)
     network.feature_map.steps.fill_(1)
-    network.feature_map.adopt(network.feature_map.settings)
+    network.feature_map.take_settings(network.feature_map.settings)
 
     class ByHand(torch.nn.Module):
         def forward(self, embedded):

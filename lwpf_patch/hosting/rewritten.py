@@ -194,34 +194,39 @@ class RewrittenHost(Host):
         edits = {site.qualname: site.edits(parts) for site in sites}
         return rewriting.plan(sites[0].module, path, source, edits, parts)
 
-    def modules_to_come(self, found: Iterable[Site], settings: Settings, imported: Container[str]) -> list[str]:
+    def modules_to_come(
+        self, found: Iterable[Site], settings: Settings, imported: Container[str], seen: set[str] | None = None
+    ) -> list[str]:
         """Return the modules that have yet to be imported before every site that was asked for is found.
 
         Args:
             found: The sites found so far.
             settings: What was asked for.
             imported: The names of the modules that have been imported, and so can bring no further site.
+            seen: The names of modules that are known to be there; what is found is added.
 
         Raises:
             HostNotInstalledError: Python does not find the host from here.
             RewriteError: A site that every version should have is in none of the places where it is known to be.
         """
         names = {site.qualname for site in found}
+        seen = set() if seen is None else seen
         expected: dict[str, list[str]] = {}
+        places: dict[str, list[str]] = {}
+        for site in self.sites:
+            places.setdefault(site.qualname, []).append(site.module)
         for qualname in dict.fromkeys(site.qualname for site in self.chosen_sites(settings)):
             if qualname not in names:
-                places = [site.module for site in self.sites if site.qualname == qualname]
-                expected[qualname] = [
-                    module for module in places if module not in imported and self.find(module) is not None
-                ]
+                left = [module for module in places[qualname] if module not in imported]
+                seen |= {module for module in left if module not in seen and self.find(module) is not None}
+                expected[qualname] = [module for module in left if module in seen]
         # What is not required is not in every version. But something has to be there.
         nothing_left = not names and not any(expected.values())
         for qualname in sorted(expected, key=lambda name: (name not in self.required, name)):
             if not expected[qualname] and (qualname in self.required or nothing_left):
-                places = [site.module for site in self.sites if site.qualname == qualname]
                 raise RewriteError(
-                    f"{self.described()} has no {qualname} in {' or '.join(places)}: this version is not supported; "
-                    "nothing was patched"
+                    f"{self.described()} has no {qualname} in {' or '.join(places[qualname])}: this version is not "
+                    "supported; nothing was patched"
                 )
         return [
             module

@@ -11,7 +11,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from .. import reporting
 from ..hosting.attachments import Attachment, Order, Step, disown, is_free, is_trained
 from ..hosting.rewritten import RewrittenHost, Site
 from ..settings import Settings
-from . import frames
+from . import frames, importing
 from .owners import Owners, match, names_in_construction
 
 if TYPE_CHECKING:
@@ -129,6 +129,11 @@ class Makers:
 
     def __init__(self) -> None:
         self._owned: dict[type, _Owned] = {}  # replaced and never changed, since other threads read it
+        self._expected: frozenset[tuple[str, str]] = frozenset()
+        #: The instances of classes that were seen when they were made and own nothing yet.
+        self._early: dict[type, list[weakref.ref[Any]]] = {}
+        #: The classes of modules that are being executed, by module.
+        self._unplaced: dict[str, list[type]] = {}
 
         def wrapper(replace: bool) -> Callable[..., Any]:
             def attach_after(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -142,10 +147,22 @@ class Makers:
         self._attach_after = {"__init__": wrapper(replace=False), "__setstate__": wrapper(replace=True)}
         self.code: CodeType = self._attach_after["__init__"].__code__  # of both
 
+    def expect(self, classes: Iterable[tuple[str, str]]) -> None:
+        """Look out for classes that are about to be defined; :meth:`put_new` is told which functions they have.
+
+        Args:
+            classes: The modules and the qualified names of the classes.
+        """
+        with _classes_lock:
+            self._expected = self._expected | frozenset(classes)
+            _watch_classes(self)
+
     def attach(self, instance: Any, replace: bool = True, owners: Owners | None = None) -> None:
         """Give an instance what its sites need; see :meth:`Attachments.attach`."""
         for owned in self._of(instance):
             owned.attachments.attach(instance, owned.site, replace, owners)
+        for cls in self._early.keys() & type(instance).__mro__ if self._early else ():
+            self._early[cls].append(weakref.ref(instance))
 
     def prepare(self, instance: Any, replace: bool = True, owners: Owners | None = None) -> list[Callable[[], object]]:
         """Return the steps that attach to an instance; see :meth:`Attachments.prepare`."""
@@ -182,6 +199,29 @@ class Makers:
                 self._owned = {**self._owned, **borrowers, cls: new}
             return self.look_for_classes()
 
+    def put_new(self, owned: Sequence[tuple[type, FunctionType, Site]], attachments: Attachments) -> list[Any] | None:
+        """Do as :meth:`put` for classes of a module that has just been executed, and look at nothing that is older.
+
+        Returns:
+            The instances that the module has made; None: they are not known, and may be any of those that live.
+        """
+        with _classes_lock:
+            unplaced = [
+                cls for module in {cls.__module__ for cls, _, _ in owned} for cls in self._unplaced.pop(module, ())
+            ]
+            early = {cls: self._early.pop(cls, None) for cls, _, _ in owned}
+            if any(instances is None for instances in early.values()):
+                self.put(owned, attachments)
+                return None
+            for cls, function, site in owned:
+                self._owned = {**self._owned, cls: _Owned(function, site, attachments)}
+            before = len(self._owned)
+            for cls in unplaced:
+                self._look_for_borrowed(cls)
+                self._wrap(cls)
+            known = [instance for each in early.values() for ref in each or () if (instance := ref()) is not None]
+            return known if len(self._owned) == before else None
+
     def look_for_classes(self) -> list[CodeType]:
         """Wrap the classes that live now and are not wrapped yet; return the code that was wrapped."""
         with _classes_lock:
@@ -194,6 +234,10 @@ class Makers:
         """Wrap a class that has just been made, if it has to be."""
         with _classes_lock:
             self._look_for_borrowed(cls)
+            if importing.is_executing(cls.__module__):
+                self._unplaced.setdefault(cls.__module__, []).append(cls)
+                if (cls.__module__, cls.__qualname__) in self._expected:
+                    self._early[cls] = []
             self._wrap(cls)
 
     def _look_for_borrowed(self, cls: type) -> None:
@@ -205,7 +249,7 @@ class Makers:
                 self._owned = {**self._owned, cls: functions[value]}
 
     def _is_covered(self, cls: type) -> bool:
-        return any(base in self._owned for base in cls.__mro__)
+        return any(base in self._owned or base in self._early for base in cls.__mro__)
 
     def _wrap(self, cls: type) -> list[CodeType]:
         import wrapt
@@ -213,7 +257,7 @@ class Makers:
         codes = []
         for name in self._attach_after if self._is_covered(cls) else ():
             inherited = name not in vars(cls)
-            if (inherited and cls not in self._owned) or self._is_ours(vars(cls).get(name)):
+            if (inherited and cls not in self._owned and cls not in self._early) or self._is_ours(vars(cls).get(name)):
                 continue
             original = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
             wrapper: Any = wrapt.FunctionWrapper(original, self._attach_after[name])
@@ -244,9 +288,19 @@ class Makers:
             for cls in with_subclasses(gone):
                 if not self._is_covered(cls):
                     self._unwrap(cls)
-            if not self._owned:
+            if not self._owned and not self._expected:
                 _unwatch_classes(self)
             return gone
+
+    def forget(self) -> None:
+        """Look out for nothing any more."""
+        with _classes_lock:
+            early, self._early, self._unplaced, self._expected = list(self._early), {}, {}, frozenset()
+            for cls in with_subclasses(early):
+                if not self._is_covered(cls):
+                    self._unwrap(cls)
+            if not self._owned:
+                _unwatch_classes(self)
 
     def _unwrap(self, cls: type) -> None:
         for name in self._attach_after:
@@ -264,13 +318,12 @@ _class_hook: Any = None
 
 def _watch_classes(makers: Makers) -> None:
     global _class_hook
-    from torch import nn
-
     if makers not in _watching:
         _watching.append(makers)
     if _class_hook is not None:
         return
-    module_class: Any = nn.Module
+    # torch may be in the middle of its import
+    module_class: Any = vars(sys.modules[importing.MODULE_OF_MODULES])["Module"]
     before = vars(module_class).get("__init_subclass__")
 
     def __init_subclass__(cls: Any, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import reporting
 from ..errors import ConflictError, HostNotInstalledError, LwpfError
@@ -53,8 +53,11 @@ def request(name: str, settings: Settings) -> None:
 
 def on_import(module: ModuleType) -> None:
     """Patches a module that has just been imported, or reloaded."""
-    if module.__name__ == exit_report.MODULE:
+    if module.__name__ == importing.MODULE_OF_MODULES:
         exit_report.listen(module)
+        with LOCK:
+            for applied in PATCHED.values():
+                _expect_classes(applied)
         return
     with LOCK:
         for applied in list(PATCHED.values()):
@@ -144,10 +147,17 @@ def _register(applied: PatchedHost, module: ModuleType) -> None:
 
 
 def _watch_imports(host: Host) -> None:
-    importing.watch([host.name, *host.modules(), exit_report.MODULE], on_import, on_not_found)
-    of_torch = sys.modules.get(exit_report.MODULE)
+    importing.watch([host.name, *host.modules(), importing.MODULE_OF_MODULES], on_import, on_not_found)
+    of_torch = sys.modules.get(importing.MODULE_OF_MODULES)
     if of_torch is not None and not importing.is_initializing(of_torch):
         exit_report.listen(of_torch)
+
+
+def _expect_classes(applied: PatchedHost) -> None:
+    """Look out for the classes of a host that are about to be defined, so that their instances need not be found."""
+    if isinstance(applied.host, RewrittenHost) and importing.MODULE_OF_MODULES in sys.modules:
+        sites = applied.host.chosen_sites(applied.settings)
+        applied.makers.expect((site.module, site.owner) for site in sites if site.owner)
 
 
 def _unwatch_if_idle() -> None:
@@ -184,6 +194,7 @@ def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
             if old is not None:
                 _refuse_inside(host, _changed(old.sites, located))
             PATCHED[host.name] = new
+            _expect_classes(new)
             for module in modules:
                 _shim(new, module, old)
             if located:
@@ -212,15 +223,19 @@ def _patch_imported(applied: PatchedHost, module: ModuleType) -> None:
     """Patch a module that has just been executed: nothing of it is running, so that there is nobody to wait for."""
     _shim(applied, module)
     located = _locate(applied, module)
+    if not located:
+        return
+    owned = [(site.owner, site.function, site.site) for site in located if site.owner is not None]
     try:
-        _put_makers(applied, located)
-        _attach(applied, located)
+        made = applied.makers.put_new(owned, applied.attachments())
+        is_new = made is not None  # no instance lives but those that the module has made
+        _attach(applied, located, instances=made)
     except BaseException:
         applied.makers.drop({site.function for site in located})
         raise
-    if located:
-        _swap(applied, located)
-        _set_defaults(located, applied)
+    _swap(applied, located)
+    _set_defaults(located, applied)
+    if made or not is_new:
         forget_compiled()
 
 
@@ -242,6 +257,8 @@ def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replac
             if site.owner is not None:
                 site.take_out()
         gone = makers.drop({site.function for site in dropped})
+        if new is None:
+            makers.forget()
         if before or after:
             forget_compiled()
     leaving: frozenset[str] = frozenset()  # parts that are asked for no longer
@@ -286,6 +303,8 @@ def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSit
             _unwatch_if_idle()
         before = {site.function for site in old.sites} if old is not None else set()
         new.makers.drop({site.function for site in located} - before)
+        if old is None:
+            new.makers.forget()
         for shim in reversed(new.shims):
             if old is None or not any(each is shim for each in old.shims):
                 shim.undo()
@@ -317,7 +336,7 @@ def _missing(applied: PatchedHost, found: list[PatchedSite], just_imported: str 
         RewriteError: Something is in none of its places, all of which have been imported.
     """
     imported = {just_imported, *_loaded(applied.host)}
-    return _rewritten(applied).modules_to_come([site.site for site in found], applied.settings, imported)
+    return _rewritten(applied).modules_to_come([site.site for site in found], applied.settings, imported, applied.seen)
 
 
 def _rewritten(applied: PatchedHost) -> RewrittenHost:
@@ -327,12 +346,14 @@ def _rewritten(applied: PatchedHost) -> RewrittenHost:
 
 def _announce(applied: PatchedHost, just_imported: str = "") -> None:
     """Say what was patched once all that was asked for has been found; raises as :func:`_missing` does."""
+    if applied.complete:
+        return
     if isinstance(applied.host, RegisteredHost):
         waits, places = not applied.registered, list(applied.registered)
     else:
         waits = bool(_missing(applied, applied.sites, just_imported))
         places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
-    if waits or applied.complete:
+    if waits:
         return
     applied.complete = True
     settings = applied.settings.describe()
@@ -412,9 +433,12 @@ def _put_makers(applied: PatchedHost, sites: list[PatchedSite]) -> list[CodeType
     return applied.makers.put(owned, applied.attachments()) if owned else []
 
 
-def _attach(applied: PatchedHost, sites: list[PatchedSite], replace: bool = True) -> bool:
+def _attach(
+    applied: PatchedHost, sites: list[PatchedSite], replace: bool = True, instances: list[Any] | None = None
+) -> bool:
     """Attach to the instances that live, all or none, and return whether there was anything to attach."""
-    instances = living(applied.makers.owners({site.function for site in sites}))
+    if instances is None:
+        instances = living(applied.makers.owners({site.function for site in sites}))
     # What another thread has begun to construct since it was watched is not whole yet, and comes with it by itself.
     begun = {id(each["instance"]) for each in frames.variables(frames.in_flight([applied.makers.code]))}
     whole = [instance for instance in instances if id(instance) not in begun]

@@ -14,15 +14,12 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import reporting
-from . import owners
+from . import importing, owners
 
 if TYPE_CHECKING:
     import torch
 
     from .state import PatchedHost
-
-#: Where the class of all modules is defined.
-MODULE = "torch.nn.modules.module"
 
 _called = False
 _listening: tuple[FunctionType, CodeType] | None = None
@@ -79,7 +76,7 @@ def has_computed() -> bool:
     """Return whether a module was called or compiled in this process; True where that cannot be known."""
     dynamo: Any = sys.modules.get("torch._dynamo.utils")  # what it compiles calls modules in its own way
     compiled = dynamo is not None and bool(dynamo.counters["frames"])
-    return _called or compiled or (_listening is None and MODULE in sys.modules)
+    return _called or compiled or (_listening is None and importing.MODULE_OF_MODULES in sys.modules)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------

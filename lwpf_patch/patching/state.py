@@ -33,6 +33,7 @@ class PatchedHost:
         sites: What has been patched of it so far.
         shims: The compatibility shims that are in place.
         registered: Of a host with an interface: for each module that has it, what undoes the registration.
+        seen: The modules that are known to be there, imported or not.
         complete: Whether every site that was asked for has been found.
     """
 
@@ -42,6 +43,7 @@ class PatchedHost:
     sites: list[PatchedSite] = field(default_factory=list)
     shims: list[AppliedShim] = field(default_factory=list)
     registered: dict[str, Callable[[], None]] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
     complete: bool = False
     _attachments: Attachments | None = None
 

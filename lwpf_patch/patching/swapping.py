@@ -74,7 +74,7 @@ def locate(
     """
     path, source = rewriting.source_of(module.__spec__)
     plan = host.plan(path, source, sites, parts)
-    codes = plan.compile()
+    codes, whole = plan.compile(), False
     classes = module_classes() if earlier else []
     found = []
     for site in sites:
@@ -86,8 +86,10 @@ def locate(
         elif earlier:
             places += [(None, function) for function in _earlier_functions(module, places[0][1])]
         for place, function in places:
-            original, new = codes[site.qualname]
             live = _originals.get(function, function.__code__) if type(function) is FunctionType else None
+            if live is not None and live != codes[site.qualname][0] and not whole:
+                codes, whole = plan.compile(whole=True), True
+            original, new = codes[site.qualname]
             # type() and not isinstance(): a wrapt proxy claims to be a function and hands out the code of another one.
             if live is None or live != original or len(live.co_freevars) != len(new.co_freevars):
                 raise ConflictError(_conflict(site, path, function, place is owner and function is places[0][1]))

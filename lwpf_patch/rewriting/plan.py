@@ -5,6 +5,7 @@ the functions that were edited are taken from it. Splicing by position keeps for
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import difflib
@@ -12,6 +13,8 @@ import functools
 import hashlib
 import itertools
 import linecache
+import operator
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -38,17 +41,30 @@ class Plan:
     source: str
     patched: str
     hashes: Mapping[str, str]
+    _statements: tuple[_Statement, ...]
 
-    def compile(self) -> dict[str, tuple[CodeType, CodeType]]:
+    def compile(self, whole: bool = False) -> dict[str, tuple[CodeType, CodeType]]:
         """Compile both sources.
+
+        Args:
+            whole: Whether to compile the whole module, and not just the statements that hold the functions, with the
+                imports. That takes many times longer, and gives other code only where a function depends on more of
+                the module than that: the first of the codes, which must be that of the live function, shows it.
 
         Returns:
             For each function that is edited, by qualified name, the code that its source gives and the patched code.
         """
         filename = _enter_source(self.module, list(map(_with_hint, self.patched.splitlines(keepends=True))))
-        before = compile(self.source, self.path, "exec", dont_inherit=True)
-        after = compile(self.patched, filename, "exec", dont_inherit=True)
-        return {name: (_code(before, name), _code(after, name)) for name in self.hashes}
+        if whole:
+            before = compile(self.source, self.path, "exec", dont_inherit=True)
+            after = compile(self.patched, filename, "exec", dont_inherit=True)
+            return {name: (_code(before, name), _code(after, name)) for name in self.hashes}
+        codes: dict[str, tuple[CodeType, CodeType]] = {}
+        for statement in self._statements:
+            before = statement.compile(self.source, self.path)
+            after = statement.compile(self.patched, filename, patched=True)
+            codes |= {name: (_code(before, name), _code(after, name)) for name in statement.qualnames}
+        return codes
 
     def diff(self) -> str:
         """Returns the unified difference, upstream against patched; empty if there is none."""
@@ -127,16 +143,117 @@ def plan(module: str, path: str, source: str, edits: Mapping[str, Iterable[Edit]
         RewriteError: A function is not there, or does not have the shape that its edits need.
     """
     encoded = source.encode()
+    functions: dict[str, Function] = {}
     splices: list[Splice] = []
-    hashes = {}
     for qualname, of_function in edits.items():
-        node = _definition(_tree(source), f"{module}.{qualname}", qualname, path)
-        hashes[qualname] = tree_hash(node)
-        function = Function(node, encoded, path, parts)
+        tree = _tree_around(source, qualname.partition(".")[0])
+        node = _definition(tree, f"{module}.{qualname}", qualname, path)
+        function = functions[qualname] = Function(node, encoded, path, parts)
         splices += [splice for edit in of_function for splice in _splices(function, edit, f"{module}.{qualname}")]
-    for splice in sorted(splices, key=lambda splice: splice.start, reverse=True):
-        encoded = encoded[: splice.start] + splice.text.encode() + encoded[splice.end :]
-    return Plan(module, path, source, encoded.decode(), hashes)
+    hashes = {qualname: tree_hash(function.node) for qualname, function in functions.items()}
+    splices.sort(key=lambda splice: splice.start)  # of those at one place, the first one comes first
+    patched, end = [], 0
+    for splice in splices:
+        patched += [encoded[end : splice.start], splice.text.encode()]
+        end = splice.end
+    statements = _statements(source, list(edits), splices)
+    return Plan(module, path, source, b"".join([*patched, encoded[end:]]).decode(), hashes, statements)
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """A statement of a module that holds functions to be edited, all that has to be compiled.
+
+    Attributes:
+        qualnames: The functions.
+        first: Its first line, from 1.
+        last: Its last line.
+        shift: By how many lines the edits before it have moved it.
+        growth: By how many lines it has grown.
+        flags: What the module imports from ``__future__``, as :func:`compile` takes it.
+    """
+
+    qualnames: tuple[str, ...]
+    first: int
+    last: int
+    shift: int
+    growth: int
+    flags: int
+
+    def compile(self, source: str, path: str, patched: bool = False) -> CodeType:
+        """Compile it out of a source; every code object has the line numbers that it has in the whole."""
+        first = self.first + (self.shift if patched else 0)
+        last = self.last + (self.shift + self.growth if patched else 0)
+        lines = source.encode().split(b"\n")[first - 1 : last]
+        # What is imported by a module is called in another way (Python 3.11), so the imports stand in the line before.
+        imports = "; ".join(" ".join(re.sub(r"#.*", "", each).split()) for each in _IMPORTS.findall(source))
+        text = b"\n" * (first - 2) + (imports.encode() + b"\n" if first > 1 else b"") + b"\n".join(lines) + b"\n"
+        return compile(text, path, "exec", flags=self.flags, dont_inherit=True)
+
+
+_IMPORTS = re.compile(r"^(?:import [^\n]*|from (?!__future__)\S+ import (?:\([^)]*\)|[^\n(]*))", re.MULTILINE)
+
+
+def _statements(source: str, qualnames: list[str], splices: list[Splice]) -> tuple[_Statement, ...]:
+    encoded = source.encode()
+    of_statement: dict[tuple[int, int], list[str]] = {}
+    flags = 0
+    for qualname in qualnames:
+        tree = _tree_around(source, qualname.partition(".")[0])
+        flags |= _future_flags(tree)
+        holder = next(node for node in tree.body if _definitions(ast.Module([node], []), qualname))
+        decorators = [each.lineno for each in getattr(holder, "decorator_list", [])]
+        assert holder.end_lineno is not None
+        of_statement.setdefault((min([holder.lineno, *decorators]), holder.end_lineno), []).append(qualname)
+    # Lines that a splice adds, by the line that it stands in.
+    added = []
+    for splice in splices:
+        lines = splice.text.count("\n") - encoded.count(b"\n", splice.start, splice.end)
+        added.append((encoded.count(b"\n", 0, splice.start) + 1, lines))
+    return tuple(
+        _Statement(
+            tuple(names), first, last, sum(lines for line, lines in added if line < first),
+            sum(lines for line, lines in added if first <= line <= last), flags,
+        )
+        for (first, last), names in of_statement.items()
+    )  # fmt: skip
+
+
+def _future_flags(tree: ast.Module) -> int:
+    names = [alias.name for node in tree.body if _is_future(node) for alias in node.names]  # type: ignore[attr-defined]
+    return functools.reduce(operator.or_, (getattr(__future__, name).compiler_flag for name in names), 0)
+
+
+def _is_future(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+def _tree_around(source: str, name: str) -> ast.Module:
+    """Return the syntax tree of a module, of its imports from the future and the definition of a name at least.
+
+    A definition is found by its first line, and ends before the next line that begins with something else than space, a
+    comment or a bracket. Where that leaves a doubt the whole module is parsed, which takes far longer.
+    """
+    return _part_of_tree(source, name) or _tree(source)
+
+
+@functools.lru_cache(maxsize=8)
+def _part_of_tree(source: str, name: str) -> ast.Module | None:
+    found = re.findall(rf"^(?:class|def) {name}\b", source, re.MULTILINE)
+    if len(found) != 1 or re.search(rf"^[ \t]+(?:class|def) {name}\b|\f|\r", source, re.MULTILINE):
+        return None
+    match = re.search(rf"^{re.escape(found[0])}\b.*\n(?:(?:[ \t#)\]}}].*)?\n)*", source, re.MULTILINE)
+    if match is None or match[0].startswith("def "):  # what stands before a function may be its decorator
+        return None
+    future = re.findall(r"^from __future__ import [\w, ]+$", source, re.MULTILINE)
+    if len(future) != source.count("from __future__"):
+        return None
+    try:
+        imports = ast.parse("\n".join(future))
+        definition = ast.parse("\n" * source.count("\n", 0, match.start()) + match[0])
+    except SyntaxError:  # it ends inside of a string
+        return None
+    return ast.Module([*imports.body, *definition.body], [])
 
 
 @functools.lru_cache(maxsize=1)

@@ -32,6 +32,7 @@ class Function:
         self.parts = parts
         self.where = f"{path}:{node.lineno}"
         self._source = source
+        self._nodes = list(ast.walk(node))
         self._line_starts = [0]
         for line in source.splitlines(keepends=True):
             self._line_starts.append(self._line_starts[-1] + len(line))
@@ -78,12 +79,12 @@ class Function:
 
     def names(self) -> set[str]:
         """Returns every name and argument of the function."""
-        names = {node.id for node in ast.walk(self.node) if isinstance(node, ast.Name)}
-        return names | {node.arg for node in ast.walk(self.node) if isinstance(node, ast.arg)}
+        names = {node.id for node in self._nodes if isinstance(node, ast.Name)}
+        return names | {node.arg for node in self._nodes if isinstance(node, ast.arg)}
 
     def blocks(self) -> Iterator[list[ast.stmt]]:
         """Yields every list of statements of the function."""
-        for node in ast.walk(self.node):
+        for node in self._nodes:
             for name in ("body", "orelse", "finalbody"):
                 block = getattr(node, name, None)
                 if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
@@ -91,7 +92,7 @@ class Function:
 
     def calls(self, name: str) -> list[ast.Call]:
         """Returns the calls of a function or method of this name."""
-        return [n for n in ast.walk(self.node) if isinstance(n, ast.Call) and called_name(n) == name]
+        return [n for n in self._nodes if isinstance(n, ast.Call) and called_name(n) == name]
 
 
 #: Looks for its anchors in one function and returns the splices that it wants. It changes nothing itself.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention, transforms
+from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_primitives, cpu_products, operators, tiles
 
 INF = float("inf")
@@ -516,7 +517,7 @@ def test_wrong_options(options, message):
 
 
 def test_overriding_leaves_the_func_d_alone():
-    func_d = PFU(sigma=0.5)
+    func_d = HostFuncD(PFU(sigma=0.5), "")
     query, key, value = tensors((5, 4), (6, 4), (6, 3))
     lwpf_attention(query, key, value, func_d=func_d, training=False, masking="paper", backend="eager")
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
@@ -890,9 +891,10 @@ def test_where_pytorch_cannot_be_asked(kept, monkeypatch):
     direct = results()
     monkeypatch.setattr(operators, "_CAN_ASK", False)  # then all goes through the dispatcher
     assert all(torch.equal(one, two) for one, two in zip(direct, results(), strict=True))
-    assert backends.choose("cpu", ReLU(), query, key, "exclude")[0] == "cpu"
+    call = backends.Call(query, key, value, ReLU())
+    assert backends.choose("cpu", call)[0].name == "cpu"
     monkeypatch.setattr(transforms, "_CAN_ASK", False)
-    assert backends.choose("cpu", ReLU(), query, key, "exclude")[0] == "eager"
+    assert backends.choose("cpu", call)[0].name == "eager"
     for module in (operators, transforms):
         assert module._can_ask()
         monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: False)

@@ -1,6 +1,6 @@
 # make demo   trains a small vision transformer plain and with partial forgetting, and compares
 # make test   passes the tests
-# make lint   checks style and types
+# make lint   checks style, types and the direction of imports
 # make hosts  installs hflayers and DeepRC, which are Git repositories; `make test` tries to and goes on without
 # make test-lowest  passes the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # Each builds the environment it needs in .venv, from a Python package index alone.
@@ -43,6 +43,7 @@ lint: $(ENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(ENV) .venv-lowest build dist

@@ -293,9 +293,8 @@ def _backend_of(variant: Variant, inputs: list[Any]) -> str:
 
     if not variant.backend:
         return ""
-    query, key, _ = inputs
     try:
-        return backends.choose(variant.backend, make_func_d(variant.func_d), query, key, "exclude")[0]
+        return backends.choose(variant.backend, backends.Call(*inputs, make_func_d(variant.func_d)))[0].name
     except SettingsError:
         return variant.backend  # it cannot, as the row says
 

@@ -81,7 +81,8 @@ def _stage_one(options: argparse.Namespace) -> list[Row]:
     from timm.data import resolve_data_config
     from torch.nn import functional as F
 
-    from lwpf_patch import patch_model, uhop
+    from lwpf_patch import patch_model
+    from lwpf_patch.uhop import stage_one
 
     stages: list[float] = []
     steps: list[float] = []
@@ -93,14 +94,14 @@ def _stage_one(options: argparse.Namespace) -> list[Row]:
         images = torch.randn(options.batch, *resolve_data_config({}, model=model)["input_size"])
         labels = torch.randint(model.num_classes, (options.batch,))
         of_run: list[float] = []
-        original = uhop.run_stage_one
+        original = stage_one.run_stage_one
 
         def timed(maps: Any, original: Any = original, of_run: list[float] = of_run) -> None:
             start = time.perf_counter()
             original(maps)
             of_run.append(time.perf_counter() - start)
 
-        uhop.run_stage_one = timed
+        stage_one.run_stage_one = timed
         try:
             for step in range(4):
                 start = time.perf_counter()
@@ -110,7 +111,7 @@ def _stage_one(options: argparse.Namespace) -> list[Row]:
                 if repeat and step > 1:
                     steps.append(time.perf_counter() - start)
         finally:
-            uhop.run_stage_one = original
+            stage_one.run_stage_one = original
         stages += of_run * bool(repeat)
     middle = reporting.quartiles(steps)[1]
     return [_row("a training step", steps, [middle] * len(steps)), _row("Stage I", stages, [middle] * len(stages))]

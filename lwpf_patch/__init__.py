@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "registry": ("apply", "revert", "patched", "status"),
-    "models": ("patch_model", "unpatch_model"),
-    "folding": ("fold",),
+    "patching.registry": ("apply", "revert", "patched", "status"),
+    "patching.models": ("patch_model", "unpatch_model"),
+    "patching.folding": ("fold",),
     "attention": ("lwpf_attention", "partial_forgetting"),
-    "retrieval": ("retrieve",),
-    "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU"),
-    "separation": ("FeatureMap", "separation_loss"),
+    "uhop.retrieval": ("retrieve",),
+    "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU", "Threshold"),
+    "uhop.separation": ("FeatureMap", "separation_loss"),
     "settings": ("register_func_d",),
+    "hosts": ("register_host",),
     "errors": (
         "ConflictError",
         "FoldError",
@@ -48,21 +49,23 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .errors import SettingsError as SettingsError
     from .errors import StageOneError as StageOneError
     from .errors import UnsupportedError as UnsupportedError
-    from .folding import fold as fold
     from .forgetting import PFU as PFU
     from .forgetting import FuncD as FuncD
     from .forgetting import NoForgetting as NoForgetting
     from .forgetting import ReLU as ReLU
-    from .models import patch_model as patch_model
-    from .models import unpatch_model as unpatch_model
-    from .registry import apply as apply
-    from .registry import patched as patched
-    from .registry import revert as revert
-    from .registry import status as status
-    from .retrieval import retrieve as retrieve
-    from .separation import FeatureMap as FeatureMap
-    from .separation import separation_loss as separation_loss
+    from .forgetting import Threshold as Threshold
+    from .hosts import register_host as register_host
+    from .patching.folding import fold as fold
+    from .patching.models import patch_model as patch_model
+    from .patching.models import unpatch_model as unpatch_model
+    from .patching.registry import apply as apply
+    from .patching.registry import patched as patched
+    from .patching.registry import revert as revert
+    from .patching.registry import status as status
     from .settings import register_func_d as register_func_d
+    from .uhop.retrieval import retrieve as retrieve
+    from .uhop.separation import FeatureMap as FeatureMap
+    from .uhop.separation import separation_loss as separation_loss
 
 
 def __getattr__(name: str) -> Any:

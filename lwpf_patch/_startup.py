@@ -5,14 +5,14 @@ kept and raised where training begins: when torch, or a host, is first imported.
 """
 
 try:
-    from . import registry
     from .hosts import HOSTS
+    from .patching import registry
     from .settings import from_environment
 
     _hosts, _settings = from_environment(HOSTS)
     for _host in _hosts:
         registry.request(_host, _settings)
 except BaseException as _error:
-    from .importing import arm
+    from .patching.importing import arm
 
     arm(_error, ("torch", "timm", "hflayers", "deeprc"))

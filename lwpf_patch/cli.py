@@ -14,10 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, backends, importing, registry
+from . import __version__
 from .comparing import command as comparing
 from .errors import HostNotInstalledError, LwpfError, SettingsError
 from .hosts import HOSTS
+from .patching import importing, registry
 from .settings import (
     BACKENDS,
     FUNC_D_OPTIONS,
@@ -28,6 +29,7 @@ from .settings import (
     VARIABLES,
     Settings,
     check_hosts,
+    describe_backend,
     from_environment,
     read_unpickle,
     split_list,
@@ -196,7 +198,7 @@ def _run(options: argparse.Namespace) -> int:
         options.parser.error("no script is given, and no module with -m")
     hosts = options.patch or os.environ.get(PATCH_VARIABLE, "").strip() or "timm"
     for host in check_hosts(split_list(hosts), "--patch" if options.patch else PATCH_VARIABLE, HOSTS):
-        HOSTS[host].selected(settings)
+        HOSTS[host].check(settings)
     environment[PATCH_VARIABLE] = hosts
     environment.update({VARIABLES[setting]: value for setting, value in given.items()})
     if options.unpickle is not None:
@@ -239,18 +241,7 @@ def _plain_status() -> dict[str, Any]:
     hosts = {}
     for name, host in HOSTS.items():
         try:
-            plans = host.plans(Settings(uhop=settings.uhop))
-            sites = [
-                {
-                    "name": site.name,
-                    "function": site.qualname,
-                    "file": plan.path,
-                    "hash": plan.hashes[site.qualname],
-                    "known": site.known.get(plan.hashes[site.qualname]),
-                }
-                for plan in plans
-                for site in plan.sites
-            ]
+            sites = host.describe_sites(Settings(uhop=settings.uhop))
             shims = [{"name": shim.name, "why": shim.why, "needed": shim.is_needed()} for shim in host.shims]
             version = host.version() or "unknown"
             hosts[name] = {"version": version, "patchable": True, "sites": sites, "shims": shims}
@@ -266,7 +257,7 @@ def _plain_status() -> dict[str, Any]:
         "hook": [str(path) for path in _hook_files()],
         "environment": environment,
         "request": request,
-        "backend": backends.describe(request.get("backend", "auto")),
+        "backend": describe_backend(request.get("backend", "auto")),
         "hosts": hosts,
     }
 
@@ -337,7 +328,7 @@ def _coloured(line: str) -> str:
 
 _PROBE = """
 import sys
-registry = sys.modules.get("lwpf_patch.registry")
+registry = sys.modules.get("lwpf_patch.patching.registry")
 state = registry.status()["hosts"] if registry else {}
 print(",".join(name for name, host in state.items() if host["state"] in ("patched", "waiting for its import")))
 """

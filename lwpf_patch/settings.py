@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .errors import SettingsError, shown, unknown_value
 
 MASKINGS = ("exclude", "paper")
-BACKENDS = ("auto", "cpu", "eager", "triton")
+BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
 #: The normalisations of U-Hop that have a name, each with its alpha.
 SEPS = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 
@@ -488,6 +488,13 @@ class Settings:
             "exclude_models": list(self.exclude_models),
             "compat": self.compat,
         }
+
+
+def describe_backend(requested: str) -> str:
+    """Return, in words, what a request for a backend comes to."""
+    if requested != "auto":
+        return requested
+    return "auto (triton on CUDA of capability 8.0 and later; cpu for many scores on the CPU; eager otherwise)"
 
 
 def split_list(text: str) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def main() -> None:
     sites = lwpf_patch.status()["hosts"]["timm"]["sites"]
     assert {site["function"] for site in sites} == {f"{name}.forward" for name in plain}
     assert all(site["known"] for site in sites), [
-        lwpf_patch.registry.HOSTS["timm"].plans(lwpf_patch.settings.Settings())
+        lwpf_patch.patching.registry.HOSTS["timm"].plans(lwpf_patch.settings.Settings())
     ]
     x = torch.randn(2, 3, 32, 32)
     model = VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=3).eval()

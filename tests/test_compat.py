@@ -7,7 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from lwpf_patch.compat import AppliedShim, Replacement, Shim
+from lwpf_patch.hosting import Replacement, Shim
+from lwpf_patch.hosting.shims import AppliedShim
 from lwpf_patch.hosts import deeprc as host
 
 

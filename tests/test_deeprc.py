@@ -140,7 +140,7 @@ def test_whole_models_load_with_and_without_the_patch(python, tmp_path):
         assert torch.equal(pickle.loads(data)(*inputs), relu)
     lwpf_patch.apply("deeprc", func_d="pfu")
     for data in (patched_data, plain_data):
-        assert isinstance(pickle.loads(data).func_d, lwpf_patch.PFU)
+        assert isinstance(pickle.loads(data).func_d.rule, lwpf_patch.PFU)
     # Without the package: an error that names it.
     (tmp_path / "model.pkl").write_bytes(patched_data)
     code = "import sys, pickle; sys.modules['lwpf_patch'] = None; pickle.load(open('model.pkl', 'rb'))"
@@ -254,7 +254,7 @@ def test_the_last_layers_weights_and_inputs_are_mapped(func_d):
     network = model.attention_nn
     torch.nn.init.normal_(network.feature_map.weight, std=0.3)
     network.feature_map.steps.fill_(1)
-    network.feature_map.adopt(network.feature_map.settings)
+    network.feature_map.take_settings(network.feature_map.settings)
 
     class ByHand(torch.nn.Module):
         def forward(self, embedded):

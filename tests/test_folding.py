@@ -330,7 +330,7 @@ def test_weights_come_back_bit_for_bit_where_writing_fails(monkeypatch):
     model = _model()
     randomise_maps(model)
     before = _bits(model)
-    folding = lwpf_patch.models.site_of(Attention)[1].folding
+    folding = lwpf_patch.patching.models.site_of(Attention)[1].feature_map.folding
     multiply, calls = folding.multiply, []
 
     def interrupted(module, matrix):

@@ -149,7 +149,7 @@ def test_a_func_d_is_read_as_the_grammar_has_it(text):
     if expected is not None and expected[0] == "pfu":
         mu, bias = expected[1].get("mu", "dmedian"), expected[1].get("bias", "mu")
         sigma = expected[1].get("sigma", 0.01)
-        assert made.threshold_form() == (None if mu == "dmedian" else mu, None if bias == "mu" else bias, sigma**2)
+        assert made.threshold() == (None if mu == "dmedian" else mu, None if bias == "mu" else bias, sigma**2)
         assert repr(PFU(**expected[1])) == repr(made)
 
 
@@ -250,6 +250,6 @@ def test_any_object_is_taken_or_refused(name, value):
     if isinstance(result, torch.Tensor):
         assert result.isfinite().all()
     if isinstance(result, FuncD) and name in ("mu", "bias", "sigma"):
-        numbers = [number for number in result.threshold_form() if number is not None]
+        numbers = [number for number in result.threshold() if number is not None]
         assert all(abs(number) <= 1e38 for number in numbers if number != -math.inf)
         assert not isinstance(value, bool | bytes)

@@ -303,7 +303,7 @@ def _with_map(core: HopfieldCore, func_d: str = "none") -> HopfieldCore:
     lwpf_patch.patch_model(core, func_d=func_d, uhop="iters=4,lr=0.5")
     torch.nn.init.normal_(core.feature_map.weight, std=0.3)
     core.feature_map.steps.fill_(1)
-    core.feature_map.adopt(core.feature_map.settings)
+    core.feature_map.take_settings(core.feature_map.settings)
     return core
 
 

@@ -50,9 +50,9 @@ def test_a_plain_teacher_under_a_patched_host():
     student = vit()
     patch_model(teacher, func_d="none")
     assert torch.equal(teacher(x), plain)
-    assert isinstance(student.blocks[0].attn.func_d, lwpf_patch.ReLU)
+    assert isinstance(student.blocks[0].attn.func_d.rule, lwpf_patch.ReLU)
     unpatch_model(teacher)
-    assert isinstance(teacher.blocks[0].attn.func_d, lwpf_patch.ReLU)
+    assert isinstance(teacher.blocks[0].attn.func_d.rule, lwpf_patch.ReLU)
     assert not torch.equal(teacher(x), plain)
 
 
@@ -62,7 +62,7 @@ def test_some_blocks_and_other_settings():
     assert not hasattr(model.blocks[0].attn, "func_d")
     relu = model(x)
     assert patch_model(model, func_d="pfu", exclude=["*.0.*"]) == ["blocks.1.attn"]
-    assert isinstance(model.blocks[1].attn.func_d, lwpf_patch.PFU)
+    assert isinstance(model.blocks[1].attn.func_d.rule, lwpf_patch.PFU)
     assert not torch.equal(model(x), relu)
 
 

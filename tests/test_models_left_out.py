@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from vits import images, vit
 
 import lwpf_patch
-from lwpf_patch import exit_report, owners, teachers, uhop
+from lwpf_patch import uhop
+from lwpf_patch.patching import exit_report, owners, state, teachers
 
 
 def _named():
@@ -170,7 +171,7 @@ def test_a_model_is_left_out_by_its_name_or_a_class_around_it(pattern):
     assert torch.equal(copy.deepcopy(model).model(x), expected)
     other = timm.models.Eva(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, attn_type="rope",
                             use_rot_pos_emb=True)  # fmt: skip
-    assert isinstance(other.blocks[0].attn.func_d, lwpf_patch.ReLU)
+    assert isinstance(other.blocks[0].attn.func_d.rule, lwpf_patch.ReLU)
     if pattern != "_Around":
         assert torch.equal(plain.model(x), expected)  # it was there before
         lwpf_patch.apply("timm", func_d="pfu", exclude_models=pattern)
@@ -200,7 +201,7 @@ def test_a_pattern_that_matches_nothing_is_reported(monkeypatch, caplog):
     monkeypatch.setattr(exit_report, "has_computed", lambda: True)
     lwpf_patch.apply("timm", exclude_models=["test_vit", "vit_bsae*"])
     _named()
-    exit_report.report(lwpf_patch.registry._applied)
+    exit_report.report(state.PATCHED)
     assert "exclude_models: 'vit_bsae*' matched no model" in caplog.text
     assert "'test_vit'" not in caplog.text
 

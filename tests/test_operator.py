@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention, transforms
+from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_primitives, cpu_products, operators, tiles
 
 INF = float("inf")
@@ -287,7 +288,7 @@ def test_other_normalisations_equal_the_oracle(name, mask_name, dropout_p, sep, 
 def test_a_normalisation_chooses_the_backend(monkeypatch):
     pytest.importorskip("entmax")
     query, key, value = torch.randn(5, 4), torch.randn(6, 4), torch.randn(6, 3)
-    monkeypatch.setattr(backends, "MANY_SCORES", 0)
+    monkeypatch.setattr(cpu, "MANY_SCORES", 0)
     for func_d in ("relu", NoForgetting()):
         automatic = lwpf_attention(query, key, value, func_d=func_d, sep="sparsemax")
         eager = lwpf_attention(query, key, value, func_d=func_d, sep="sparsemax", backend="eager")
@@ -516,7 +517,7 @@ def test_wrong_options(options, message):
 
 
 def test_overriding_leaves_the_func_d_alone():
-    func_d = PFU(sigma=0.5)
+    func_d = HostFuncD(PFU(sigma=0.5), "")
     query, key, value = tensors((5, 4), (6, 4), (6, 3))
     lwpf_attention(query, key, value, func_d=func_d, training=False, masking="paper", backend="eager")
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
@@ -766,7 +767,7 @@ def test_what_the_backend_of_the_cpu_cannot_do(options, reason, monkeypatch):
     query, key, value = torch.randn(5, 4), torch.randn(6, 4), torch.randn(6, 3)
     with pytest.raises(lwpf_patch.SettingsError, match=f"backend 'cpu' cannot do what is asked: .*{reason}"):
         lwpf_attention(query, key, value, backend="cpu", **options)
-    monkeypatch.setattr(backends, "MANY_SCORES", 0)
+    monkeypatch.setattr(cpu, "MANY_SCORES", 0)
     automatic = lwpf_attention(query, key, value, backend="auto", **options)
     assert torch.equal(automatic, lwpf_attention(query, key, value, backend="eager", **options))
 
@@ -774,8 +775,8 @@ def test_what_the_backend_of_the_cpu_cannot_do(options, reason, monkeypatch):
 def test_auto_takes_the_backend_of_the_cpu_for_many_scores(monkeypatch):
     query, key, value = torch.randn(2, 50, 4), torch.randn(2, 60, 4), torch.randn(2, 60, 3)
     for many, expected in ((2 * 50 * 60, "cpu"), (2 * 50 * 60 + 1, "eager")):
-        monkeypatch.setattr(backends, "MANY_SCORES", many)
-        assert backends.choose("auto", ReLU(), query, key, "exclude")[0] == expected
+        monkeypatch.setattr(cpu, "MANY_SCORES", many)
+        assert backends.choose("auto", backends.Call(query, key, key, ReLU()))[0].name == expected
         automatic = lwpf_attention(query, key, value, func_d="relu")
         assert torch.equal(automatic, lwpf_attention(query, key, value, func_d="relu", backend=expected))
 
@@ -815,7 +816,7 @@ def test_where_there_are_no_scores(batch, length, keys, func_d, masked, backend)
 @pytest.mark.parametrize("func_d", ["relu", "pfu:sigma=0.5"])
 def test_opcheck(func_d, dropout_p):
     query, key, value = (torch.randn(4, 9, 8, requires_grad=True) for _ in range(3))
-    mu, bias, _ = lwpf_patch.forgetting.make_func_d(func_d).threshold_form()
+    mu, bias, _ = lwpf_patch.forgetting.make_func_d(func_d).threshold()
     seed, eps = torch.tensor(3), torch.tensor(0.1)
     mask = torch.randn(1, 1, 9, 9, requires_grad=True)
     for m in (None, mask, mask > 0):
@@ -890,9 +891,10 @@ def test_where_pytorch_cannot_be_asked(kept, monkeypatch):
     direct = results()
     monkeypatch.setattr(operators, "_CAN_ASK", False)  # then all goes through the dispatcher
     assert all(torch.equal(one, two) for one, two in zip(direct, results(), strict=True))
-    assert backends.choose("cpu", ReLU(), query, key, "exclude")[0] == "cpu"
+    call = backends.Call(query, key, value, ReLU())
+    assert backends.choose("cpu", call)[0].name == "cpu"
     monkeypatch.setattr(transforms, "_CAN_ASK", False)
-    assert backends.choose("cpu", ReLU(), query, key, "exclude")[0] == "eager"
+    assert backends.choose("cpu", call)[0].name == "eager"
     for module in (operators, transforms):
         assert module._can_ask()
         monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: False)

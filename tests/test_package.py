@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lwpf_patch
+from lwpf_patch import backends, settings
 
 PACKAGE = Path(lwpf_patch.__file__).parent
 
@@ -29,22 +30,5 @@ def test_public_names_are_documented(name):
     assert len(inspect.getdoc(getattr(lwpf_patch, name)) or "") > 40
 
 
-#: What a module may import of the package when it is loaded: only what stands further down this list.
-LAYERS = [
-    "__main__", "_startup", "cli", "comparing", "folding", "models", "registry", "exit_report", "swapping", "attaching",
-    "teachers", "owners", "hosts", "rewriting", "edits", "compat", "attention", "retrieval", "forgetting", "backends",
-    "uhop", "separation", "sep", "transforms", "unpickling", "settings", "importing", "frames", "reporting", "errors",
-]  # fmt: skip
-
-
-def test_imports_point_down():
-    for path in PACKAGE.rglob("*.py"):
-        layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if layer == "__init__":
-            continue
-        prefix = ".." if path.parent != PACKAGE else "."
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.level == len(prefix):
-                for target in [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]:
-                    if target != "__version__":
-                        assert LAYERS.index(target) > LAYERS.index(layer), f"{path.name} imports {target}"
+def test_the_names_of_backends_are_those_that_settings_allow():
+    assert sorted(["auto", *(backend.name for backend in backends.BACKENDS)]) == sorted(settings.BACKENDS)

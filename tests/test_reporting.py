@@ -14,7 +14,8 @@ import torch._dynamo
 from torch import nn
 
 import lwpf_patch
-from lwpf_patch import exit_report, reporting
+from lwpf_patch import reporting
+from lwpf_patch.patching import exit_report
 
 # --- messages get through, and do no harm ---------------------------------------------------------------------------
 

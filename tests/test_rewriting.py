@@ -10,16 +10,16 @@ import pytest
 import record_sources
 
 from lwpf_patch import RewriteError, rewriting
-from lwpf_patch.edits import attention
 from lwpf_patch.hosts import known
-from lwpf_patch.rewriting import Site
+from lwpf_patch.rewriting import forget_around_softmax
+from lwpf_patch.rewriting.plan import tree_hash
 
-SITE = Site("host.layers", "Layer.forward", attention, {})
+EDITS = {"Layer.forward": [forget_around_softmax]}
 
 
 def plan(body: str, header: str = "def forward(self, q, k, v):") -> rewriting.Plan:
     source = "import torch\n\n\nclass Layer:\n" + textwrap.indent(header + "\n" + textwrap.indent(body, "    "), "    ")
-    return rewriting.plan("host/layers.py", source, [SITE])
+    return rewriting.plan("host.layers", "host/layers.py", source, EDITS)
 
 
 def changes(plan: rewriting.Plan) -> list[str]:
@@ -95,17 +95,17 @@ def test_a_site_that_is_missing_or_there_twice():
     twice = "class Layer:\n    def forward(self): pass\n    def forward(self): pass\n"
     for source, what in (("class Layer: pass\n", "is not defined"), (twice, "defined 2 times")):
         with pytest.raises(RewriteError, match=what):
-            rewriting.plan("host/layers.py", source, [SITE])
+            rewriting.plan("host.layers", "host/layers.py", source, EDITS)
 
 
 def test_the_hash_knows_syntax_and_nothing_else():
-    def tree_hash(text: str) -> str:
-        return rewriting.tree_hash(ast.parse(text).body[0])
+    def hash_of(text: str) -> str:
+        return tree_hash(ast.parse(text).body[0])
 
-    base = tree_hash("def f(self, q):\n    return q.softmax(dim=-1)\n")
-    assert tree_hash('def f(self, q):\n    """Doc."""\n    # comment\n    return q . softmax( dim = -1 )\n') == base
-    assert tree_hash("def f(self, q):\n    return q.softmax(dim=-2)\n") != base
-    assert tree_hash("def f(self, q, k):\n    return q.softmax(dim=-1)\n") != base
+    base = hash_of("def f(self, q):\n    return q.softmax(dim=-1)\n")
+    assert hash_of('def f(self, q):\n    """Doc."""\n    # comment\n    return q . softmax( dim = -1 )\n') == base
+    assert hash_of("def f(self, q):\n    return q.softmax(dim=-2)\n") != base
+    assert hash_of("def f(self, q, k):\n    return q.softmax(dim=-1)\n") != base
     assert base == "2c7c6b403a253693"  # the same on every version of Python
 
 
@@ -123,7 +123,7 @@ def test_super_closures_and_defaults_survive():
                 s = s.softmax(dim=-1)
                 return (s @ v) * factor, keep
     ''')
-    found = rewriting.plan("host/layers.py", source, [SITE])
+    found = rewriting.plan("host.layers", "host/layers.py", source, EDITS)
     namespace = {}
     exec(compile(source, "host/layers.py", "exec", dont_inherit=True), namespace)
     before, after = found.compile()["Layer.forward"]
@@ -170,7 +170,7 @@ class Bags:
 def _run(source: str, qualname: str, edit) -> tuple:
     import torch
 
-    found = rewriting.plan("host.py", source, [Site("host", qualname, edit, {})])
+    found = rewriting.plan("host", "host.py", source, {qualname: [edit]}, ["func_d"])
     plain, patched = {"torch": torch, "nn": torch.nn}, {"torch": torch, "nn": torch.nn}
     exec(compile(source, "host.py", "exec", dont_inherit=True), plain)
     exec(compile(found.patched, "patched.py", "exec", dont_inherit=True), patched)
@@ -224,14 +224,14 @@ def test_other_update_loops_are_refused(old, new, message):
 
 
 def test_calls_get_the_func_d_of_their_module():
-    from lwpf_patch.hosts.hflayers import pass_func_d
+    from lwpf_patch.hosts.hflayers import pass_parts
 
     call = "hopfield_core_forward(\n            1, a=2,  # kept\n        )\n"
     source = f"class Core:\n    def forward(self):\n        return {call}"
-    _, _, found = _run(source, "Core.forward", pass_func_d)
+    _, _, found = _run(source, "Core.forward", pass_parts)
     assert "            1, a=2, func_d=self.func_d,  # kept\n        )\n" in found.patched
     with pytest.raises(RewriteError, match="does not call hopfield_core_forward"):
-        _run("class Core:\n    def forward(self):\n        return 1\n", "Core.forward", pass_func_d)
+        _run("class Core:\n    def forward(self):\n        return 1\n", "Core.forward", pass_parts)
 
 
 def test_the_bags_of_deeprc():

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lwpf_patch
-from lwpf_patch import FeatureMap, separation, separation_loss
-from lwpf_patch.separation import KINDS, separation_gradient
+from lwpf_patch import FeatureMap, separation_loss
+from lwpf_patch.uhop import separation
+from lwpf_patch.uhop.separation import KINDS, separation_gradient
 
 
 @pytest.fixture(params=["tiles", "whole"], autouse=True)

@@ -40,7 +40,8 @@ def test_on_the_cpu_it_says_why_not():
     query = torch.randn(5, 16)
     with pytest.raises(lwpf_patch.SettingsError, match=r"backend 'triton' cannot do what is asked: .* are on cpu; use"):
         lwpf_attention(query, query, query, func_d="relu", backend="triton")
-    assert backends.choose("auto", ReLU(), query, query, "exclude") == ("eager", "there are few scores")
+    chosen, why = backends.choose("auto", backends.Call(query, query, query, ReLU()))
+    assert (chosen.name, why) == ("eager", "there are few scores")
 
 
 @pytest.mark.parametrize(("version", "new"), [("3.4.0", False), ("3.5.1", True), ("3.10.0+git1", True), ("4.0", True)])
@@ -308,6 +309,7 @@ def test_autocast_on_the_gpu(dtype):
 @needs_triton
 def test_auto_takes_it_on_the_gpu():
     query = torch.randn(2, 4, 99, 64, device="cuda")
-    assert backends.choose("auto", ReLU(), query, query, "exclude")[0] == "triton"
-    assert backends.choose("auto", ReLU(), query.double(), query, "exclude")[0] == "eager"
-    assert backends.choose("auto", ReLU(), query, query, "paper")[0] == "eager"
+    call = backends.Call(query, query, query, ReLU())
+    assert backends.choose("auto", call)[0].name == "triton"
+    assert backends.choose("auto", call._replace(query=query.double()))[0].name == "eager"
+    assert backends.choose("auto", call._replace(masking="paper"))[0].name == "eager"

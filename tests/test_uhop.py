@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from vits import MODELS, feature_maps, images, randomise_maps, set_fused, vit
 
 import lwpf_patch
-from lwpf_patch import uhop
 from lwpf_patch.settings import parse_uhop
+from lwpf_patch.uhop import HostFeatureMap, host_map, report, stage_one
 
 STAGE = "iters=5,lr=0.5,samples=32"
 CLASSES = torch.tensor([0, 1, 2])
@@ -115,9 +115,9 @@ def _backward(model, x):
 
 
 def test_uhop_alone_forgets_nothing_and_together_with_func_d_it_forgets():
-    assert isinstance(_model().blocks[0].attn.func_d, lwpf_patch.NoForgetting)
+    assert isinstance(_model().blocks[0].attn.func_d.rule, lwpf_patch.NoForgetting)
     lwpf_patch.revert()
-    assert isinstance(_model(func_d="relu").blocks[0].attn.func_d, lwpf_patch.ReLU)
+    assert isinstance(_model(func_d="relu").blocks[0].attn.func_d.rule, lwpf_patch.ReLU)
 
 
 # --- Stage I --------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_afterwards_the_map_trains_with_the_task_or_stays_frozen():
 
 def test_it_runs_once_or_every_so_many_steps(monkeypatch):
     runs = []
-    monkeypatch.setattr(uhop, "run_stage_one", lambda maps: runs.append((maps[0]._steps + 1, len(maps))))
+    monkeypatch.setattr(stage_one, "run_stage_one", lambda maps: runs.append((maps[0]._steps + 1, len(maps))))
     model = _model(uhop="every=3,until=8")
     optimizer = _sgd(model)
     _train(model, optimizer, steps=12)
@@ -217,11 +217,11 @@ def test_the_progress_line_tells_losses_and_time(caplog):
 
 def _idle(caplog, keys, settings=STAGE, steps=0):
     """Runs Stage I on keys for each of two layers, and returns what it warns of."""
-    maps = [uhop.HostFeatureMap(8, 3, parse_uhop(settings), "timm", torch.zeros(())) for _ in range(2)]
+    maps = [HostFeatureMap(8, 3, parse_uhop(settings), "timm", torch.zeros(())) for _ in range(2)]
     for each, some in zip(maps, keys, strict=True):
         each._keys, each._steps = some, steps
     caplog.clear()
-    uhop.run_stage_one(maps)
+    stage_one.run_stage_one(maps)
     return [record.message for record in caplog.records if record.levelno == logging.WARNING]
 
 
@@ -248,8 +248,8 @@ def test_repeated_keys_are_one_pattern_and_one_alone_is_left_out(caplog):
     first, second = feature_maps(model)
     first._keys = torch.randn(3, 1, 8).expand(3, 10, 8)
     second._keys = torch.randn(3, 4, 8).repeat(1, 3, 1)
-    assert uhop._different(second).shape == (3, 4, 8)
-    uhop.run_stage_one([first, second])
+    assert stage_one._different(second).shape == (3, 4, 8)
+    stage_one.run_stage_one([first, second])
     assert "1 layers of timm saw one key only" in caplog.text
     assert not first.weight.any()
     assert second.weight.any()
@@ -277,12 +277,12 @@ def _fail(model, optimizer, message):
 
 @pytest.mark.parametrize("options", ["", ",every=2,until=5"])
 def test_a_stage_one_that_raised_stays_due(options, monkeypatch, caplog):
-    monkeypatch.setattr(uhop, "_failures", {})
+    monkeypatch.setattr(stage_one, "FAILURES", {})
     model = _model(uhop=STAGE + options)
     optimizer, maps = torch.optim.SGD(model.parameters(), lr=1e-3), feature_maps(model)
     _fail(model, optimizer, r"the keys of 1 of 2 layers hold NaN or infinity")
-    assert "Stage I failed for 2 feature maps when it was last tried" in uhop.report("timm")
-    assert "the keys of 1 of 2 layers hold NaN" in uhop.report("timm")
+    assert "Stage I failed for 2 feature maps when it was last tried" in report.report("timm")
+    assert "the keys of 1 of 2 layers hold NaN" in report.report("timm")
     again = vit()
     again.load_state_dict(model.state_dict())
     assert lwpf_patch.status()["hosts"]["timm"]["feature_maps"]["separated"] == 0
@@ -292,20 +292,20 @@ def test_a_stage_one_that_raised_stays_due(options, monkeypatch, caplog):
         assert caplog.text.count("Stage I on timm after step 1: 2 layers") == 1
         caplog.clear()
         assert all(one.weight.any() and one.steps == 1 for one in feature_maps(each))
-    assert uhop.report("timm") is None
+    assert report.report("timm") is None
     if options:
         _train(model, optimizer)
         assert all(each._steps == 2 for each in maps)
         _fail(model, optimizer, "the keys of 1 of 2 layers")
-        assert "Stage I failed" in uhop.report("timm")
+        assert "Stage I failed" in report.report("timm")
         _train(model, optimizer)
         assert all(each._steps == 3 for each in maps)
-        assert uhop.report("timm") is None
+        assert report.report("timm") is None
 
 
 def test_a_descent_that_leaves_the_numbers_changes_no_map(monkeypatch):
-    monkeypatch.setattr(uhop, "_failures", {})
-    monkeypatch.setattr(uhop, "separation_gradient", lambda weight, *_: (weight.sum((1, 2)), weight - torch.inf))
+    monkeypatch.setattr(stage_one, "FAILURES", {})
+    monkeypatch.setattr(stage_one, "separation_gradient", lambda weight, *_: (weight.sum((1, 2)), weight - torch.inf))
     model = _model()
     optimizer = _sgd(model)
     for _ in range(2):
@@ -317,7 +317,7 @@ def test_a_descent_that_leaves_the_numbers_changes_no_map(monkeypatch):
 def test_a_step_counts_for_no_map_where_one_of_them_is_refused(monkeypatch):
     model = _model()
     monkeypatch.setattr(feature_maps(model)[1], "weight", nn.Parameter(torch.zeros(192, dtype=torch.float64)))
-    monkeypatch.setattr(uhop.HostFeatureMap, "forward", lambda self, query, key: setattr(self, "_keys", key) or query)
+    monkeypatch.setattr(HostFeatureMap, "forward", lambda self, query, key: setattr(self, "_keys", key) or query)
     with pytest.raises(lwpf_patch.LwpfError, match="Stage I needs it whole"):
         _train(model, _sgd(model))
     assert all(not each.steps for each in feature_maps(model))
@@ -326,10 +326,10 @@ def test_a_step_counts_for_no_map_where_one_of_them_is_refused(monkeypatch):
 @pytest.mark.parametrize("batch", [30, 64, 128, 256, 264, 512])
 @pytest.mark.parametrize("length", [16, 17, 196, 197, 198])
 def test_sampled_keys_come_from_everywhere(batch, length):
-    each = uhop.HostFeatureMap(2, 1, parse_uhop("on"), "timm", torch.zeros(()))
+    each = HostFeatureMap(2, 1, parse_uhop("on"), "timm", torch.zeros(()))
     place = torch.arange(batch * length)
     keys = torch.stack([place // length, place % length], -1).float().view(batch, 1, length, 2)
-    sample = uhop._sample(each, keys)[0]
+    sample = host_map._sample(each, keys)[0]
     assert len(torch.unique(sample, dim=0)) == min(256, batch * length) == len(sample)
     items, positions = sample.unbind(1)
     assert len(torch.unique(items)) >= min(batch, 256) * 0.6
@@ -411,15 +411,15 @@ def test_a_map_that_no_optimizer_has_is_an_error():
     optimizer = _sgd(model)
     lwpf_patch.apply("timm", uhop=STAGE)
     with pytest.raises(lwpf_patch.LwpfError, match=r"no optimizer has the feature maps of timm.*before the optimizer"):
-        _train(model, optimizer, steps=uhop.PATIENCE + 1)
+        _train(model, optimizer, steps=stage_one.PATIENCE + 1)
 
 
 def test_a_stale_forward_pass_is_no_reason_for_that_error():
     idle, model = _model(), vit()
     idle(images())
     optimizer = _sgd(model)
-    _train(model, optimizer, steps=uhop.PATIENCE + 1)
-    for _ in range(uhop.PATIENCE + 1):  # a generator's images, while its critic trains
+    _train(model, optimizer, steps=stage_one.PATIENCE + 1)
+    for _ in range(stage_one.PATIENCE + 1):  # a generator's images, while its critic trains
         idle(images()).detach()
         _train(model, optimizer)
     assert not feature_maps(idle)[0].weight.any()
@@ -788,7 +788,7 @@ def test_the_report_tells_of_maps_of_another_model_that_waited():
     model, other = _model(), vit()
     other(images())
     _train(model, _sgd(model))
-    message = uhop.report("timm")
+    message = report.report("timm")
     assert "Stage I ran in this process, but not on 2 feature maps that waited for it" in message
     assert "never ran" not in message
 

@@ -102,7 +102,7 @@ def test_after_torch_compile_too():
     with lwpf_patch.patched("timm", func_d="relu"):
         data = pickle.dumps(vit())
     with lwpf_patch.patched("timm", func_d=PFU):
-        assert isinstance(pickle.loads(data).blocks[0].attn.func_d, lwpf_patch.PFU)
+        assert isinstance(pickle.loads(data).blocks[0].attn.func_d.rule, lwpf_patch.PFU)
 
 
 SPAWN = """

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, functional
 from torch.utils.checkpoint import checkpoint
 
-from lwpf_patch import PFU, FuncD, LwpfError, ReLU, backends, lwpf_attention, separation_loss
+from lwpf_patch import PFU, FuncD, LwpfError, ReLU, lwpf_attention, separation_loss
+from lwpf_patch.attention import HostFuncD
+from lwpf_patch.backends import cpu
 
 Function = Callable[..., Tensor]
 
@@ -292,7 +294,7 @@ TRANSFORMS: dict[str, Callable[[Subject], None]] = {
 class Layer(nn.Module):
     """Attention as hosts write it."""
 
-    def __init__(self, func_d: FuncD) -> None:
+    def __init__(self, func_d: HostFuncD) -> None:
         super().__init__()
         self.func_d = func_d
 
@@ -333,10 +335,9 @@ class Program(NamedTuple):
 
 
 def programs(backend: str, name: str, written_out: bool = False) -> Program:
-    func_d, forgetting = FUNC_DS[name]
-    func_d = PFU(**({"mu": 0.125, "bias": -0.25} if name == "mu" else {})) if name != "relu" else ReLU()
-    func_d.backend = backend
-    layer = (WrittenOut if written_out else Layer)(func_d).eval()
+    _, forgetting = FUNC_DS[name]
+    rule = PFU(**({"mu": 0.125, "bias": -0.25} if name == "mu" else {})) if name != "relu" else ReLU()
+    layer = (WrittenOut if written_out else Layer)(HostFuncD(rule, "", backend=backend)).eval()
     example, others = (tuple(figures(n, 2, 5, 4).float() for _ in range(3)) for n in (3, 4))
     return Program(layer, forgetting, example, others)
 
@@ -446,13 +447,13 @@ def is_ours(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    before, backends.MANY_SCORES = backends.MANY_SCORES, 0  # for "auto"
+    before, cpu.MANY_SCORES = cpu.MANY_SCORES, 0  # for "auto"
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
-        backends.MANY_SCORES = before
+        cpu.MANY_SCORES = before
 
 
 def derivatives(column: str) -> dict[str, str]:

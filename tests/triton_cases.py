@@ -18,6 +18,7 @@ from oracle import Forgetting
 
 import lwpf_patch
 from lwpf_patch import PFU, ReLU, lwpf_attention
+from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import triton as backend
 from lwpf_patch.backends import triton_median
 
@@ -456,11 +457,10 @@ def test_compiled_without_graph_breaks(func_d, dynamic):
 
 
 def test_training_with_noise_and_dropout_compiles():
-    module = PFU(sigma=0.5)
+    module = HostFuncD(PFU(sigma=0.5), "", backend="triton")
     compiled = torch.compile(
         lambda q: module.scaled_dot_product_attention(q, q, q, dropout_p=0.2), fullgraph=True, backend="aot_eager"
     )  # fmt: skip
-    module.backend = "triton"
     query = torch.randn(1, 2, 9, 16, device=DEVICE, requires_grad=True)
     out = compiled(query)
     (grad,) = torch.autograd.grad(out.square().sum(), query)

@@ -64,4 +64,4 @@ def randomise_maps(model: torch.nn.Module, size: float = 0.2) -> None:
     for each in feature_maps(model):
         torch.nn.init.normal_(each.weight, std=size)
         each.steps.fill_(1)
-        each.adopt(each.settings)
+        each.take_settings(each.settings)

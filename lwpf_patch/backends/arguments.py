@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .eager import factor_of_scores, lowest
+from .eager_form import factor_of_scores, lowest
 
 
 def batch_shape(*shapes: torch.Size) -> torch.Size:

@@ -27,26 +27,51 @@ from torch import Tensor
 
 from . import cpu_kept, cpu_products
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
+from .base import Call, FusedBackend
 from .cpu_median import TIES, median
 from .cpu_primitives import keep, raise_to
 from .cpu_products import add_product, product
 from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, gradients_again, numbers
+from .eager_form import repeat_heads
 from .operators import Operator
 from .tiles import Problem
 
+#: From so many scores on, "auto" takes this backend. Below, its calls cost more than they save.
+MANY_SCORES = 1 << 19
 #: Scores in a tile for each thread: few enough for the caches, enough rows for products of matrices to be fast.
 TILE = 1 << 19
 #: Scores no larger than this need no maximum taken off before their exponentials, which are far from any limit.
 BOUND = 60.0
 
 
-def why_not(query: Tensor) -> str | None:
-    """Returns why the backend cannot compute with such tensors, None if it can."""
-    if query.device.type != "cpu":
-        return f"the tensors are on {query.device}"
-    if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"it does not compute in {query.dtype}"
-    return None
+class CPU(FusedBackend):
+    """Computes on the CPU, tile by tile."""
+
+    name = "cpu"
+    device = "cpu"
+
+    def why_not_here(self, call: Call) -> str | None:
+        """Return why it cannot compute with such tensors; None: it can."""
+        query = call.query
+        if query.device.type != "cpu":
+            return f"the tensors are on {query.device}"
+        if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            return f"it does not compute in {query.dtype}"
+        return None
+
+    def why_rather_not(self, call: Call) -> str | None:
+        """Return that there are too few scores for it to be worth it; None: there are enough."""
+        few = call.query.shape[:-1].numel() * call.key.shape[-2] < MANY_SCORES
+        return "there are few scores" if few else None
+
+    def compute_threshold(self, call: Call, mu: float | None, bias: float | None, eps: Tensor | None) -> Tensor:
+        """Compute a call; see :meth:`FusedBackend.compute_threshold`."""
+        key, value = call.key, call.value
+        if call.enable_gqa:
+            key, value = repeat_heads(call.query, key), repeat_heads(call.query, value)
+        return attention(
+            call.query, key, value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias, eps
+        )
 
 
 def attention(

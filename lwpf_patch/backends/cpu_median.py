@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cpu_primitives import keep, keep_inside
-from .eager import lowest
+from .eager_form import lowest
 from .tiles import Problem, Tile
 
 #: As many positions of scores that are equal to the median are noted; the backward pass looks for more by itself.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from . import eager
+from . import eager_form
 from .cpu_median import TIES
 from .cpu_products import add_product
 from .tiles import Problem, Tile
@@ -139,7 +139,7 @@ def gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return x.reshape(x.shape[0] // heads, heads, *x.shape[1:])
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = eager.above_threshold(
+        out = eager_form.above_threshold(
             split(query), split(key), split(value), mask, is_causal, ctx.scale, mu, bias, eps,
             None if dropped is None else split(dropped),
         )  # fmt: skip

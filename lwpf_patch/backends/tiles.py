@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cpu_products import MANY, product
-from .eager import lowest
+from .eager_form import lowest
 
 
 class Tile(NamedTuple):

@@ -21,25 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import transforms
-from . import eager
+from . import eager_form
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
-from .eager import lowest, repeat_heads
+from .base import Call, FusedBackend
+from .eager_form import lowest, repeat_heads
 
 #: Features per head that the tiles hold at most.
 WIDEST = 256
 LOG2_E = 1 / math.log(2)
 #: The kernels' tests pass with this one and later ones. The interpreters of earlier ones cannot run them.
 OLDEST_TRITON = (3, 5)
-
-
-def why_not(query: Tensor, value: Tensor | None) -> str | None:
-    """Returns why the backend cannot compute with such tensors, None if it can."""
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it does not compute in {query.dtype}"
-    width = query.shape[-1] if value is None else max(query.shape[-1], value.shape[-1])
-    if width > WIDEST:
-        return f"it holds up to {WIDEST} features per head, not {width}"
-    return _why_not_on(query.device.type, query.device.index)
 
 
 def why_no_triton() -> str | None:
@@ -81,6 +72,30 @@ def _why_not_on_device(kind: str, index: int | None) -> str | None:
 # While torch.compile traces, what a device can do is a constant. It does not look into a cached function by itself.
 _constant: Any = torch.compiler.assume_constant_result
 _why_not_on = _constant(lambda kind, index: _why_not_on_device(kind, index))
+
+
+class Triton(FusedBackend):
+    """Computes on NVIDIA's GPUs with kernels of its own."""
+
+    name = "triton"
+    device = "cuda"
+
+    def why_not_here(self, call: Call) -> str | None:
+        """Return why it cannot compute with such tensors, or not on this machine; None: it can."""
+        query = call.query
+        if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"it does not compute in {query.dtype}"
+        width = max(query.shape[-1], call.value.shape[-1])
+        if width > WIDEST:
+            return f"it holds up to {WIDEST} features per head, not {width}"
+        return _why_not_on(query.device.type, query.device.index)
+
+    def compute_threshold(self, call: Call, mu: float | None, bias: float | None, eps: Tensor | None) -> Tensor:
+        """Compute a call; see :meth:`FusedBackend.compute_threshold`."""
+        return attention(
+            call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias, eps,
+            call.enable_gqa,
+        )  # fmt: skip
 
 
 def attention(
@@ -520,8 +535,8 @@ def _gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         heads, dtype = query.shape[1], query.dtype
         query, key, value = query.float(), key.float(), value.float()
         if key.shape[1] != heads:
-            key, value = eager.repeat_heads(query, key), eager.repeat_heads(query, value)
-        return eager.above_threshold(
+            key, value = repeat_heads(query, key), repeat_heads(query, value)
+        return eager_form.above_threshold(
             query, key, value, mask, is_causal, scale, mu, bias, eps, dropped
         ).to(dtype)  # fmt: skip
 

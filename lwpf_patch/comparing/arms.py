@@ -114,10 +114,10 @@ def _patched(
     sites: dict[str, str] = {}
     for host in chosen:
         try:
-            plans = HOSTS[host].plans(settings)
+            described = HOSTS[host].describe_sites(settings)
         except LwpfError as error:
             raise type(error)(f"arm {label!r}: {error}") from None
-        sites |= {site.name: plan.hashes[site.qualname] for plan in plans for site in plan.sites}
+        sites |= {site["name"]: site["hash"] for site in described}
     return Arm(label, tuple(options), chosen, settings.describe(), sites, control_of), settings
 
 

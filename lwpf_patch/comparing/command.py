@@ -157,10 +157,10 @@ def _compare(options: argparse.Namespace, run: argparse.ArgumentParser, require_
             session.say(f"no run has finished: there is nothing to report. Logs are in {folder / 'runs'}")
             return FAILED
         _note_equals(comparison)
-        from . import report
+        from . import files, report
 
         print(report.terminal(comparison))
-        paths = report.write(comparison, folder)
+        paths = files.write(comparison, folder)
         print(f"\nWrote {', '.join(map(str, paths))} ({_duration(time.monotonic() - started)})")
     return FAILED if comparison.problems else 0
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import json
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from . import statistics
 from .arms import Arm
 from .metrics import Metric, Series
-from .runs import Command, Run, sources, versions
+from .runs import Command, Run
 from .statistics import Difference, Summary
-
-#: Written as they are asked for: a report is complete, or an error says why not.
-FILES = ("runs.csv", "report.md", "report.json", "curves.png")
 
 
 @dataclass
@@ -199,11 +185,11 @@ def _remarks(comparison: Comparison) -> list[str]:
     """Return the sentences on the first metric, and what has to be known of the others."""
     return [
         *sentences(comparison, comparison.results[0]),
-        *(f"NOTE: {note}" for note in [*comparison.notes, *_left_out(comparison)]),
+        *(f"NOTE: {note}" for note in [*comparison.notes, *left_out(comparison)]),
     ]
 
 
-def _left_out(comparison: Comparison) -> list[str]:
+def left_out(comparison: Comparison) -> list[str]:
     """Return what the statistics do not count."""
     notes = []
     for result in comparison.results:
@@ -287,147 +273,3 @@ def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_flat(part)}" for name, part in value.items() if part)
     return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
-
-
-def provenance(comparison: Comparison) -> dict[str, Any]:
-    """Return what the figures depend on besides the arms."""
-    command = comparison.command
-    found = {**versions()}
-    for name in ("scipy", "matplotlib"):
-        found[name] = metadata.version(name)
-    known = {"{seed}": str(comparison.seeds[0])}
-    words = [word.replace("{seed}", known["{seed}"]) for word in command.words]
-    commit = _commit(Path(words[0]).parent if not command.module else Path.cwd())
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "interpreter": sys.executable,
-        "folder": os.getcwd(),
-        "versions": found,
-        "files": sources(command, words, {}),
-        "commit": commit,
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "processors": os.cpu_count(),
-            "gpus": _gpus(),
-            "ran on": sorted({record["machine"] for record in comparison.records.values()}),
-        },
-    }
-
-
-def _output_of(*words: str) -> str | None:
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _commit(folder: Path) -> str | None:
-    return _output_of("git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*")
-
-
-def _gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    names = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return names.splitlines() if names else []
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write the files of the report.
-
-    Returns:
-        Their paths.
-    """
-    from .plots import draw
-
-    known = provenance(comparison)
-    makers: dict[str, Callable[[Path], Any]] = {
-        "runs.csv": lambda path: _write_runs(comparison, path),
-        "report.md": lambda path: path.write_text(markdown(comparison, known), encoding="utf-8"),
-        "report.json": lambda path: path.write_text(
-            json.dumps(_plain(_data(comparison, known)), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        ),
-        "curves.png": lambda path: draw(comparison).savefig(path, dpi=130, format="png"),
-    }
-    paths = []
-    for name in FILES:
-        path, unfinished = folder / name, folder / f".{name}.tmp"
-        makers[name](unfinished)
-        unfinished.replace(path)
-        paths.append(path)
-    return paths
-
-
-def _write_runs(comparison: Comparison, path: Path) -> None:
-    names = [metric.name for metric in comparison.metrics]
-    known = ["arm", "seed", "state", "problem", "exit_code", "seconds", "started", "machine", "key", "log"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*known, *names], extrasaction="ignore")
-        writer.writeheader()
-        for (arm, seed), run in comparison.runs.items():
-            writer.writerow({**comparison.records.get((arm, seed), {}), **_state(comparison, run)})
-
-
-def _state(comparison: Comparison, run: Run) -> dict[str, Any]:
-    place = (run.arm, run.seed)
-    problem = comparison.problems.get(place, "")
-    state = "failed" if problem else "finished" if place in comparison.series else "missing"
-    series = comparison.series.get(place, {})
-    figures = {m.name: m.choose(series[m.name]) for m in comparison.metrics if m.name in series}
-    return {"arm": run.arm, "seed": run.seed, "state": state, "problem": problem, "key": run.key,
-            "log": str(run.log), **figures}  # fmt: skip
-
-
-def _data(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
-    arms = [
-        {"label": arm.label, "options": arm.options, "settings": arm.settings, "hosts": arm.hosts, "sites": arm.sites,
-         "control_of": arm.control_of, "said": comparison.said.get(arm.label, [])}
-        for arm in comparison.arms
-    ]  # fmt: skip
-    metrics = [
-        {
-            **dataclasses.asdict(result.metric),
-            "arms": {label: dataclasses.asdict(summary) for label, summary in result.summaries.items()},
-            "differences": [
-                {"arm": own, "against": other, **dataclasses.asdict(difference)}
-                for (own, other), difference in result.differences.items()
-            ],
-        }
-        for result in comparison.results
-    ]
-    runs = []
-    for place, run in comparison.runs.items():
-        curves = {name: dataclasses.asdict(series) for name, series in comparison.series.get(place, {}).items()}
-        runs.append({**comparison.records.get(place, {}), **_state(comparison, run), "curves": curves})
-    return {
-        "command": dataclasses.asdict(comparison.command) | {"text": str(comparison.command)},
-        "seeds": comparison.seeds,
-        "baseline": comparison.baseline,
-        "arms": arms,
-        "metrics": metrics,
-        "verdicts": sentences(comparison, comparison.results[0]),
-        "notes": [*comparison.notes, *_left_out(comparison)],
-        "statistics": {"confidence": statistics.CONFIDENCE, "bootstrap": "percentile, of paired differences",
-                       "resamples": statistics.RESAMPLES, "power": statistics.POWER},
-        "provenance": provenance,
-        "runs": runs,
-    }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """Return data as JSON has it, which knows no number that is not finite."""
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

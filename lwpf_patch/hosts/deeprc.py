@@ -11,12 +11,19 @@ from types import ModuleType
 from typing import Any
 
 from .. import reporting
-from ..compat import Replacement, Shim
-from ..edits import Function, Splice
 from ..errors import RewriteError
-from ..rewriting import Folding, Site
+from ..hosting import (
+    FeatureMapAttachment,
+    Folding,
+    FuncDAttachment,
+    Function,
+    Replacement,
+    RewrittenHost,
+    Shim,
+    Site,
+    Splice,
+)
 from . import known
-from .base import Host
 
 
 def forget_in_bags(function: Function) -> list[Splice]:
@@ -228,25 +235,36 @@ def notice_dead_bags(func_d: Any, inputs: Any, output: Any) -> None:
     _dead_bags.notice(func_d, inputs, output)
 
 
-HOST = Host(
+ADVICE = (
+    "deeprc 0.0.6 reads the same repertoire for every name whose suffix is the same: give each name in the HDF5 "
+    "container a suffix of its own, as recipes/immune_repertoire does"
+)
+
+HOST = RewrittenHost(
     name="deeprc",
     install='pip install "deeprc @ git+https://github.com/ml-jku/DeepRC" '
     '"widis-lstm-tools @ git+https://github.com/widmi/widis-lstm-tools"',
     sites=(
-        Site("deeprc.architectures", "DeepRC.forward", forget_in_bags, known.sources("deeprc", "DeepRC.forward")),
+        Site(
+            "deeprc.architectures",
+            "DeepRC.forward",
+            known.sources("deeprc", "DeepRC.forward"),
+            attachments=(FuncDAttachment(edit=forget_in_bags, forward_hook=notice_dead_bags),),
+        ),
         Site(
             "deeprc.architectures",
             "AttentionNetwork.forward",
-            map_features,
             known.sources("deeprc", "AttentionNetwork.forward"),
-            func_d=False,
-            map_size=features,
-            folding=Folding(projections, multiply, example),
+            attachments=(
+                FeatureMapAttachment(
+                    edit=map_features,
+                    shape=features,
+                    folding=Folding(projections, multiply, example),
+                    advice=ADVICE,
+                ),
+            ),
         ),
     ),
     required=("DeepRC.forward",),
     shims=SHIMS,
-    forward_hook=notice_dead_bags,
-    advice="deeprc 0.0.6 reads the same repertoire for every name whose suffix is the same: give each name in the HDF5 "
-    "container a suffix of its own, as recipes/immune_repertoire does",
 )

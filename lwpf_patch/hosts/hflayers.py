@@ -7,12 +7,20 @@ import warnings
 from itertools import pairwise
 from typing import Any
 
-from ..compat import Replacement, Shim
-from ..edits import Function, Splice
 from ..errors import FoldError, RewriteError, SettingsError
-from ..rewriting import Folding, Site
+from ..hosting import (
+    FeatureMapAttachment,
+    Folding,
+    FuncDAttachment,
+    Function,
+    Replacement,
+    RewrittenHost,
+    Shim,
+    Site,
+    Splice,
+    multiply_rows,
+)
 from . import known
-from .base import Host, multiply_rows
 
 _CORE = "hopfield_core_forward"
 _SCORES = "attn_output_weights"
@@ -25,7 +33,7 @@ def forget_in_update_loop(function: Function) -> list[Splice]:
     weights with the values; the call of itself through ``handle_torch_function``; and, for the feature map, the product
     of q and k. The map stands in that product alone: the state that the loop keeps is a pattern of the original space.
     """
-    names = ["func_d", "feature_map"] if function.uhop else ["func_d"]
+    names = _parts(function)
     return [
         function.new_keyword_parameter(", ".join(f"{name}=None" for name in names)),
         *_passed(function, "handle_torch_function", names),
@@ -35,13 +43,18 @@ def forget_in_update_loop(function: Function) -> list[Splice]:
     ]
 
 
+def _parts(function: Function) -> list[str]:
+    """Return what comes in, in the order in which it is written."""
+    return [name for name in ("func_d", "feature_map") if name in function.parts]
+
+
 def _passed(function: Function, called: str, names: list[str], source: str = "") -> list[Splice]:
     arguments = ", ".join(f"{name}={source}{name}" for name in names)
     return [function.new_argument(call, arguments) for call in function.calls(called)]
 
 
 def _mapped_query(function: Function) -> list[Splice]:
-    if not function.uhop:
+    if "feature_map" not in function.parts:
         return []
     products = [call for call in function.calls("bmm") if ast.unparse(call) == "torch.bmm(q, k.transpose(1, 2))"]
     if len(products) != 1:
@@ -70,13 +83,13 @@ def _retrieval(function: Function) -> ast.stmt:
     raise RewriteError(f"{function.where}: no 'torch.bmm({_SCORES}, v)' right after the dropout of xi")
 
 
-def pass_func_d(function: Function) -> list[Splice]:
+def pass_parts(function: Function) -> list[Splice]:
     """Has every call of hopfield_core_forward pass the module's func_d, and with U-Hop its feature map.
 
     Raises:
         RewriteError: There is none.
     """
-    splices = _passed(function, _CORE, ["func_d", "feature_map"] if function.uhop else ["func_d"], "self.")
+    splices = _passed(function, _CORE, _parts(function), "self.")
     if not splices:
         raise RewriteError(f"{function.where} does not call {_CORE}")
     return splices
@@ -152,19 +165,21 @@ UINT8_MASKS = Shim(
     replacements=lambda module: [] if hasattr(module, "warnings") else [Replacement(module, "warnings", warnings)],
 )
 
-HOST = Host(
+HOST = RewrittenHost(
     name="hflayers",
     distribution="hopfield-layers",
     install='pip install "hopfield-layers @ git+https://github.com/ml-jku/hopfield-layers"',
     sites=(
-        Site("hflayers.functional", _CORE, forget_in_update_loop, known.sources("hflayers", _CORE)),
+        Site("hflayers.functional", _CORE, known.sources("hflayers", _CORE), edit=forget_in_update_loop),
         Site(
             "hflayers.activation",
             "HopfieldCore.forward",
-            pass_func_d,
             known.sources("hflayers", "HopfieldCore.forward"),
-            map_size=heads,
-            folding=Folding(projections, multiply, example),
+            attachments=(
+                FuncDAttachment(edit=None),
+                FeatureMapAttachment(edit=None, shape=heads, folding=Folding(projections, multiply, example)),
+            ),
+            edit=pass_parts,
         ),
     ),
     required=(_CORE, "HopfieldCore.forward"),

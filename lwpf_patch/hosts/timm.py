@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..edits import attention
 from ..errors import FoldError
-from ..rewriting import Folding, Site
+from ..hosting import FeatureMapAttachment, Folding, FuncDAttachment, RewrittenHost, Site, multiply_rows
 from . import known
-from .base import Host, multiply_rows
 
 
 def heads(module: Any) -> tuple[int, int]:
@@ -56,7 +54,8 @@ _NO_FOLDING = Folding(refuse_to_fold, multiply, example)
 
 
 def _site(module: str, qualname: str, folding: Folding) -> Site:
-    return Site(module, qualname, attention, known.sources("timm", qualname), map_size=heads, folding=folding)
+    attachments = (FuncDAttachment(), FeatureMapAttachment(shape=heads, folding=folding))
+    return Site(module, qualname, known.sources("timm", qualname), attachments)
 
 
 # The functions that make a model, each with its argument that names it; all versions have them.
@@ -80,7 +79,7 @@ def _names(name: Any, configuration: Any) -> list[str]:
     return names if isinstance(name, str) and name else []
 
 
-HOST = Host(
+HOST = RewrittenHost(
     name="timm",
     install="pip install timm",
     sites=(

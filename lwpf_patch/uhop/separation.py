@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import transforms
-from .errors import SettingsError, shown
-from .settings import LARGEST_COUNT, UHOP_OPTIONS, Option, check_name
+from .. import transforms
+from ..errors import SettingsError, shown
+from ..settings import LARGEST_COUNT, UHOP_OPTIONS, Option, check_name
 
 __all__ = ["KINDS", "FeatureMap", "separation_gradient", "separation_loss"]
 

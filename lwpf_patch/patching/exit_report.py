@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import owners, reporting
+from .. import reporting
+from . import importing, owners
 
 if TYPE_CHECKING:
     import torch
 
-    from .registry import Applied
-
-#: Where the class of all modules is defined.
-MODULE = "torch.nn.modules.module"
+    from .state import PatchedHost
 
 _called = False
 _listening: tuple[FunctionType, CodeType] | None = None
@@ -56,7 +54,7 @@ def _first_call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # This code runs as a function of torch, whose globals it sees.
     if torch.compiler.is_compiling():
         return self._call_impl(*args, **kwargs)
-    from lwpf_patch import exit_report
+    from lwpf_patch.patching import exit_report
 
     return exit_report.note_call()(self, *args, **kwargs)
 
@@ -78,13 +76,13 @@ def has_computed() -> bool:
     """Return whether a module was called or compiled in this process; True where that cannot be known."""
     dynamo: Any = sys.modules.get("torch._dynamo.utils")  # what it compiles calls modules in its own way
     compiled = dynamo is not None and bool(dynamo.counters["frames"])
-    return _called or compiled or (_listening is None and MODULE in sys.modules)
+    return _called or compiled or (_listening is None and importing.MODULE_OF_MODULES in sys.modules)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def report(applied: Mapping[str, Applied]) -> None:
+def report(applied: Mapping[str, PatchedHost]) -> None:
     """Say what came of the requests to patch, where it is less than was asked for.
 
     Args:
@@ -106,23 +104,23 @@ def report(applied: Mapping[str, Applied]) -> None:
         )
 
 
-def _of_host(name: str, applied: Applied) -> str | None:
+def _of_host(name: str, applied: PatchedHost) -> str | None:
     if not applied.complete:
-        places = dict.fromkeys(site.module for site in applied.host.sites)
+        places = dict.fromkeys(applied.host.places_of_attention())
         wanted = "it" if name not in sys.modules else " or ".join(places)
         return (
             f"{name} was asked to be patched, but this program never imported {wanted}: nothing ran with partial "
             "forgetting"
         )
     if not reporting.was_used(name):
-        classes = sorted({site.site.name for site in applied.sites})
+        classes = sorted({site.site.name for site in applied.sites} or applied.registered)
         left_out = ", or was left out by exclude_models" if applied.settings.exclude_models else ""
         return (
             f"{name} was patched, but no patched forward was ever called: nothing ran with partial forgetting. The "
             f"model uses none of {', '.join(classes)}{left_out}"
         )
     if applied.settings.uhop is not None:
-        from . import uhop
+        from ..uhop import report as uhop
 
         return uhop.report(name)
     return None

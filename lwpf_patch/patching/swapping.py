@@ -1,20 +1,21 @@
 """Swapping code objects: finding the functions of a host's sites, and putting other code into them.
 
 Other threads may be anywhere while that happens. A call that has begun goes on with the code it began with, so what
-that code needs is taken away only when no frame runs it any more; see :mod:`lwpf_patch.frames`.
+that code needs is taken away only when no frame runs it any more; see :mod:`lwpf_patch.patching.frames`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from . import rewriting
+from .. import rewriting
+from ..errors import ConflictError
+from ..hosting.rewritten import RewrittenHost, Site
 from .attaching import module_classes
-from .errors import ConflictError
-from .rewriting import Site
 
 #: The code that stood in each function that has patched code now.
 _originals: dict[FunctionType, CodeType] = {}
@@ -54,13 +55,16 @@ class PatchedSite:
         _originals.pop(self.function, None)
 
 
-def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: bool = False) -> list[PatchedSite]:
+def locate(
+    host: RewrittenHost, module: ModuleType, sites: list[Site], parts: Container[str], earlier: bool = False
+) -> list[PatchedSite]:
     """Find the functions of some sites and their patched code, and check that nothing stands in the way.
 
     Args:
+        host: The host.
         module: The module that defines them.
         sites: The sites.
-        uhop: Whether U-Hop's feature map shall come in.
+        parts: The names of the attachments that come in.
         earlier: Whether to return also the functions of earlier executions of the module: after ``importlib.reload``,
             instances and namespaces can have the classes and functions from before.
 
@@ -69,8 +73,8 @@ def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: b
         ConflictError: A function is not what the module's source says.
     """
     path, source = rewriting.source_of(module.__spec__)
-    plan = rewriting.plan(path, source, sites, uhop)
-    codes = plan.compile()
+    plan = host.plan(path, source, sites, parts)
+    codes, whole = plan.compile(), False
     classes = module_classes() if earlier else []
     found = []
     for site in sites:
@@ -82,13 +86,16 @@ def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: b
         elif earlier:
             places += [(None, function) for function in _earlier_functions(module, places[0][1])]
         for place, function in places:
-            original, new = codes[site.qualname]
             live = _originals.get(function, function.__code__) if type(function) is FunctionType else None
+            if live is not None and live != codes[site.qualname][0] and not whole:
+                codes, whole = plan.compile(whole=True), True
+            original, new = codes[site.qualname]
             # type() and not isinstance(): a wrapt proxy claims to be a function and hands out the code of another one.
             if live is None or live != original or len(live.co_freevars) != len(new.co_freevars):
                 raise ConflictError(_conflict(site, path, function, place is owner and function is places[0][1]))
             patched = function.__code__ if function.__code__ == new else new
-            found.append(PatchedSite(site, place, function, live, patched, site not in plan.unknown))
+            known = plan.hashes[site.qualname] in site.known
+            found.append(PatchedSite(site, place, function, live, patched, known))
     return found
 
 

@@ -15,6 +15,9 @@ from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
 from typing import Any
 
+#: Where the class of all of torch's modules is defined.
+MODULE_OF_MODULES = "torch.nn.modules.module"
+
 
 class _Watcher:
     """A finder that finds nothing itself: it has modules of some names reported right after they were executed."""
@@ -103,6 +106,11 @@ def unwatch() -> None:
 def is_initializing(module: ModuleType) -> bool:
     """Return whether a module is being imported."""
     return getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+def is_executing(name: str) -> bool:
+    """Return whether the code of a watched module is running."""
+    return name in _watcher.executing
 
 
 def wait_for(names: Iterable[str]) -> list[str]:

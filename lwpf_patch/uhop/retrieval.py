@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import sep as separators
-from .errors import SettingsError, shown
-from .settings import LARGEST_COUNT, Option, parse_sep
+from ..errors import SettingsError, shown
+from ..normalising import normalise
+from ..settings import LARGEST_COUNT, Option, parse_sep
 
 
 def retrieve(
@@ -64,7 +64,7 @@ def retrieve(
     keys = memory if feature_map is None else feature_map(memory)
     for _ in range(steps):
         mapped = state if feature_map is None else feature_map(state)
-        state = separators.normalise(beta * (mapped @ keys.mT), alpha) @ memory
+        state = normalise(beta * (mapped @ keys.mT), alpha) @ memory
     return state.reshape(query.shape).to(query.dtype)
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import reporting
-from .hosts import HOSTS
+from .. import reporting
+from ..hosts import HOSTS
 from .owners import Owners
 
 #: So many steps are looked at.
@@ -166,10 +166,8 @@ def _look(optimizer: Any) -> None:
 
 
 def _may_be_of_one(module: nn.Module, trained: set[int]) -> bool:
-    from .forgetting import NoForgetting
-
     func_d: Any = module._modules.get("func_d")
-    if module.training or not getattr(func_d, "host", "") or isinstance(func_d, NoForgetting):
+    if module.training or not getattr(func_d, "host", "") or not func_d.rule.forgets:
         return False
     parameters = list(module.parameters())
     return bool(parameters) and not any(id(each) in trained or each.is_meta for each in parameters)

@@ -7,92 +7,24 @@ class needs them if it inherits a patched function, or borrows it, as in
 
 from __future__ import annotations
 
-import copy
 import gc
-import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import frames, reporting
-from .errors import ConflictError, SettingsError
-from .hosts import Host
+from .. import reporting
+from ..hosting.attachments import Attachment, Order, Step, disown, is_free, is_trained
+from ..hosting.rewritten import RewrittenHost, Site
+from ..settings import Settings
+from . import frames, importing
 from .owners import Owners, match, names_in_construction
-from .rewriting import Site
-from .settings import Settings, UHop
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from .forgetting import FuncD
-    from .uhop import HostFeatureMap
-
-
-def func_d_prototype(host: Host, settings: Settings) -> FuncD:
-    """Makes the func_d of which every instance gets a copy."""
-    from . import forgetting
-
-    func_d = copy.deepcopy(forgetting.make_func_d(settings.func_d, settings.origin("func_d")))
-    func_d.masking, func_d.backend, func_d.host = settings.masking, settings.backend, host.name
-    if host.forward_hook is not None:
-        func_d.register_forward_hook(host.forward_hook)
-    func_d._register_load_state_dict_pre_hook(_name_the_remedy)  # type: ignore[no-untyped-call]
-    return func_d
-
-
-def _name_the_remedy(
-    state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: list[str]
-) -> None:
-    """Add to torch's error of unexpected keys what to do with a checkpoint of U-Hop in a model that has no map for it.
-
-    A hook of a func_d: torch has been through the module that owns it, and through what that owned before, by then.
-    """
-    maps = sum(key.endswith("feature_map.steps") for key in unexpected)
-    message = (
-        "the checkpoint holds feature maps of U-Hop, and this model has none: apply lwpf_patch with uhop before the "
-        "model is made (LWPF_UHOP=on), or fold them into the projections before the checkpoint is saved: "
-        "lwpf_patch.fold(model)"
-    )
-    if maps and message not in errors:
-        if _is_strict():
-            errors.append(message)
-        elif maps == 1:
-            reporting.warn(f"{message}. They are left out, since strict=False was asked for")
-
-
-def _is_strict() -> bool:
-    """Return whether the load_state_dict that runs is a strict one; torch tells modules that it always is."""
-    from torch import nn
-
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
-        frame = frame.f_back
-    return frame is not None and bool(frame.f_locals.get("strict"))
-
-
-def make_feature_map(module: nn.Module, site: Site, host: Host, uhop: UHop) -> HostFeatureMap:
-    """Makes the feature map of a module, on its device and of its dtype.
-
-    Raises:
-        SettingsError: The module can have none.
-    """
-    from .uhop import HostFeatureMap
-
-    assert site.map_size is not None
-    try:
-        heads, features = site.map_size(module)
-    except AttributeError as error:
-        raise SettingsError(f"uhop: {type(module).__qualname__} lacks what a feature map is made by: {error}") from None
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if like is None:
-        raise SettingsError(f"uhop: {type(module).__qualname__} has no parameter of a floating dtype to make Φ like")
-    feature_map = HostFeatureMap(features, heads, uhop, host.name, like)
-    feature_map.advice = host.advice
-    return feature_map
 
 
 class Attachments:
@@ -103,30 +35,29 @@ class Attachments:
         settings: How it is patched.
 
     Attributes:
-        func_d: The func_d of which every instance gets a copy.
+        prototypes: What is made once for each attachment, such as the func_d of which every instance gets a copy.
         provisional: What has been made by any thread while it is not sure that the settings will stand; None: it is.
     """
 
-    def __init__(self, host: Host, settings: Settings) -> None:
+    def __init__(self, host: RewrittenHost, settings: Settings) -> None:
         self.host, self.settings = host, settings
-        self.func_d = func_d_prototype(host, settings)
+        self.prototypes = host.prototypes(settings)
         from . import teachers
 
         self._note = teachers.note
         teachers.watch()
         self.provisional: list[weakref.ref[nn.Module]] | None = None
-        self._uhop: UHop | None = settings.uhop
+        self._before: Settings | None = None
 
     def begin(self, before: Settings | None) -> None:
         """Have instances come also with what the settings before these need, whose code still runs."""
         self.provisional = []
-        if self.settings.uhop is None and before is not None:
-            self._uhop = before.uhop
+        self._before = before
 
     def settle(self) -> None:
         """End what :meth:`begin` has begun, since the code is that of these settings now."""
         self.provisional = None
-        self._uhop = self.settings.uhop
+        self._before = None
 
     def attach(self, module: nn.Module, site: Site, replace: bool = True, owners: Owners | None = None) -> None:
         """Give an instance what its site needs, unless it has its own.
@@ -135,62 +66,37 @@ class Attachments:
             module: The instance.
             site: Its site.
             replace: Whether what was attached before is replaced.
-
-        Args:
-            module: The instance.
-            site: Its site.
             owners: Who owns the modules that live; None: it is being constructed, or copied.
 
         Raises:
             ConflictError: A name that is needed is taken.
             SettingsError: The module can have no feature map.
         """
-        for action in self.prepare(module, site, replace, owners):
-            action()
+        for step in self.prepare(module, site, replace, owners):
+            step()
         made = self.provisional
         if made is not None:
             made.append(weakref.ref(module))
 
-    def prepare(
-        self, module: nn.Module, site: Site, replace: bool = True, owners: Owners | None = None
-    ) -> list[Callable[[], object]]:
+    def prepare(self, module: nn.Module, site: Site, replace: bool = True, owners: Owners | None = None) -> list[Step]:
         """Make what :meth:`attach` attaches, and return the steps that are left, none of which raises."""
-        steps: list[Callable[[], object]] = []
-        excluded = self._is_excluded(module, owners)
-        if site.func_d and _is_free(module, "func_d", replace):
-            func_d = self._func_d_for(module, site, excluded)
-            if func_d is not None:
-                steps.append(partial(_own, module, "func_d", func_d))
-            steps.append(partial(self._note, module))
-        existing: Any = module._modules.get("feature_map")
-        uhop = self._uhop
-        if uhop is None or excluded:
-            refuse_to_ignore(existing, type(module).__qualname__)
-            if uhop is not None and site.map_size is not None and _is_free(module, "feature_map", replace):
-                steps.append(partial(_own, module, "feature_map", _no_feature_map(self.host)))
-        elif site.map_size is not None and (existing is None or (replace and self.settings.uhop is not None)):
-            if getattr(existing, "attached", False) and hasattr(existing, "adopt"):
-                # of a model that was saved; it keeps what it has learnt
-                steps += [partial(existing.adopt, uhop), partial(self._mark, existing, site)]
-            elif _is_free(module, "feature_map", replace) and not _replaces_everything(module, site):
-                feature_map = make_feature_map(module, site, self.host, uhop)
-                self._mark(feature_map, site)
-                steps.append(partial(_own, module, "feature_map", feature_map))
+        plain = self._is_excluded(module, owners)
+        steps: list[Step] = []
+        for each in site.attachments:
+            order = Order(
+                self.host.name, site.module, site.qualname, self.settings, self._who_asks(each),
+                self.prototypes.get(each.name), plain, replace,
+            )  # fmt: skip
+            steps += each.prepare(module, order)
+            if each.name == "func_d" and is_free(module, each.name, replace):
+                steps.append(partial(self._note, module))
         return steps
 
-    def _func_d_for(self, module: nn.Module, site: Site, excluded: bool) -> Any:
-        """Make the func_d of a module; None: a copy, or one saved under the same settings, keeps its own."""
-        existing: Any = module._modules.get("func_d")
-        if getattr(existing, "request", None) == self.settings and bool(existing.host) != excluded:
-            return None
-        func_d = _plain_func_d() if excluded else copy.deepcopy(self.func_d)
-        self._mark(func_d, site)
-        if existing is not None and repr(existing) != repr(func_d):
-            reporting.note_replaced(self.host.name, repr(existing), repr(func_d))
-        return func_d
-
-    def _mark(self, part: Any, site: Site) -> None:
-        part.attached, part.site, part.request = True, site.qualname, self.settings
+    def _who_asks(self, attachment: Attachment) -> Settings | None:
+        if attachment.is_asked(self.settings):
+            return self.settings
+        before = self._before
+        return before if before is not None and attachment.is_asked(before) else None
 
     def _is_excluded(self, module: nn.Module, owners: Owners | None) -> bool:
         """Return whether a module is part of a model that stays plain."""
@@ -202,73 +108,6 @@ class Attachments:
         existing = module._modules.get("func_d")
         copied = getattr(existing, "attached", False) and not existing.host  # type: ignore[union-attr]
         return copied or match(names_in_construction(module, self.host), patterns)
-
-
-def _plain_func_d() -> FuncD:
-    """Make what stands for a func_d in a model that stays plain; of no host, as whose use it would count."""
-    from . import forgetting
-
-    return forgetting.NoForgetting()
-
-
-def _no_feature_map(host: Host) -> nn.Module:
-    from .uhop import NoFeatureMap
-
-    return NoFeatureMap(host.name, attached=True)
-
-
-def _replaces_everything(module: nn.Module, site: Site) -> bool:
-    """Return whether a subclass has a forward of its own and lacks what that of its base would work with."""
-    function = getattr(type(module), site.qualname.rpartition(".")[2])
-    if (function.__module__, function.__qualname__) == (site.module, site.qualname):
-        return False
-    assert site.map_size is not None
-    try:
-        site.map_size(module)
-    except AttributeError:
-        return True
-    return False
-
-
-def _own(module: nn.Module, name: str, part: Any) -> None:
-    part.attached = True
-    part.train(module.training)
-    # Another thread may be going through the submodules, which must not change in number meanwhile.
-    module.__dict__["_modules"] = {**module._modules, name: part}
-
-
-def _disown(module: nn.Module, name: str) -> None:
-    module.__dict__["_modules"] = {key: part for key, part in module._modules.items() if key != name}
-
-
-def _is_free(module: nn.Module, name: str, replace: bool = True) -> bool:
-    """Returns whether a module has no submodule of its own by a name, or one that was attached before.
-
-    Raises:
-        ConflictError: The name is that of something else.
-    """
-    existing = module._modules.get(name)
-    if existing is not None:
-        return replace and getattr(existing, "attached", False)
-    if name in module.__dict__ or hasattr(type(module), name):
-        raise ConflictError(
-            f"{type(module).__module__}.{type(module).__qualname__} has an attribute {name} of its own "
-            f"({getattr(module, name, None)!r}); lwpf_patch needs that name: rename it, or exclude this class"
-        )
-    return True
-
-
-def refuse_to_ignore(feature_map: Any, owner: str) -> None:
-    """Refuse a saved feature map where U-Hop was not asked for.
-
-    Raises:
-        ConflictError: It is another one than the identity.
-    """
-    if getattr(feature_map, "attached", False) and is_trained(feature_map):
-        raise ConflictError(
-            f"this {owner} was saved with a feature map of U-Hop, which would be ignored without "
-            "uhop: apply lwpf_patch with uhop, or fold the model before it is saved (lwpf_patch.fold)"
-        )
 
 
 class _Owned(NamedTuple):
@@ -290,6 +129,11 @@ class Makers:
 
     def __init__(self) -> None:
         self._owned: dict[type, _Owned] = {}  # replaced and never changed, since other threads read it
+        self._expected: frozenset[tuple[str, str]] = frozenset()
+        #: The instances of classes that were seen when they were made and own nothing yet.
+        self._early: dict[type, list[weakref.ref[Any]]] = {}
+        #: The classes of modules that are being executed, by module.
+        self._unplaced: dict[str, list[type]] = {}
 
         def wrapper(replace: bool) -> Callable[..., Any]:
             def attach_after(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -303,10 +147,22 @@ class Makers:
         self._attach_after = {"__init__": wrapper(replace=False), "__setstate__": wrapper(replace=True)}
         self.code: CodeType = self._attach_after["__init__"].__code__  # of both
 
+    def expect(self, classes: Iterable[tuple[str, str]]) -> None:
+        """Look out for classes that are about to be defined; :meth:`put_new` is told which functions they have.
+
+        Args:
+            classes: The modules and the qualified names of the classes.
+        """
+        with _classes_lock:
+            self._expected = self._expected | frozenset(classes)
+            _watch_classes(self)
+
     def attach(self, instance: Any, replace: bool = True, owners: Owners | None = None) -> None:
         """Give an instance what its sites need; see :meth:`Attachments.attach`."""
         for owned in self._of(instance):
             owned.attachments.attach(instance, owned.site, replace, owners)
+        for cls in self._early.keys() & type(instance).__mro__ if self._early else ():
+            self._early[cls].append(weakref.ref(instance))
 
     def prepare(self, instance: Any, replace: bool = True, owners: Owners | None = None) -> list[Callable[[], object]]:
         """Return the steps that attach to an instance; see :meth:`Attachments.prepare`."""
@@ -343,6 +199,29 @@ class Makers:
                 self._owned = {**self._owned, **borrowers, cls: new}
             return self.look_for_classes()
 
+    def put_new(self, owned: Sequence[tuple[type, FunctionType, Site]], attachments: Attachments) -> list[Any] | None:
+        """Do as :meth:`put` for classes of a module that has just been executed, and look at nothing that is older.
+
+        Returns:
+            The instances that the module has made; None: they are not known, and may be any of those that live.
+        """
+        with _classes_lock:
+            unplaced = [
+                cls for module in {cls.__module__ for cls, _, _ in owned} for cls in self._unplaced.pop(module, ())
+            ]
+            early = {cls: self._early.pop(cls, None) for cls, _, _ in owned}
+            if any(instances is None for instances in early.values()):
+                self.put(owned, attachments)
+                return None
+            for cls, function, site in owned:
+                self._owned = {**self._owned, cls: _Owned(function, site, attachments)}
+            before = len(self._owned)
+            for cls in unplaced:
+                self._look_for_borrowed(cls)
+                self._wrap(cls)
+            known = [instance for each in early.values() for ref in each or () if (instance := ref()) is not None]
+            return known if len(self._owned) == before else None
+
     def look_for_classes(self) -> list[CodeType]:
         """Wrap the classes that live now and are not wrapped yet; return the code that was wrapped."""
         with _classes_lock:
@@ -355,6 +234,10 @@ class Makers:
         """Wrap a class that has just been made, if it has to be."""
         with _classes_lock:
             self._look_for_borrowed(cls)
+            if importing.is_executing(cls.__module__):
+                self._unplaced.setdefault(cls.__module__, []).append(cls)
+                if (cls.__module__, cls.__qualname__) in self._expected:
+                    self._early[cls] = []
             self._wrap(cls)
 
     def _look_for_borrowed(self, cls: type) -> None:
@@ -366,7 +249,7 @@ class Makers:
                 self._owned = {**self._owned, cls: functions[value]}
 
     def _is_covered(self, cls: type) -> bool:
-        return any(base in self._owned for base in cls.__mro__)
+        return any(base in self._owned or base in self._early for base in cls.__mro__)
 
     def _wrap(self, cls: type) -> list[CodeType]:
         import wrapt
@@ -374,7 +257,7 @@ class Makers:
         codes = []
         for name in self._attach_after if self._is_covered(cls) else ():
             inherited = name not in vars(cls)
-            if (inherited and cls not in self._owned) or self._is_ours(vars(cls).get(name)):
+            if (inherited and cls not in self._owned and cls not in self._early) or self._is_ours(vars(cls).get(name)):
                 continue
             original = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
             wrapper: Any = wrapt.FunctionWrapper(original, self._attach_after[name])
@@ -405,9 +288,19 @@ class Makers:
             for cls in with_subclasses(gone):
                 if not self._is_covered(cls):
                     self._unwrap(cls)
-            if not self._owned:
+            if not self._owned and not self._expected:
                 _unwatch_classes(self)
             return gone
+
+    def forget(self) -> None:
+        """Look out for nothing any more."""
+        with _classes_lock:
+            early, self._early, self._unplaced, self._expected = list(self._early), {}, {}, frozenset()
+            for cls in with_subclasses(early):
+                if not self._is_covered(cls):
+                    self._unwrap(cls)
+            if not self._owned:
+                _unwatch_classes(self)
 
     def _unwrap(self, cls: type) -> None:
         for name in self._attach_after:
@@ -425,13 +318,12 @@ _class_hook: Any = None
 
 def _watch_classes(makers: Makers) -> None:
     global _class_hook
-    from torch import nn
-
     if makers not in _watching:
         _watching.append(makers)
     if _class_hook is not None:
         return
-    module_class: Any = nn.Module
+    # torch may be in the middle of its import
+    module_class: Any = vars(sys.modules[importing.MODULE_OF_MODULES])["Module"]
     before = vars(module_class).get("__init_subclass__")
 
     def __init_subclass__(cls: Any, *args: Any, **kwargs: Any) -> None:
@@ -464,7 +356,7 @@ def _unwatch_classes(makers: Makers) -> None:
     _class_hook = None
 
 
-def detach(instances: Iterable[Any], host: str, names: Iterable[str] = ("func_d", "feature_map")) -> None:
+def detach(instances: Iterable[Any], host: str, names: Iterable[str]) -> None:
     """Take away what was attached to instances, and warn where that had learnt something.
 
     Args:
@@ -479,15 +371,9 @@ def detach(instances: Iterable[Any], host: str, names: Iterable[str] = ("func_d"
             part = modules.get(name)
             if getattr(part, "attached", False) and part.host in (host, ""):  # "": of a model that was left out
                 lost += name == "feature_map" and is_trained(part)
-                _disown(instance, name)
+                disown(instance, name)
                 part.attached = False  # something else may hold it still, such as a traced model
     warn_of_loss(lost, host)
-
-
-def is_trained(feature_map: Any) -> bool:
-    """Returns whether a feature map is another one than the identity."""
-    weight = getattr(feature_map, "weight", None)
-    return weight is not None and not weight.is_meta and bool(weight.any())
 
 
 def warn_of_loss(lost: int, host: str) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from . import registry
-from .attaching import func_d_prototype, is_trained, make_feature_map, warn_of_loss
-from .errors import ConflictError, SettingsError, shown
-from .hosts import HOSTS, Host
-from .rewriting import Site
-from .settings import Settings
+from ..errors import ConflictError, SettingsError, shown
+from ..hosting import RewrittenHost, Site
+from ..hosting.attachments import Order, is_trained
+from ..hosts import HOSTS
+from ..settings import Settings
+from . import changing
+from .attaching import warn_of_loss
 from .swapping import describe, locate
-from .uhop import HostFeatureMap
 
 
 def patch_model(
@@ -58,35 +58,41 @@ def patch_model(
     origin = "patch_model({}=...)".format
     settings = Settings(func_d, masking, backend, include, exclude, uhop=uhop, origin=origin)  # type: ignore[arg-type]
     sites = {name: site_of(type(module)) for name, module in model.named_modules()}
-    found = {name: site for name, site in sites.items() if site is not None and site[1] in site[0].wanted(settings)}
+    found = {
+        name: site
+        for name, site in sites.items()
+        if site is not None and site[1] in site[0].sites_with_a_part(settings)
+    }
     if not found:
         raise SettingsError(
             f"patch_model: {type(model).__name__} has no attention module that can be patched; those are "
-            + ", ".join(site.name for host in HOSTS.values() for site in host.sites)
+            + ", ".join(site.name for host in _rewritten_hosts() for site in host.sites)
         )
     chosen = _choose(found, settings)
     for name in chosen:
         _refuse_own_forward(name, model.get_submodule(name), found[name][1])
-    uses_map = settings.uhop is not None
-    if uses_map and not any(found[name][1].map_size for name in chosen):
+    if settings.uhop is not None and not any(found[name][1].feature_map for name in chosen):
         raise SettingsError(
             f"uhop={settings.uhop} (from patch_model(uhop=...)): include and exclude leave no module that has a "
-            f"feature map; those are {', '.join(name for name, (_, site) in found.items() if site.map_size)}"
+            f"feature map; those are {', '.join(name for name, (_, site) in found.items() if site.feature_map)}"
         )
-    classes = {name: _patched_class(_plain_class(type(model.get_submodule(name))), uses_map) for name in chosen}
+    classes = {
+        name: _patched_class(_plain_class(type(model.get_submodule(name))), found[name][0].parts(settings))
+        for name in chosen
+    }
     parts = {name: _parts(model.get_submodule(name), *found[name], settings) for name in chosen}
     lost = 0
     for name, patched_class in classes.items():
         module = model.get_submodule(name)
         module.__class__ = patched_class
-        for part in ("func_d", "feature_map"):
+        for part in found[name][0].part_names():
             if part in parts[name]:
                 setattr(module, part, parts[name][part])
             elif part in module._modules:
                 lost += is_trained(module._modules[part])
                 delattr(module, part)
     warn_of_loss(lost, ", ".join(dict.fromkeys(found[name][0].name for name in chosen)))
-    registry.forget_compiled()
+    changing.forget_compiled()
     return chosen
 
 
@@ -107,14 +113,15 @@ def unpatch_model(model: nn.Module) -> list[str]:
     lost = 0
     for name in names:
         module = model.get_submodule(name)
-        for part in ("func_d", "feature_map"):
+        host, _ = site_of(type(module)) or (None, None)
+        for part in host.part_names() if host is not None else ():
             if part in module._modules:
                 lost += is_trained(module._modules[part])
                 delattr(module, part)
         module.__class__ = _plain_class(type(module))
-        registry.attach_if_applied(module)
+        changing.attach_if_applied(module)
     warn_of_loss(lost, type(model).__name__)
-    registry.forget_compiled()
+    changing.forget_compiled()
     return names
 
 
@@ -138,21 +145,19 @@ def _refuse_own_forward(name: str, module: nn.Module, site: Site) -> None:
         )
 
 
-def _parts(module: nn.Module, host: Host, site: Site, settings: Settings) -> dict[str, nn.Module]:
-    """Makes what a module shall own; a feature map that it has already is kept, with what it has learnt."""
+def _parts(module: nn.Module, host: RewrittenHost, site: Site, settings: Settings) -> dict[str, nn.Module]:
+    """Make what a module shall own; a feature map that it has already is kept, with what it has learnt."""
     parts: dict[str, nn.Module] = {}
-    if site.func_d:
-        parts["func_d"] = func_d_prototype(host, settings)
-    if settings.uhop is not None and site.map_size is not None:
-        existing: Any = module._modules.get("feature_map")
-        if isinstance(existing, HostFeatureMap):
-            existing.adopt(settings.uhop)
-            existing.attached = False
-            parts["feature_map"] = existing
-        else:
-            parts["feature_map"] = make_feature_map(module, site, host, settings.uhop)
-    for part in parts.values():
+    for each in site.attachments:
+        if not each.is_asked(settings):
+            continue
+        part: Any = module._modules.get(each.name)
+        if part is None or not each.adopt(part, settings):
+            prototype = each.prototype(host.name, settings)
+            part = each.make(module, Order(host.name, site.module, site.qualname, settings, settings, prototype))
+        part.attached = False
         part.train(module.training)
+        parts[each.name] = part
     return parts
 
 
@@ -175,9 +180,13 @@ def _choose(found: dict[str, Any], settings: Settings) -> list[str]:
     return chosen
 
 
-def site_of(cls: type) -> tuple[Host, Site] | None:
-    """Finds the site whose function a class inherits, or is."""
-    for host in HOSTS.values():
+def _rewritten_hosts() -> list[RewrittenHost]:
+    return [host for host in HOSTS.values() if isinstance(host, RewrittenHost)]
+
+
+def site_of(cls: type) -> tuple[RewrittenHost, Site] | None:
+    """Find the site whose function a class inherits, or is."""
+    for host in _rewritten_hosts():
         for site in host.sites:
             owner = getattr(sys.modules.get(site.module), site.owner, None) if site.owner else None
             if isinstance(owner, type) and issubclass(cls, owner) and owner.__module__ == site.module:
@@ -190,8 +199,8 @@ def _plain_class(cls: type) -> type:
 
 
 @functools.cache
-def _patched_class(cls: type, uhop: bool) -> type:
-    """Makes the patched subclass of an attention class, with U-Hop's feature map in its code or without."""
+def _patched_class(cls: type, parts: frozenset[str]) -> type:
+    """Make the patched subclass of an attention class, with some attachments in its code."""
     found = site_of(cls)
     assert found is not None
     host, site = found
@@ -203,13 +212,13 @@ def _patched_class(cls: type, uhop: bool) -> type:
             "so that it cannot be patched for one model alone; use lwpf_patch.apply()"
         )
     # The functions that the method passes its func_d to; it finds them in globals of its own.
-    helpers = [_patched_function(other, uhop) for other in host.sites if not other.owner]
-    function = _patched_function(site, uhop, {helper.__name__: helper for helper in helpers})
+    helpers = [_patched_function(host, other, parts) for other in host.sites if not other.owner]
+    function = _patched_function(host, site, parts, {helper.__name__: helper for helper in helpers})
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # The subclass is made at run time: what is pickled is the class that it was made of.
         reduced: Any = super(patched_class, self).__reduce_ex__(protocol)
-        return (_rebuild, (cls, uhop), *reduced[2:]) if type(self) is patched_class else reduced
+        return (_rebuild, (cls, parts), *reduced[2:]) if type(self) is patched_class else reduced
 
     namespace = {
         method: function,
@@ -223,9 +232,11 @@ def _patched_class(cls: type, uhop: bool) -> type:
     return patched_class
 
 
-def _patched_function(site: Site, uhop: bool, replaced: dict[str, Any] | None = None) -> FunctionType:
-    """Makes a function with a site's patched code beside the one that is there."""
-    (located,) = locate(sys.modules[site.module], [site], uhop)
+def _patched_function(
+    host: RewrittenHost, site: Site, parts: frozenset[str], replaced: dict[str, Any] | None = None
+) -> FunctionType:
+    """Make a function with a site's patched code beside the one that is there."""
+    (located,) = locate(host, sys.modules[site.module], [site], parts)
     plain = located.function
     namespace = {**plain.__globals__, **replaced} if replaced else plain.__globals__
     function = FunctionType(located.patched, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
@@ -234,6 +245,6 @@ def _patched_function(site: Site, uhop: bool, replaced: dict[str, Any] | None = 
     return function
 
 
-def _rebuild(cls: type, uhop: bool = False) -> Any:
-    patched_class: Any = _patched_class(cls, uhop)
+def _rebuild(cls: type, parts: frozenset[str]) -> Any:
+    patched_class: Any = _patched_class(cls, parts)
     return patched_class.__new__(patched_class)

@@ -6,63 +6,48 @@ would compute plain, without a word.
 
 from __future__ import annotations
 
-import copy
 import os
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import LwpfError
-from .settings import UNPICKLE_VARIABLE, read_unpickle
-
-if TYPE_CHECKING:
-    from .forgetting import FuncD
-    from .uhop import HostFeatureMap
+from ..errors import LwpfError
+from ..hosting.attachments import refuse_to_ignore
+from ..settings import UNPICKLE_VARIABLE, read_unpickle
+from . import changing, state
 
 
-_thread = threading.local()
+def set_state(part: Any, contents: Any) -> None:
+    """Set the state of an attached part that is unpickled, and see that its host is patched.
+
+    Raises:
+        LwpfError: As for :func:`require_patch`.
+    """
+    part.__setstate__(contents)
+    require_patch(part)
 
 
-def deepcopy(part: Any, memo: dict[int, Any]) -> Any:
-    """Copy a func_d or a feature map within the process: where the original runs, the copy does as well."""
-    make, arguments, state = part.__reduce_ex__(4)[:3]
-    copied = make(*arguments)
-    memo[id(part)] = copied
-    state = copy.deepcopy(state, memo)
-    _thread.copying = True
-    try:
-        copied.__setstate__(state)
-    finally:
-        _thread.copying = False
-    return copied
-
-
-def require_patch(part: FuncD | HostFeatureMap) -> None:
+def require_patch(part: Any) -> None:
     """See that the host of a func_d or a feature map that was just unpickled is patched.
+
+    Args:
+        part: A :class:`lwpf_patch.attention.OwnedFuncD` or a :class:`lwpf_patch.uhop.HostFeatureMap`.
 
     Raises:
         ConflictError: It is patched without U-Hop, and the feature map is a trained one.
         LwpfError: It is not patched, and ``LWPF_UNPICKLE`` does not say that it shall be.
     """
-    from . import registry
-
-    if getattr(_thread, "copying", False) or not part.attached or not part.host:
+    if state.is_patched(part.host, part.site):
         return
-    if registry.is_patched(part.host, part.site):
-        return
-    here = registry.settings_of(part.host)
+    here = state.settings_of(part.host)
     if here is None and read_unpickle(os.environ.get(UNPICKLE_VARIABLE, "")) == "patch":
-        registry.request(part.host, part.request)
-        if registry.is_patched(part.host, part.site):
+        changing.request(part.host, part.request)
+        if state.is_patched(part.host, part.site):
             return
-    if here is not None and here.uhop is None and part.request.uhop is not None:
-        from .attaching import refuse_to_ignore
-
-        if hasattr(part, "adopt"):
-            return refuse_to_ignore(part, part.site.rpartition(".")[0])
+    if here is not None and here.uhop is None and part.request.uhop is not None and hasattr(part, "take_settings"):
+        return refuse_to_ignore(part, part.site.rpartition(".")[0])
     raise LwpfError(_message(part, here is None))
 
 
-def _message(part: FuncD | HostFeatureMap, unpatched: bool) -> str:
+def _message(part: Any, unpatched: bool) -> str:
     settings = part.request.describe()
     uhop = f", uhop={settings['uhop']}" if settings["uhop"] else ""
     how = f"func_d={settings['func_d']}, masking={settings['masking']}, backend={settings['backend']}{uhop}"

@@ -7,8 +7,11 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from . import forgetting
-from .settings import BACKENDS, MASKINGS, check_name, parse_sep
+from ..backends import Call
+from ..forgetting import FuncD
+from ..settings import BACKENDS, MASKINGS, check_name, parse_sep
+from .computing import attend
+from .owned import OwnedFuncD, rule_of
 
 
 def lwpf_attention(
@@ -74,13 +77,13 @@ def lwpf_attention(
         check_name("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
     if backend is not None:
         check_name("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
-    module = forgetting.make_func_d(func_d, "lwpf_attention(func_d=...)")
-    if training is None:
-        training = module is func_d and module.training
-    return module.attend(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training, masking or module.masking,
-        backend or module.backend, parse_sep(sep, "lwpf_attention(sep=...)"),
+    rule = rule_of(func_d, "lwpf_attention(func_d=...)")
+    owned = func_d if isinstance(func_d, OwnedFuncD) else None
+    call = Call(
+        query, key, value, rule, attn_mask, dropout_p, is_causal, scale, enable_gqa, _training(func_d, training),
+        masking or (owned.masking if owned else "exclude"), parse_sep(sep, "lwpf_attention(sep=...)"),
     )  # fmt: skip
+    return attend(call, backend or (owned.backend if owned else "auto"), owned.host if owned else "")
 
 
 def partial_forgetting(
@@ -105,7 +108,11 @@ def partial_forgetting(
         return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d, training=training, dim=dim)
     if not isinstance(scores, Tensor):
         raise TypeError(f"partial_forgetting: scores must be a tensor, got {type(scores).__name__}")
-    module = forgetting.make_func_d(func_d, "partial_forgetting(func_d=...)")
-    if training is None:
-        training = module is func_d and module.training
-    return module(scores, training, dim)
+    module = func_d if isinstance(func_d, OwnedFuncD) else rule_of(func_d, "partial_forgetting(func_d=...)")
+    return module(scores, _training(func_d, training), dim)
+
+
+def _training(func_d: Any, training: bool | None) -> bool:
+    if training is not None:
+        return training
+    return isinstance(func_d, (FuncD, OwnedFuncD)) and func_d.training

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from .hosts import Host
+from ..hosting import Host
 
 if TYPE_CHECKING:
     from torch import nn

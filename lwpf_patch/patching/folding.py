@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import FoldError, SettingsError
+from ..errors import FoldError, SettingsError
+from ..hosting import Folding
+from ..uhop import FoldedFeatureMap, HostFeatureMap
 from .models import site_of
-from .rewriting import Folding
-from .uhop import FoldedFeatureMap, HostFeatureMap
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: How far scores may move, in units of the rounding of the weights times the size of query and key.
@@ -122,7 +122,9 @@ def _plan(model: nn.Module, name: str, feature_map: HostFeatureMap) -> _Change |
     module = model.get_submodule(name)
     found = site_of(type(module))
     assert found is not None
-    folding = found[1].folding
+    attachment = found[1].feature_map
+    assert attachment is not None
+    folding = attachment.folding
     assert folding is not None
     try:
         if feature_map.weight.is_meta:

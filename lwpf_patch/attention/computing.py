@@ -1,0 +1,53 @@
+"""How a call of the operator is computed: checked, cast, handed to a backend, and noted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reporting, transforms
+from ..backends import Call
+from .checks import autocast, check_inputs, in_autocast
+
+# While torch.compile traces, a note is made once, at tracing, and leaves neither a node nor a guard.
+_constant: Any = torch.compiler.assume_constant_result
+_constant(transforms.asked)
+mark_used: Any = _constant(reporting.mark_used)
+_note_backend: Any = _constant(reporting.note_backend)
+
+
+def attend(call: Call, backend: str, host: str) -> Tensor:
+    """Compute a call of the operator.
+
+    Args:
+        call: The call, not yet checked.
+        backend: ``"auto"`` or the name of a backend.
+        host: The host whose attention calls; empty if it is none.
+
+    Returns:
+        The output, (..., L, Ev).
+
+    Raises:
+        SettingsError: The backend cannot do what is asked.
+        RuntimeError: Shapes, dtypes or devices that do not go together.
+        TypeError: Something else than a tensor, a number or a boolean where one is wanted.
+    """
+    mark_used(host)
+    if call.is_plain:  # PyTorch's own attention checks and casts for itself
+        return _compute(call, backend, host)
+    check_inputs(call)
+    device = call.query.device.type
+    if not in_autocast(device):
+        return _compute(call, backend, host)
+    dtype = torch.get_autocast_dtype(device)
+    query, key, value = (autocast(tensor, dtype) for tensor in (call.query, call.key, call.value))
+    with torch.autocast(device, enabled=False):
+        return _compute(call._replace(query=query, key=key, value=value), backend, host)
+
+
+def _compute(call: Call, backend: str, host: str) -> Tensor:
+    chosen, why = backends.choose(backend, call)
+    _note_backend(host, chosen.name, why)
+    return chosen.compute(call)

@@ -1,0 +1,115 @@
+"""The func_d of an attention layer, as the patched code of a host calls it: ``self.func_d``.
+
+It is called in the two forms that attention has: around a softmax that is written out, and in place of
+``scaled_dot_product_attention``. Everything about torch.jit.script, torch.fx and ``__torch_function__`` is here.
+
+Typing is spelled as torch.jit.script reads it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+from .. import tracing
+from ..backends import Call
+from ..backends import eager_form as eager
+from .computing import attend, mark_used
+from .operator import lwpf_attention, partial_forgetting
+from .owned import OwnedFuncD
+
+
+class HostFuncD(OwnedFuncD):
+    """The forgetting function of one attention layer of a host; see :class:`OwnedFuncD` for what it holds."""
+
+    def forward(self, scores: Tensor, training: bool | None = None, dim: int = -1) -> tuple[Tensor, Tensor]:
+        """Forget part of the scores; what stands around a softmax over keys that is written out.
+
+        Args:
+            scores: (..., L, S), with masks already added.
+            training: Whether to draw noise; None: as ``self.training`` says.
+            dim: The dimension of the keys, over which the softmax runs.
+
+        Returns:
+            D(scores), and the mask D'(scores) that multiplies the softmax.
+        """
+        if not torch.jit.is_scripting():
+            if has_torch_function_unary(scores):
+                return _dispatch_scores(self, scores, training, dim)
+            mark_used(self.host)
+        if not self.rule.forgets:
+            return scores, torch.ones((), dtype=torch.bool, device=scores.device)
+        noisy = self.training if training is None else training
+        excluded = None if self.masking == "paper" else scores <= self._highest_hidden(scores)
+        return self.rule.forget_rows(scores, excluded, noisy, self.masking, dim)
+
+    def _highest_hidden(self, scores: Tensor) -> float:
+        """Return the value at and below which a mask hides a key."""
+        sentinel = self.mask_sentinel
+        return eager.lowest(scores.dtype) if sentinel is None else 0.5 * sentinel
+
+    def _with_infinity(self, attn_mask: Tensor | None) -> Tensor | None:
+        """Write -inf for the host's own number into a mask, as every backend reads it."""
+        if attn_mask is None or self.mask_sentinel is None or attn_mask.dtype == torch.bool or self.masking == "paper":
+            return attn_mask
+        return attn_mask.masked_fill(attn_mask <= self._highest_hidden(attn_mask), float("-inf"))
+
+    def scaled_dot_product_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Compute attention with partial forgetting, in place of ``torch.nn.functional.scaled_dot_product_attention``.
+
+        See :func:`lwpf_patch.lwpf_attention` for the arguments.
+        """
+        if not torch.jit.is_scripting():
+            if has_torch_function((query, key, value)):
+                return _dispatch_attention(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            attn_mask = self._with_infinity(attn_mask) if self.rule.forgets else attn_mask
+            call = Call(
+                query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                self.training, self.masking,
+            )  # fmt: skip
+            return attend(call, self.backend, self.host)
+        # What the backends "plain" and "eager" do, as torch.jit.script reads it.
+        if not self.rule.forgets:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        dtype = query.dtype
+        attn_mask = self._with_infinity(attn_mask)
+        query, key, value = eager.prepare(query, key, value, enable_gqa)
+        scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
+        forgotten, mask = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)
+        return eager.retrieve(forgotten, mask, value, dropout_p, 1.0).to(dtype)
+
+    def __prepare_scriptable__(self) -> "HostFuncD":
+        # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
+        mark_used(self.host)
+        return self
+
+
+def _dispatch_scores(func_d: HostFuncD, scores: Any, training: bool | None, dim: int) -> Any:
+    """Hand the call to a tensor-like argument."""
+    if isinstance(scores, fx.Proxy):
+        return tracing.call_module(func_d, scores, training, dim)
+    return handle_torch_function(partial_forgetting, (scores,), scores, func_d=func_d, training=training, dim=dim)
+
+
+def _dispatch_attention(func_d: HostFuncD, query: Any, key: Any, value: Any, *options: Any) -> Any:
+    """Hand the call to tensor-like arguments."""
+    names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, options, strict=True))
+    if isinstance(query, fx.Proxy):
+        method = HostFuncD.scaled_dot_product_attention.__name__
+        return tracing.call_method(func_d, method, (query, key, value), given)
+    return handle_torch_function(lwpf_attention, (query, key, value), query, key, value, func_d=func_d, **given)

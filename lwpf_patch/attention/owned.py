@@ -1,0 +1,107 @@
+"""What an attention layer owns beside the mathematics: a forgetting function, and how it is applied there.
+
+Typing is spelled as torch.jit.script reads it.
+"""
+
+from typing import Any, Optional
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..attached import Attached
+from ..forgetting import FuncD, make_func_d
+from ..settings import BACKENDS, MASKINGS, check_name
+
+_ALLOWED = {"masking": MASKINGS, "backend": BACKENDS}
+
+
+class OwnedFuncD(Attached, nn.Module):
+    """The forgetting function of one attention layer.
+
+    ``layer.func_d = lwpf_patch.PFU(mu=0.1)`` puts another function in; all else stays as it is.
+
+    Args:
+        rule: The forgetting function.
+        host: The host's name.
+        masking: As for :func:`lwpf_patch.apply`.
+        backend: As for :func:`lwpf_patch.apply`.
+
+    Attributes:
+        rule: The forgetting function.
+        masking: ``"exclude"``: keys hidden by a mask (score -inf or ``finfo.min``) are neither kept nor forgotten, have
+            no part in the denominator or the median, and a row with no key left gives 0. ``"paper"``: the official
+            recipe to the letter, which lets hidden keys back into the denominator.
+        backend: Which backend computes.
+        mask_sentinel: The number that a mask of the host adds to the scores of hidden keys, where it is neither -inf
+            nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
+        by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
+            ``revert()`` takes the rest away.
+    """
+
+    masking: str
+    backend: str
+    by_hand: bool
+    mask_sentinel: Optional[float]
+
+    def __init__(self, rule: FuncD, host: str, masking: str = "exclude", backend: str = "auto") -> None:
+        super().__init__()
+        self.rule = rule
+        self.host = host
+        self.masking = masking
+        self.backend = backend
+        self.by_hand = False
+        self.mask_sentinel = None
+        _keep_settings_of_layers()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            SettingsError: A masking or backend that there is not.
+        """
+        if name in _ALLOWED:
+            check_name(name, value, f"func_d.{name} = ...", _ALLOWED[name])
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _keep_settings_of_layers()
+
+    def __repr__(self) -> str:
+        """Show the forgetting function, and the settings that are not the defaults."""
+        defaults = {"masking": "exclude", "backend": "auto"}
+        changed = [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
+        shown = repr(self.rule)
+        if not changed or not shown.endswith(")"):
+            return shown
+        head, bracket, options = shown[:-1].partition("(")
+        return f"{head}{bracket}{', '.join(part for part in (options, *changed) if part)})"
+
+
+def rule_of(func_d: Any, origin: str = "func_d") -> FuncD:
+    """Return the forgetting function that is meant by what a user gives, which may be that of an attention layer.
+
+    Raises:
+        SettingsError: As for :func:`lwpf_patch.forgetting.make_func_d`.
+    """
+    return func_d.rule if isinstance(func_d, OwnedFuncD) else make_func_d(func_d, origin)
+
+
+def _keep_settings_of_layers() -> None:
+    """See to it that a forgetting function that is assigned to a layer comes in its :class:`OwnedFuncD`."""
+    global _hook
+    if _hook is None:
+        _hook = register_module_module_registration_hook(_on_assignment)  # type: ignore[arg-type]
+
+
+_hook: Any = None
+
+
+def _on_assignment(module: nn.Module, name: str, assigned: Optional[nn.Module]) -> Optional[nn.Module]:
+    layer = module._modules.get(name) if name == "func_d" else None
+    if assigned is None or not isinstance(layer, OwnedFuncD) or isinstance(assigned, OwnedFuncD):
+        return None
+    layer.rule = make_func_d(assigned, f"{type(module).__name__}.func_d = ...")
+    layer.by_hand = True
+    layer.rule.train(layer.training)
+    return layer

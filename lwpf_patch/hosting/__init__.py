@@ -1,0 +1,32 @@
+"""What a host is made of: all that those in the box use, and that one of your own needs.
+
+Describe a library by a :class:`RewrittenHost` (its sites, what their modules get, the edits) or a
+:class:`RegisteredHost` (an interface by which it takes attention), and make it known by
+:func:`lwpf_patch.register_host`.
+"""
+
+from ..rewriting import Edit, Function, Splice, forget_around_softmax, map_query
+from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, Order
+from .contract import Host, RegisteredHost
+from .rewritten import RewrittenHost, Site, multiply_rows
+from .shims import Replacement, Shim
+
+__all__ = [
+    "Attachment",
+    "Edit",
+    "FeatureMapAttachment",
+    "Folding",
+    "FuncDAttachment",
+    "Function",
+    "Host",
+    "Order",
+    "RegisteredHost",
+    "Replacement",
+    "RewrittenHost",
+    "Shim",
+    "Site",
+    "Splice",
+    "forget_around_softmax",
+    "map_query",
+    "multiply_rows",
+]

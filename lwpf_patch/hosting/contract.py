@@ -1,0 +1,224 @@
+"""What a host is: a library that gets patched."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
+
+from ..errors import HostNotInstalledError, SettingsError
+from ..rewriting import Plan
+from ..settings import Settings
+from .shims import Shim
+
+if TYPE_CHECKING:
+    from ..attention import HostFuncD
+
+
+@dataclass(frozen=True)
+class Host(ABC):
+    """A library that gets patched: what each kind of host has.
+
+    There are two kinds. A :class:`RewrittenHost` has functions that hold softmax attention, whose code is replaced. A
+    :class:`RegisteredHost` has an interface of its own by which attention is registered.
+
+    Attributes:
+        name: Its name, which is that of its package.
+        install: How to install it, a command.
+        distribution: The name of what pip installs, if it is not the package's.
+        shims: What it needs to run in a current environment.
+        names_in_call: Gives the names of the model that one of its functions is making, from the function's name and
+            its local variables; none for any other function.
+        names_of_model: Gives the names that it has for a model that exists.
+    """
+
+    name: str
+    install: str
+    distribution: str = ""
+    shims: tuple[Shim, ...] = ()
+    names_in_call: Callable[[str, Mapping[str, Any]], Iterable[str]] | None = None
+    names_of_model: Callable[[Any], Iterable[str]] | None = None
+
+    @abstractmethod
+    def modules(self) -> list[str]:
+        """Return the names of the modules that it is patched in, whose imports are watched."""
+
+    def places_of_attention(self) -> list[str]:
+        """Return the names of the modules that have the attention, without those that need a shim alone."""
+        return self.modules()
+
+    @abstractmethod
+    def check(self, settings: Settings) -> None:
+        """Check that it can do what some settings ask for; whether it is installed is not asked.
+
+        Raises:
+            SettingsError: It cannot.
+        """
+
+    @abstractmethod
+    def describe_sites(self, settings: Settings) -> list[dict[str, Any]]:
+        """Return what would be patched, as plain data, from what is installed and without importing it.
+
+        Returns:
+            For each site its ``name``, the ``function``, its ``file``, the ``hash`` of its syntax tree (None: nothing
+            is rewritten) and the versions with that hash that are ``known`` (None: none).
+
+        Raises:
+            HostNotInstalledError: It is not installed.
+            RewriteError: Its source does not have a shape that is known.
+        """
+
+    def plans(self, settings: Settings) -> list[Plan]:
+        """Return how its source would be rewritten; raises as :meth:`describe_sites` does."""
+        self.root()
+        return []
+
+    @abstractmethod
+    def prototypes(self, settings: Settings) -> dict[str, Any]:
+        """Return what is made once of some settings, for all modules: at least the ``"func_d"``.
+
+        Raises:
+            SettingsError: The settings ask for something that cannot be made.
+        """
+
+    def check_installed(self, settings: Settings) -> None:
+        """Check that it is installed, in a version that can be patched, without importing it.
+
+        Raises:
+            HostNotInstalledError: Python does not find it from here.
+            RewriteError: It is of a version that is not known.
+        """
+        self.root()
+
+    def root(self) -> Path:
+        """Return the folder of the package, without importing it.
+
+        Raises:
+            HostNotInstalledError: Python does not find it from here.
+        """
+        return Path(self._locations()[0])
+
+    def find(self, module: str) -> ModuleSpec | None:
+        """Return where one of its modules would be imported from, without importing anything; None: it has none.
+
+        Raises:
+            HostNotInstalledError: Python does not find the host from here.
+        """
+        locations: Sequence[str] | None = self._locations()
+        spec: ModuleSpec | None = None
+        parts = module.split(".")
+        for number in range(2, len(parts) + 1):
+            spec = PathFinder.find_spec(".".join(parts[:number]), locations)
+            if spec is None:
+                return None
+            locations = spec.submodule_search_locations
+        return spec
+
+    def _locations(self) -> list[str]:
+        try:
+            spec = importlib.util.find_spec(self.name)
+        except ValueError:  # something that someone has put in sys.modules
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise HostNotInstalledError(
+                f"{self.name} was asked to be patched, but it is not installed here: {self.install}"
+            )
+        return list(spec.submodule_search_locations)
+
+    def version(self) -> str | None:
+        """Return the version of the package that is imported, or would be; None if it does not say.
+
+        That of an installed distribution counts only where the package's files are the distribution's: a fork beside
+        the script is not the upstream that happens to be installed.
+
+        Raises:
+            HostNotInstalledError: Python does not find it from here.
+        """
+        version = getattr(sys.modules.get(self.name), "__version__", None)
+        if isinstance(version, str):
+            return version
+        root = self.root().resolve()
+        try:
+            distribution = metadata.distribution(self.distribution or self.name)
+        except metadata.PackageNotFoundError:
+            return None
+        files = Path(str(distribution.locate_file(self.name))).resolve()
+        source = _editable_source(distribution)
+        return distribution.version if files == root or (source and source in root.parents) else None
+
+    def described(self) -> str:
+        """Return its name and version, as messages have it, or where it lies if the version is unknown."""
+        version = self.version()
+        return f"{self.name} {version}" if version else f"{self.name} of unknown version at {self.root()}"
+
+
+def make_host_func_d(host: str, settings: Settings) -> HostFuncD:
+    """Return the func_d of a host, of which each of its modules gets a copy.
+
+    Raises:
+        SettingsError: The func_d cannot be made.
+    """
+    from ..attention import HostFuncD, rule_of
+
+    rule = copy.deepcopy(rule_of(settings.func_d, settings.origin("func_d")))
+    return HostFuncD(rule, host, settings.masking, settings.backend)
+
+
+@dataclass(frozen=True)
+class RegisteredHost(Host):
+    """A library with an interface by which attention is registered, such as a dictionary of functions.
+
+    Attributes:
+        places: The names of the modules that have the interface.
+        register: Called with such a module, once it has been imported, and the func_d: its
+            ``scaled_dot_product_attention`` computes attention with partial forgetting. Registers that with the
+            library, and returns what undoes it.
+    """
+
+    places: tuple[str, ...] = ()
+    register: Callable[[ModuleType, HostFuncD], Callable[[], None]] = lambda module, func_d: lambda: None
+
+    def modules(self) -> list[str]:
+        """Return the names of the modules that have the interface."""
+        return list(self.places)
+
+    def check(self, settings: Settings) -> None:
+        """Check that no more is asked for than func_d, masking and backend; see :meth:`Host.check`."""
+        given = {"uhop": settings.uhop is not None, "include": settings.include != ("*",),
+                 "exclude": settings.exclude != (), "exclude_models": settings.exclude_models != ()}  # fmt: skip
+        for option in (option for option, is_given in given.items() if is_given):
+            raise SettingsError(
+                f"{option} (from {settings.origin(option)}): {self.name} takes its attention by an interface of its "
+                f"own, for all models alike and without feature maps; leave {option} out"
+            )
+
+    def prototypes(self, settings: Settings) -> dict[str, Any]:
+        """Return the func_d; see :meth:`Host.prototypes`."""
+        return {"func_d": make_host_func_d(self.name, settings)}
+
+    def describe_sites(self, settings: Settings) -> list[dict[str, Any]]:
+        """Return the modules that have the interface; see :meth:`Host.describe_sites`."""
+        specs = {place: self.find(place) for place in self.places}
+        return [
+            {"name": place, "function": place, "file": spec.origin, "hash": None, "known": self.version()}
+            for place, spec in specs.items()
+            if spec is not None
+        ]
+
+
+def _editable_source(distribution: metadata.Distribution) -> Path | None:
+    """Return the folder that a distribution was installed from if its files stayed there (``pip install -e``)."""
+    direct_url = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if not direct_url.get("dir_info", {}).get("editable", False):
+        return None
+    return Path(unquote(urlparse(direct_url["url"]).path)).resolve()

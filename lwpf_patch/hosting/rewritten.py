@@ -1,0 +1,253 @@
+"""Hosts whose source is rewritten, and the sites that they declare."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .. import rewriting
+from ..errors import RewriteError, SettingsError
+from ..rewriting import Edit, Plan
+from ..settings import Settings
+from .attachments import Attachment, FeatureMapAttachment
+from .contract import Host
+
+
+@dataclass(frozen=True)
+class Site:
+    """A function of a host that holds softmax attention.
+
+    Attributes:
+        module: The module that defines it.
+        qualname: Its name in the module, ``"Attention.forward"``.
+        known: For each syntax tree that is known to be right to edit, by hash, the versions of the host that have it.
+        attachments: What the modules of its class get. Each comes with the edit that has the function use it.
+        edit: What else turns it into attention with partial forgetting, such as for a function without a class, which
+            is passed what its callers got; it may ask which attachments come in (``function.parts``).
+    """
+
+    module: str
+    qualname: str
+    known: Mapping[str, str]
+    attachments: tuple[Attachment, ...] = ()
+    edit: Edit | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that users see and that patterns match, such as ``"timm.layers.attention.Attention"``."""
+        return f"{self.module}.{self.owner or self.qualname}"
+
+    @property
+    def owner(self) -> str:
+        """The class that the function belongs to; empty for a function of the module, which gets func_d passed."""
+        return self.qualname.rpartition(".")[0]
+
+    @property
+    def feature_map(self) -> FeatureMapAttachment | None:
+        """The feature map that its modules get if U-Hop is asked for; None: they get none."""
+        return next((each for each in self.attachments if isinstance(each, FeatureMapAttachment)), None)
+
+    def edits(self, parts: Container[str]) -> list[Edit]:
+        """Return the edits that bring some parts in."""
+        edits = [] if self.edit is None else [self.edit]
+        return edits + [each.edit for each in self.attachments if each.edit is not None and each.name in parts]
+
+
+@dataclass(frozen=True)
+class RewrittenHost(Host):
+    """A library whose functions with softmax attention get other code.
+
+    Attributes:
+        sites: Its sites. Those of the same qualified name are alternatives: where versions of the host have it.
+        required: Qualified names that some site must provide in every version.
+        inseparable: Whether its sites work only together, so that none can be left out.
+    """
+
+    sites: tuple[Site, ...] = ()
+    required: tuple[str, ...] = ()
+    inseparable: bool = False
+
+    def modules(self) -> list[str]:
+        """Return the names of the modules that hold sites, or that need shims."""
+        modules = [site.module for site in self.sites] + [name for shim in self.shims for name in shim.modules]
+        return list(dict.fromkeys(modules))
+
+    def places_of_attention(self) -> list[str]:
+        """Return the names of the modules that hold sites."""
+        return list(dict.fromkeys(site.module for site in self.sites))
+
+    def check(self, settings: Settings) -> None:
+        """Check that include and exclude leave sites; see :meth:`Host.check`."""
+        self.chosen_sites(settings)
+
+    def prototypes(self, settings: Settings) -> dict[str, Any]:
+        """Return what is made once for each attachment; see :meth:`Host.prototypes`."""
+        return {
+            each.name: each.prototype(self.name, settings) for each in self.attachments() if each.is_asked(settings)
+        }
+
+    def check_installed(self, settings: Settings) -> None:
+        """Check that its source is there and has the sites that are asked for; see :meth:`Host.check_installed`."""
+        super().check_installed(settings)
+        if self.name not in sys.modules:
+            self.modules_to_come((), settings, imported=())
+
+    def attachments(self) -> list[Attachment]:
+        """Return what its modules can get, one of each name."""
+        return list({each.name: each for site in self.sites for each in site.attachments}.values())
+
+    def part_names(self) -> list[str]:
+        """Return the names of all attachments."""
+        return [each.name for each in self.attachments()]
+
+    def parts(self, settings: Settings) -> frozenset[str]:
+        """Return the names of the attachments that some settings ask for."""
+        return frozenset(each.name for each in self.attachments() if each.is_asked(settings))
+
+    def chosen_sites(self, settings: Settings) -> tuple[Site, ...]:
+        """Return the sites that are asked for: those that ``include`` and ``exclude`` leave.
+
+        Raises:
+            SettingsError: A pattern matches no site, or no site is left.
+        """
+        names = [site.name for site in self.sites]
+        for option in ("include", "exclude"):
+            for pattern in getattr(settings, option):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise SettingsError(
+                        f"{option} pattern {pattern!r} (from {settings.origin(option)}) matches no site of "
+                        f"{self.name}; its sites are {', '.join(names)}"
+                    )
+        left = tuple(site for site in self.sites_with_a_part(settings) if is_included(settings, site.name))
+        if not left:
+            raise SettingsError(
+                f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} "
+                f"to be patched; its sites are {', '.join(names)}"
+            )
+        if settings.uhop is not None and not any(site.feature_map for site in left):
+            raise SettingsError(
+                f"uhop={settings.uhop} (from {settings.origin('uhop')}): include={list(settings.include)} and "
+                f"exclude={list(settings.exclude)} leave no site of {self.name} that has a feature map; those are "
+                + ", ".join(dict.fromkeys(site.name for site in self.sites if site.feature_map))
+            )
+        if self.inseparable and len(left) < len(self.sites_with_a_part(settings)):
+            raise SettingsError(
+                f"the sites of {self.name} work only together: include={list(settings.include)} and "
+                f"exclude={list(settings.exclude)} would leave some of {', '.join(names)} out; choose modules of a "
+                "model with patch_model(model, include=...) instead"
+            )
+        return left
+
+    def sites_with_a_part(self, settings: Settings) -> tuple[Site, ...]:
+        """Return the sites that have a part in what is asked for: some serve U-Hop alone."""
+        parts = self.parts(settings)
+        return tuple(site for site in self.sites if site.edits(parts))
+
+    def describe_sites(self, settings: Settings) -> list[dict[str, Any]]:
+        """Return its sites as plain data; see :meth:`Host.describe_sites`."""
+        return [
+            {
+                "name": site.name,
+                "function": site.qualname,
+                "file": plan.path,
+                "hash": plan.hashes[site.qualname],
+                "known": site.known.get(plan.hashes[site.qualname]),
+            }
+            for plan in self.plans(settings)
+            for site in self.sites
+            if site.module == plan.module and site.qualname in plan.hashes
+        ]
+
+    def plans(self, settings: Settings) -> list[Plan]:
+        """Plan the edits from the installed source, without importing the host.
+
+        Raises:
+            HostNotInstalledError: It is not installed.
+            RewriteError: Its source does not have a shape that is known.
+        """
+        plans = []
+        chosen = self.chosen_sites(settings)
+        found: list[Site] = []
+        for module in self.modules():
+            sites = [site for site in chosen if site.module == module]
+            spec = self.find(module) if sites else None
+            if spec is None:
+                continue
+            path, source = rewriting.source_of(spec)
+            sites = [site for site in sites if rewriting.defines(source, site.qualname)]
+            if sites:
+                plans.append(self.plan(path, source, sites, self.parts(settings)))
+                found += sites
+        self.modules_to_come(found, settings, imported=self.modules())
+        return plans
+
+    def plan(self, path: str, source: str, sites: Iterable[Site], parts: Container[str]) -> Plan:
+        """Plan the edits of some sites of one module; see :func:`lwpf_patch.rewriting.plan`.
+
+        Raises:
+            RewriteError: A site is not there, or does not have the shape that its edits need.
+        """
+        sites = tuple(sites)
+        edits = {site.qualname: site.edits(parts) for site in sites}
+        return rewriting.plan(sites[0].module, path, source, edits, parts)
+
+    def modules_to_come(
+        self, found: Iterable[Site], settings: Settings, imported: Container[str], seen: set[str] | None = None
+    ) -> list[str]:
+        """Return the modules that have yet to be imported before every site that was asked for is found.
+
+        Args:
+            found: The sites found so far.
+            settings: What was asked for.
+            imported: The names of the modules that have been imported, and so can bring no further site.
+            seen: The names of modules that are known to be there; what is found is added.
+
+        Raises:
+            HostNotInstalledError: Python does not find the host from here.
+            RewriteError: A site that every version should have is in none of the places where it is known to be.
+        """
+        names = {site.qualname for site in found}
+        seen = set() if seen is None else seen
+        expected: dict[str, list[str]] = {}
+        places: dict[str, list[str]] = {}
+        for site in self.sites:
+            places.setdefault(site.qualname, []).append(site.module)
+        for qualname in dict.fromkeys(site.qualname for site in self.chosen_sites(settings)):
+            if qualname not in names:
+                left = [module for module in places[qualname] if module not in imported]
+                seen |= {module for module in left if module not in seen and self.find(module) is not None}
+                expected[qualname] = [module for module in left if module in seen]
+        # What is not required is not in every version. But something has to be there.
+        nothing_left = not names and not any(expected.values())
+        for qualname in sorted(expected, key=lambda name: (name not in self.required, name)):
+            if not expected[qualname] and (qualname in self.required or nothing_left):
+                raise RewriteError(
+                    f"{self.described()} has no {qualname} in {' or '.join(places[qualname])}: this version is not "
+                    "supported; nothing was patched"
+                )
+        return [
+            module
+            for qualname, modules in expected.items()
+            if qualname in self.required or not names
+            for module in modules
+        ]
+
+
+def multiply_rows(rows: Any, matrix: Any) -> None:
+    """Multiply the rows of a projection, in place, by a matrix for each head.
+
+    Args:
+        rows: A weight (heads * d, features) or a bias (heads * d).
+        matrix: (heads, d, d).
+    """
+    heads, width, _ = matrix.shape
+    rows.copy_((matrix @ rows.to(matrix).reshape(heads, width, -1)).reshape(rows.shape))
+
+
+def is_included(settings: Settings, name: str) -> bool:
+    """Return whether ``include`` and ``exclude`` leave a name in."""
+    included = any(fnmatchcase(name, pattern) for pattern in settings.include)
+    return included and not any(fnmatchcase(name, pattern) for pattern in settings.exclude)

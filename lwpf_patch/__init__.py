@@ -17,7 +17,7 @@ _EXPORTS = {
     "patching.registry": ("apply", "revert", "patched", "status"),
     "patching.models": ("patch_model", "unpatch_model"),
     "patching.folding": ("fold",),
-    "attention": ("lwpf_attention", "partial_forgetting"),
+    "attention": ("HostFuncD", "lwpf_attention", "partial_forgetting"),
     "uhop.retrieval": ("retrieve",),
     "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU", "Threshold"),
     "uhop.separation": ("FeatureMap", "separation_loss"),
@@ -39,6 +39,7 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:  # the same names, for type checkers
+    from .attention import HostFuncD as HostFuncD
     from .attention import lwpf_attention as lwpf_attention
     from .attention import partial_forgetting as partial_forgetting
     from .errors import ConflictError as ConflictError

@@ -612,14 +612,13 @@ def test_what_borrows_unseen_fails_with_the_remedy():
             with pytest.raises(AttributeError, match="func_d") as caught:
                 module(X)
             shown = "".join(traceback.format_exception(caught.value))
-            assert (
-                "# lwpf_patch: no func_d here? Set self.func_d = lwpf_patch.ReLU(), or call lwpf_patch.apply()" in shown
-            )
+            assert "# lwpf_patch: no func_d here? Set self.func_d = lwpf_patch.HostFuncD('relu'), or call" in shown
     func_d = lwpf_patch.status()["hosts"]["timm"]["settings"]["func_d"]
     lwpf_patch.apply("timm", func_d=func_d)  # once more
     assert later(X).shape == X.shape
-    calls.func_d = lwpf_patch.ReLU()
-    assert calls(X).shape == X.shape
+    calls.func_d = lwpf_patch.HostFuncD("relu")
+    for calls.fused_attn in (True, False):
+        assert calls(X).shape == X.shape
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ class OwnedFuncD(Attached, nn.Module):
     ``layer.func_d = lwpf_patch.PFU(mu=0.1)`` puts another function in; all else stays as it is.
 
     Args:
-        rule: The forgetting function.
-        host: The host's name.
+        rule: The forgetting function, in any form that :func:`lwpf_patch.apply` takes.
+        host: The host's name; empty: none, so that no report counts its use.
         masking: As for :func:`lwpf_patch.apply`.
         backend: As for :func:`lwpf_patch.apply`.
 
@@ -43,9 +43,9 @@ class OwnedFuncD(Attached, nn.Module):
     by_hand: bool
     mask_sentinel: Optional[float]
 
-    def __init__(self, rule: FuncD, host: str, masking: str = "exclude", backend: str = "auto") -> None:
+    def __init__(self, rule: Any, host: str = "", masking: str = "exclude", backend: str = "auto") -> None:
         super().__init__()
-        self.rule = rule
+        self.rule: FuncD = rule_of(rule, "HostFuncD(...)")
         self.host = host
         self.masking = masking
         self.backend = backend

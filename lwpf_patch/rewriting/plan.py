@@ -98,7 +98,7 @@ def source_of(spec: ModuleSpec | None) -> tuple[str, str]:
 #: What a traceback shows behind a line that fails in an object which borrows a patched function and has nothing to
 #: call there. A comment, since torch.compile and torch.jit.script read these functions too.
 HINTS = {
-    "self.func_d": "no func_d here? Set self.func_d = lwpf_patch.ReLU(), or call lwpf_patch.apply() once more",
+    "self.func_d": "no func_d here? Set self.func_d = lwpf_patch.HostFuncD('relu'), or call lwpf_patch.apply() again",
     "self.feature_map": "no feature_map here? Call lwpf_patch.apply() once more, or apply it without uhop",
 }
 

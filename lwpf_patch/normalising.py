@@ -1,9 +1,13 @@
-"""Sep, the normalisations of U-Hop that stand in for the softmax: alpha-entmax, of which sparsemax is one end.
+"""The normalisations that stand in for the softmax: those of U-Hop, Sep, and softmax_n.
 
-Sources: Wu et al., ICML 2024, section 3; Peters, Niculae and Martins, "Sparse Sequence-to-Sequence Models", ACL 2019,
-whose package ``entmax`` computes them.
+Sep is alpha-entmax, of which sparsemax is one end: Wu et al., ICML 2024, section 3; Peters, Niculae and Martins,
+"Sparse Sequence-to-Sequence Models", ACL 2019, whose package ``entmax`` computes it. softmax_n adds n to the
+denominator of the softmax, so that a row may give less than 1 in all; n = 1 is also called "softmax1" or "off by one".
+
+Typing of :func:`softmax_n` is spelled as torch.jit.script reads it.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,11 +15,33 @@ from torch import Tensor
 
 from . import transforms
 from .errors import SettingsError
+from .settings import Sep
 
 
-@torch.jit.unused  # a scripted model has the softmax only
-def normalise(scores: Tensor, alpha: float) -> Tensor:
-    """Normalises scores over their last dimension: ``Sep_alpha(scores)``.
+def softmax_n(scores: Tensor, n: float) -> Tensor:
+    """Compute ``exp(s_j) / (n + sum_k exp(s_k))`` over the last dimension.
+
+    This is the softmax with a further score, log n, that is dropped afterwards: no score is too high or too low.
+
+    Args:
+        scores: (..., S), float32 or float64. A row whose every score is -inf gives 0.
+        n: Above 0.
+
+    Returns:
+        The weights, (..., S), of sum below 1.
+    """
+    further = torch.nn.functional.pad(scores, (0, 1), value=math.log(n))
+    return further.softmax(-1)[..., :-1]
+
+
+def normalise(scores: Tensor, sep: Sep) -> Tensor:
+    """Normalise scores (..., S) over their last dimension; see :func:`softmax_n` and :func:`entmax`."""
+    return softmax_n(scores, sep.n) if sep.n > 0.0 else entmax(scores, sep.alpha)
+
+
+@torch.jit.unused  # a scripted model has the softmax and softmax_n only
+def entmax(scores: Tensor, alpha: float) -> Tensor:
+    """Normalise scores over their last dimension: ``Sep_alpha(scores)``.
 
     The weights are not negative and sum to 1. With alpha above 1 the scores far below a row's highest get exactly 0.
     Derivatives are right up to the third, in reverse and in forward mode.

@@ -16,8 +16,6 @@ from .errors import SettingsError, shown, unknown_value
 
 MASKINGS = ("exclude", "paper")
 BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
-#: The normalisations of U-Hop that have a name, each with its alpha.
-SEPS = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 
 PATCH_VARIABLE = "LWPF_PATCH"
 #: The environment variable of each setting.
@@ -256,21 +254,44 @@ def _pairs(rest: str, text: str, origin: str) -> dict[str, str]:
     return pairs
 
 
-def parse_sep(sep: Any, origin: str = "sep") -> float:
-    """Reads what the user gave as ``sep``, the normalisation of the scores.
+class Sep(NamedTuple):
+    """A normalisation of the scores: alpha-entmax, or a softmax with a number added to its denominator.
+
+    Attributes:
+        alpha: Of alpha-entmax: from 1, the softmax, to 2, the sparsemax.
+        n: What is added to the denominator of the softmax, not negative; 0 where alpha is above 1.
+    """
+
+    alpha: float = 1.0
+    n: float = 0.0
+
+
+#: The normalisations that have a name.
+SEPS = {"softmax": Sep(), "entmax15": Sep(1.5), "sparsemax": Sep(2.0), "softmax_n": Sep(n=1.0)}
+#: The options of each that has any.
+SEP_OPTIONS = {"softmax_n": {"n": Option(minimum=0)}}
+
+
+def parse_sep(sep: Any, origin: str = "sep") -> Sep:
+    """Read what the user gave as ``sep``, the normalisation of the scores.
 
     Args:
-        sep: ``"softmax"``, ``"entmax15"``, ``"sparsemax"``, or alpha itself, from 1 (softmax) to 2 (sparsemax).
+        sep: ``"softmax"``, ``"entmax15"``, ``"sparsemax"``, alpha itself, from 1 (softmax) to 2 (sparsemax), or
+            ``"softmax_n:n=1"``, where n is 1 if it is left out.
         origin: Where it came from, for the error messages.
 
     Returns:
-        alpha.
+        The normalisation.
 
     Raises:
-        SettingsError: It is neither.
+        SettingsError: It is none of these.
     """
-    if isinstance(sep, str) and sep.strip() in SEPS:
-        return SEPS[sep.strip()]
+    name, colon, rest = sep.partition(":") if isinstance(sep, str) else ("", "", "")
+    name = name.strip()
+    if name in SEPS and colon:
+        return SEPS[name]._replace(**_sep_options(name, rest, sep, origin))
+    if name in SEPS:
+        return SEPS[name]
     try:
         alpha = read_number(sep)
     except ValueError:
@@ -279,7 +300,20 @@ def parse_sep(sep: Any, origin: str = "sep") -> float:
         raise SettingsError(
             f"sep {shown(sep)} (from {origin}): alpha must be a number from 1 (softmax) to 2 (sparsemax)"
         )
-    return alpha
+    return Sep(alpha)
+
+
+def _sep_options(name: str, rest: str, text: str, origin: str) -> dict[str, Any]:
+    """Read the options behind the colon of a normalisation's text form."""
+    known = SEP_OPTIONS.get(name)
+    if known is None:
+        raise SettingsError(f"sep {text!r} (from {origin}): {name!r} takes no options")
+    if not rest.strip():
+        raise SettingsError(
+            f"sep {text!r} (from {origin}): no option follows the colon; write {name!r}, or '{name}:n=1'"
+        )
+    pairs = _pairs(rest, text, origin)
+    return {option: _read_known_option(name, known, option, value, text, origin) for option, value in pairs.items()}
 
 
 def _read_option(name: str, option: str, value: str, text: str, origin: str) -> float | str:

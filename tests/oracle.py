@@ -72,6 +72,7 @@ def attention(
     masking: str = "exclude",
     excluded_below: float | None = None,
     alpha: float = 1.0,
+    n: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention whose scores are partially forgotten.
 
@@ -88,6 +89,7 @@ def attention(
         masking: "exclude" takes excluded keys out; "paper" puts them in as scores of -inf, as the official code does.
         excluded_below: Additive entries <= this exclude their key too. Of no effect in "paper".
         alpha: The normalisation is that of `entmax`; 1 is the softmax.
+        n: Added to the denominator of the softmax.
 
     Returns:
         Shape (..., L, Ev).
@@ -129,10 +131,7 @@ def attention(
     outputs = []
     for number, row in enumerate(rows):
         forgotten, indicator = forget(func_d, row.scores, threshold, forgotten_value, masking)
-        # No key left: everything below is empty and sums to 0, in the backward pass too; only a maximum is missing.
-        top = forgotten.detach().max() if row.keys else 0.0
-        exponentials = (forgotten - top).exp()
-        weights = exponentials / exponentials.sum()
+        weights = softmax_n(forgotten, n)
         if alpha != 1.0 and row.keys:
             weights = entmax(forgotten, alpha)
         if keeps is not None:
@@ -257,7 +256,7 @@ def _lower_median(scores: Tensor) -> tuple[float, Tensor | float]:
     if not numbers:
         return 0.0, 0.0  # no key is left in any row: nothing is compared with it
     if any(math.isnan(number) for number in numbers):
-        raise ValueError("the median of NaN is not specified")
+        return math.nan, 0.0  # no score is above it, and all that is computed with it is NaN
     median = sorted(numbers)[(len(numbers) - 1) // 2]
     tied = scores[[n for n, number in enumerate(numbers) if number == median]]
     # A mean of equal numbers may round; the mean of zeros does not, and has the same gradient.
@@ -326,6 +325,18 @@ def separation_loss(patterns: Tensor, t: float, kind: str) -> Tensor:
     if kind == "maximum":
         return exponents.amax()
     return exponents.logsumexp(0) - math.log(len(exponents))
+
+
+def softmax_n(scores: Tensor, n: float) -> Tensor:
+    """The exponentials of one row (S,), divided by n and their sum."""
+    # No key at all: everything is empty and sums to 0, in the backward pass too; only a maximum is missing.
+    top = float(scores.detach().max()) if len(scores) else 0.0
+    if n == 0:
+        exponentials = (scores - top).exp()
+        return exponentials / exponentials.sum()
+    top = max(top, 0.0)  # which is NaN where the first is
+    exponentials = (scores - top).exp()
+    return exponentials / (n * math.exp(-top) + exponentials.sum())
 
 
 def entmax(scores: Tensor, alpha: float) -> Tensor:

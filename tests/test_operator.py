@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention, transforms
 from lwpf_patch.attention import HostFuncD
-from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_primitives, cpu_products, operators, tiles
+from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_primitives, cpu_products, eager_form, operators, tiles
+from lwpf_patch.settings import parse_sep
 
 INF = float("inf")
 
@@ -285,6 +286,66 @@ def test_other_normalisations_equal_the_oracle(name, mask_name, dropout_p, sep, 
     compare(ours, expected, inputs)
 
 
+@pytest.mark.parametrize("mask_name", [*MASKS, "causal"])
+@pytest.mark.parametrize("name", [*FUNC_DS, "none"])
+def test_softmax_n_equals_the_oracle(name, mask_name, backend):
+    """With n, dropout and the number of heads drawn."""
+    func_d, forgetting = (NoForgetting(), Forgetting("none")) if name == "none" else FUNC_DS[name]
+    n, dropout_p, heads = (drawn[int(torch.randint(2, ()))] for drawn in ((1.0, 40.0), (0.0, 0.4), (1, 2)))
+    query, key, value = tensors((2, 2, 5, 4), (2, heads, 6, 4), (2, heads, 6, 3))
+    causal = mask_name == "causal"
+    mask = None if causal else MASKS[mask_name]((2, 2, 5, 6))
+    inputs = [query, key, value, *([mask] if mask is not None and mask.requires_grad else [])]
+    options = dict(func_d=func_d, training=False, backend=backend, is_causal=causal, enable_gqa=heads == 1)
+    options["sep"] = "softmax_n" if n == 1 else f"softmax_n:n={n}"
+    torch.manual_seed(int(torch.randint(2**31, ())))
+    keep = dropout_mask(query, key, mask, dropout_p, options) if dropout_p else None
+    torch.manual_seed(torch.initial_seed())
+    ours = lwpf_attention(query, key, value, mask, dropout_p, **options)
+    expected = oracle.attention(
+        query, key, value, func_d=forgetting, attn_mask=mask, is_causal=causal, dropout_keep=keep, dropout_p=dropout_p,
+        excluded_below=torch.finfo(torch.float64).min / 2, n=n,
+    )  # fmt: skip
+    compare(ours, expected, inputs)
+
+
+@pytest.mark.parametrize("level", [-200.0, -85.0, -50.0, 0.0, 50.0, 85.0, 200.0])
+@pytest.mark.parametrize("name", ["relu", "pfu", "none"])
+def test_softmax_n_of_very_high_and_very_low_scores(name, level, backend):
+    """In float32, where no exponential of such scores fits; and a row without a key."""
+    n = (1e-38, 1e-30, 1.0, 1e30, 1e38)[int(torch.randint(5, ()))]
+    query, key, value = torch.randint(-4, 5, (2, 5, 3)) / 4, torch.randint(-4, 5, (2, 6, 3)) / 4, torch.randn(2, 6, 3)
+    query[..., 0], key[..., 0] = 1.0, level  # the scores are exact
+    seen = torch.rand(2, 5, 6) < 0.7
+    seen[:, 2] = False
+    cotangent, results = torch.randn(2, 5, 3), []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        if dtype == torch.float32:
+            out = lwpf_attention(*inputs, seen, func_d=name, scale=1.0, backend=backend, sep=f"softmax_n:n={n}")
+        else:
+            out = oracle.attention(*inputs, func_d=Forgetting(name), attn_mask=seen, scale=1.0, n=n)
+        results.append([out, *torch.autograd.grad(out, inputs, cotangent.to(dtype), materialize_grads=True)])
+    assert not results[0][0][:, 2].any()
+    for got, wanted in zip(*results, strict=True):
+        # The gradient of a query is a sum of keys as large as the level, which cancel.
+        allowed = 2e-6 * (10 + abs(level)) * float(wanted.detach().abs().max())
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=allowed + 1e-33)
+
+
+def test_softmax_n_chooses_the_backend(monkeypatch):
+    query = torch.randn(5, 4)
+    monkeypatch.setattr(cpu, "MANY_SCORES", 0)
+    for func_d in (ReLU(), NoForgetting()):
+        call = backends.Call(query, query, query, func_d, sep=parse_sep("softmax_n"))
+        assert backends.choose("auto", call)[0].name == backends.choose("cpu", call)[0].name == "cpu"
+        assert backends.choose("eager", call)[0].name == "eager"
+        with pytest.raises(lwpf_patch.SettingsError, match="backend 'plain' cannot"):
+            backends.choose("plain", call)
+        softmax = lwpf_attention(query, query, query, func_d=func_d, sep="softmax_n:n=0")
+        assert torch.equal(softmax, lwpf_attention(query, query, query, func_d=func_d))
+
+
 def test_a_normalisation_chooses_the_backend(monkeypatch):
     pytest.importorskip("entmax")
     query, key, value = torch.randn(5, 4), torch.randn(6, 4), torch.randn(6, 3)
@@ -294,14 +355,14 @@ def test_a_normalisation_chooses_the_backend(monkeypatch):
         eager = lwpf_attention(query, key, value, func_d=func_d, sep="sparsemax", backend="eager")
         assert torch.equal(automatic, eager)
         assert not torch.equal(eager, lwpf_attention(query, key, value, func_d=func_d, backend="eager"))
-        with pytest.raises(lwpf_patch.SettingsError, match=r"backend 'cpu' cannot .*: sep other than 'softmax' needs"):
+        with pytest.raises(lwpf_patch.SettingsError, match=r"backend 'cpu' cannot .*: sep other than 'softmax' and 's"):
             lwpf_attention(query, key, value, func_d=func_d, sep="sparsemax", backend="cpu")
         for name in ("softmax", 1):
             plain = lwpf_attention(query, key, value, func_d=func_d)
             assert torch.equal(plain, lwpf_attention(query, key, value, func_d=func_d, sep=name))
 
 
-@pytest.mark.parametrize("sep", ["sparsemax", "entmax15", 1.3])
+@pytest.mark.parametrize("sep", ["sparsemax", "entmax15", 1.3, "softmax_n", "softmax_n:n=0.3"])
 def test_other_normalisations_compile_without_graph_breaks(sep):
     pytest.importorskip("entmax")
 
@@ -315,14 +376,41 @@ def test_other_normalisations_compile_without_graph_breaks(sep):
     compare(compiled(query, key, value, mask), attend(query, key, value, mask), [query, key, value])
 
 
+def test_softmax_n_is_exported():
+    """With torch.export, to ONNX, and as torch.jit.script reads it."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, query, key, value):
+            return lwpf_attention(query, key, value, func_d="relu", sep="softmax_n:n=0.5")
+
+    def inputs(batch):
+        return tuple(torch.randn(batch, rows, 4) for rows in (5, 6, 6))
+
+    arguments, batch = inputs(4), torch.export.Dim("batch")
+    wanted = oracle.attention(*(x.double() for x in arguments), func_d=Forgetting("relu"), n=0.5)
+    exported = torch.export.export(Layer(), inputs(3), dynamic_shapes=({0: batch},) * 3, strict=True)
+    torch.testing.assert_close(exported.module()(*arguments).double(), wanted, rtol=0, atol=1e-5)
+    script = torch.jit.script(eager_form.retrieve)
+    scores = (arguments[0] / 2) @ arguments[1].mT
+    out = script(scores.relu(), scores > 0, arguments[2], 0.0, 1.0, 0.5)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-5)
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    made = torch.onnx.export(Layer(), inputs(3), dynamic_shapes=({0: batch},) * 3, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(made.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {x.name: t.numpy() for x, t in zip(session.get_inputs(), arguments, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(out).double(), wanted, rtol=0, atol=1e-5)
+
+
 def test_other_normalisations_under_autocast_and_in_half_precision():
     pytest.importorskip("entmax")
     query, key, value = (t.detach().float() for t in tensors((2, 9, 8), (2, 9, 8), (2, 9, 8)))
     halves = [t.bfloat16() for t in (query, key, value)]
-    half = lwpf_attention(*halves, func_d="relu", sep="sparsemax")
-    assert torch.equal(half, lwpf_attention(*(t.float() for t in halves), func_d="relu", sep="sparsemax").bfloat16())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(lwpf_attention(query, key, value, func_d="relu", sep="sparsemax"), half)
+    for options in ({"sep": "sparsemax"}, {"sep": "softmax_n"}, {"sep": "softmax_n", "backend": "cpu"}):
+        half = lwpf_attention(*halves, func_d="relu", **options)
+        assert torch.equal(half, lwpf_attention(*(t.float() for t in halves), func_d="relu", **options).bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(lwpf_attention(query, key, value, func_d="relu", **options), half)
 
 
 def test_a_nan_is_not_hidden(backend):
@@ -507,6 +595,10 @@ def test_masks_have_the_dtypes_of_sdpa(dtype, of_mask, autocast):
             r"unknown sep 'entmax' \(from lwpf_attention\(sep=.*did you mean 'entmax15'",
         ),
         (dict(func_d="relu", sep=0.5), "sep 0.5 .*alpha must be a number from 1"),
+        (
+            dict(func_d="relu", sep="softmax_n:n=-1"),
+            r"n='-1' in 'softmax_n:n=-1' \(from lwpf.*: n must be a number of at",
+        ),
         (dict(func_d="relu", backend="cuda"), "unknown backend 'cuda'.*allowed are auto, cpu, eager"),
     ],
 )
@@ -526,8 +618,10 @@ def test_overriding_leaves_the_func_d_alone():
 @pytest.mark.parametrize("func_d", ["relu", "pfu", PFU(mu=0.1, bias=0.0)], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_graph_breaks(func_d, dynamic, backend):
+    sep = "softmax_n:n=0.5" if func_d == "pfu" else "softmax"
+
     def attend(query, key, value, mask):
-        return lwpf_attention(query, key, value, mask, func_d=func_d, training=False, backend=backend)
+        return lwpf_attention(query, key, value, mask, func_d=func_d, training=False, backend=backend, sep=sep)
 
     torch._dynamo.reset()  # the recompilations of the other cases would count
     compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -537,11 +631,11 @@ def test_compiled_without_graph_breaks(func_d, dynamic, backend):
         compare(compiled(query, key, value, mask), attend(query, key, value, mask), [query, key, value])
 
 
-@pytest.mark.parametrize("name", [*FUNC_DS, "sparsemax", "entmax15", "1.3"])
+@pytest.mark.parametrize("name", [*FUNC_DS, "sparsemax", "entmax15", "1.3", "softmax_n:n=2"])
 def test_second_derivatives_are_those_of_finite_differences(name, backend):
     """In forward mode too, and with arguments that depend on each other."""
     options = {"func_d": FUNC_DS[name][0]} if name in FUNC_DS else {"func_d": "relu", "sep": name}
-    if name not in FUNC_DS:
+    if name not in FUNC_DS and "softmax_n" not in name:
         pytest.importorskip("entmax")
         backend = "auto"
 
@@ -553,14 +647,14 @@ def test_second_derivatives_are_those_of_finite_differences(name, backend):
     torch.autograd.gradgradcheck(attend, (x, bias))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize(("dropout_p", "n"), [(0.0, 0.0), (0.4, 0.0), (0.0, 1.0), (0.4, 3.0)])
 @pytest.mark.parametrize("name", FUNC_DS)
-def test_second_derivatives_equal_the_oracles(name, dropout_p, backend):
+def test_second_derivatives_equal_the_oracles(name, dropout_p, n, backend):
     """With the very noise and dropout of the forward pass."""
     _, forgetting = FUNC_DS[name]
     func_d = ReLU() if name == "relu" else PFU(mu=forgetting.mu, bias=forgetting.bias, sigma=0.7)
     query, key, value, mask = *tensors((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 3)), _additive((2, 2, 5, 6), -INF)
-    options = dict(func_d=func_d, training=True, backend=backend)
+    options = dict(func_d=func_d, training=True, backend=backend, sep=f"softmax_n:n={n}")
     seed = int(torch.randint(2**31, ()))
     torch.manual_seed(seed)
     eps = float(torch.randn(1) * 0.7**2) if name != "relu" else 0.0
@@ -570,7 +664,7 @@ def test_second_derivatives_equal_the_oracles(name, dropout_p, backend):
     ours = lwpf_attention(query, key, value, mask, dropout_p, **options)
     expected = oracle.attention(
         query, key, value, func_d=Forgetting(forgetting.kind, forgetting.mu, forgetting.bias, eps), attn_mask=mask,
-        dropout_keep=keep, dropout_p=dropout_p,
+        dropout_keep=keep, dropout_p=dropout_p, n=n,
     )  # fmt: skip
     inputs, cotangent = [query, key, value, mask], torch.randn_like(expected).requires_grad_()
     results = []
@@ -820,7 +914,7 @@ def test_opcheck(func_d, dropout_p):
     seed, eps = torch.tensor(3), torch.tensor(0.1)
     mask = torch.randn(1, 1, 9, 9, requires_grad=True)
     for m in (None, mask, mask > 0):
-        arguments = (query, key, value, 0.5, m, 2, dropout_p, False, 32, 2, False, mu, bias, eps, seed)
+        arguments = (query, key, value, 0.5, m, 2, dropout_p, False, 32, 2, False, mu, bias, 1.0, eps, seed)
         torch.library.opcheck(torch.ops.lwpf_patch.cpu_attention, arguments)
         torch.library.opcheck(torch.ops.lwpf_patch.cpu_kept_attention, arguments)
 

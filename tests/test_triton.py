@@ -79,7 +79,7 @@ COLLECTING = "atom.relaxed.gpu.global.add.u32 place"  # what a thread does that 
 launched = []
 triton_kernels.launch = lambda kernel, programs, *values, **options: launched.append((kernel, values, options))
 
-def launches(dtype, width, mu, of_mask, dropout_p, length=197):
+def launches(dtype, width, mu, of_mask, dropout_p, length=197, n=0.0):
     '''Has the backend start its kernels, as for a vision transformer, without starting them.'''
     launched.clear()
     packed = torch.empty(64, length, 3, 12, width, dtype=dtype, device="meta")
@@ -87,7 +87,7 @@ def launches(dtype, width, mu, of_mask, dropout_p, length=197):
     mask = None if of_mask is None else torch.empty(64, 12, length, length, dtype=of_mask, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
     options = (dropout_p, False, width**-0.5, mu, mu)
-    results = backend._forward._init_fn(*inputs, mask, *options, None, seed)
+    results = backend._forward._init_fn(*inputs, mask, *options, n, None, seed)
     needs_grad = mask is not None and mask.is_floating_point()
     backend._backward._init_fn(results[0], *inputs, mask, None, seed, *results, *options, needs_grad)
     return list(launched)
@@ -133,8 +133,8 @@ for dtype, width, mu, of_mask, dropout_p, *length in json.loads(sys.argv[2]):
 """
 
 
-#: Dtype, width, mu (that of ReLU, or the median), dtype of the mask, dropout, and the length if it is not that of a
-#: vision transformer; and how many kernels these are.
+#: Dtype, width, mu (that of ReLU, or the median), dtype of the mask, dropout, the length if it is not that of a vision
+#: transformer, and n of softmax_n; and how many kernels these are.
 COMPILED = {
     90: (
         [
@@ -143,8 +143,10 @@ COMPILED = {
             ("bfloat16", 128, 0.0, "bool", 0.1),
             ("bfloat16", 64, 0.0, None, 0.0, 4096),
             ("bfloat16", 128, 0.0, None, 0.1, 4096),
+            ("bfloat16", 64, 0.0, None, 0.0, 197, 1.0),
+            ("bfloat16", 128, None, None, 0.0, 197, 1.0),
         ],
-        31,
+        39,
     ),
     80: (
         [("bfloat16", 64, 0.0, "bfloat16", 0.0), ("bfloat16", 128, None, None, 0.0), ("float16", 64, 0.0, None, 0.0)],

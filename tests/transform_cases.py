@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lwpf_patch import PFU, FuncD, LwpfError, ReLU, lwpf_attention, separation_loss
 from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import cpu
+from lwpf_patch.settings import parse_sep
 
 Function = Callable[..., Tensor]
 
@@ -65,26 +66,27 @@ def figures(*shape: int) -> Tensor:
     return torch.randint(-8, 9, shape).double() / 8
 
 
-def attention(backend: str, seps: Sequence[float] = (1.0, 1.0, 1.0)) -> list[Subject]:
-    """Attention by a backend, with masks of every kind among the func_ds, and with an alpha for each."""
+def attention(backend: str, seps: Sequence[str] = ("softmax", "softmax_n:n=0.5", "softmax")) -> list[Subject]:
+    """Attention by a backend, with masks of every kind among the func_ds, and with a normalisation for each."""
     seen = torch.tensor([[True, True, False, True], [False] * 4, [True] * 4])
     subjects = []
-    for (name, (func_d, forgetting)), alpha in zip(FUNC_DS.items(), seps, strict=True):
+    for (name, (func_d, forgetting)), sep in zip(FUNC_DS.items(), seps, strict=True):
         common = dict(scale=0.5, attn_mask=seen if name == "relu" else None, is_causal=name == "dmedian")
 
-        def function(query, key, value, bias=None, func_d=func_d, common=common, sep=alpha):
+        def function(query, key, value, bias=None, func_d=func_d, common=common, sep=sep):
             options = common if bias is None else {**common, "attn_mask": bias}
             return lwpf_attention(query, key, value, func_d=func_d, training=False, backend=backend, sep=sep, **options)
 
-        def reference(query, key, value, bias=None, forgetting=forgetting, common=common, alpha=alpha):
+        def reference(query, key, value, bias=None, forgetting=forgetting, common=common, sep=sep):
             options = common if bias is None else {**common, "attn_mask": bias}
-            return oracle.attention(query, key, value, func_d=forgetting, alpha=alpha, **options)
+            alpha, n = parse_sep(sep)
+            return oracle.attention(query, key, value, func_d=forgetting, alpha=alpha, n=n, **options)
 
         inputs = [figures(2, 3, 3), figures(2, 4, 3), figures(2, 4, 2)]
         if name == "mu":
             inputs.append(figures(3, 4).expand(2, 3, 4).clone())  # a mask that takes part in all of it
         dtype = torch.float32 if backend == "triton" else torch.float64
-        subjects.append(Subject(name if alpha == 1 else str(alpha), function, reference, inputs, dtype))
+        subjects.append(Subject(name if sep == "softmax" else f"{name}, {sep}", function, reference, inputs, dtype))
     return subjects
 
 
@@ -105,7 +107,7 @@ SUBJECTS: dict[str, Callable[[], list[Subject]]] = {
     "`eager`": lambda: attention("eager"),
     "`cpu`": lambda: attention("cpu"),
     "`triton`": lambda: attention("triton"),
-    "`sep` other than softmax": lambda: attention("auto", (2.0, 1.5, 1.3)),
+    "`sep` other than softmax": lambda: attention("auto", ("sparsemax", "entmax15", "1.3")),
     "`separation_loss`": losses,
 }
 
@@ -372,7 +374,7 @@ def symbolic_trace(backend: str, name: str) -> None:
 
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-            return isinstance(module, FuncD)
+            return isinstance(module, HostFuncD)
 
     program.check(torch.fx.GraphModule(program.layer, Tracer().trace(program.layer)))
 

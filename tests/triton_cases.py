@@ -17,7 +17,7 @@ import torch
 from oracle import Forgetting
 
 import lwpf_patch
-from lwpf_patch import PFU, ReLU, lwpf_attention
+from lwpf_patch import PFU, NoForgetting, ReLU, lwpf_attention
 from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import triton as backend
 from lwpf_patch.backends import triton_median
@@ -38,6 +38,7 @@ FUNC_DS = {
     "pfu dmedian, noisy": (PFU(sigma=0.3), Forgetting("pfu", "dmedian", "mu")),
     "pfu constant, noisy": (PFU(mu=0.2, bias=0.1, sigma=0.3), Forgetting("pfu", 0.2, 0.1)),
 }
+NOTHING = {"none": (NoForgetting(), Forgetting())}
 MASKS = ["none", "causal", "boolean", "padding", "empty rows", "additive", "additive with -inf", "additive with min"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -97,6 +98,8 @@ def scores_of(query, key, mask, causal, scale):
 def is_clear(scores: torch.Tensor, forgetting: Forgetting) -> bool:
     """Says whether no score is so near the threshold that rounding decides which side it is on."""
     threshold = scores.nanmedian() if forgetting.mu == "dmedian" else torch.tensor(float(forgetting.mu))
+    if forgetting.kind == "none":
+        return True
     if forgetting.kind == "relu":
         threshold = torch.zeros(())
     near = scores - threshold
@@ -143,11 +146,11 @@ def record(dtype: torch.dtype, errors: list[float]) -> None:
         before[place] = max(before[place], error)
 
 
-def check(func, dtype, query, key, value, mask, *, causal=False, scale=None, dropout_p=0.0) -> list[float]:
+def check(func, dtype, query, key, value, mask, *, causal=False, scale=None, dropout_p=0.0, n=0.0) -> list[float]:
     """Compares the output and all gradients with the oracle; errors may be a small factor of the eager form's.
 
     Args:
-        func: A name of FUNC_DS.
+        func: A name of FUNC_DS or NOTHING.
         dtype: Of the inputs, which are given as float64 figures that it can hold.
         query: (B, H, L, E).
         key: (B, H or fewer, S, E).
@@ -156,14 +159,16 @@ def check(func, dtype, query, key, value, mask, *, causal=False, scale=None, dro
         causal: Whether is_causal is set.
         scale: The factor of the scores, or None.
         dropout_p: The rate.
+        n: Of softmax_n.
 
     Returns:
         The worst error of the output and of each gradient.
     """
-    func_d, forgetting = FUNC_DS[func]
+    func_d, forgetting = {**FUNC_DS, **NOTHING}[func]
     noisy = func.endswith("noisy")
     group = query.shape[-3] // key.shape[-3]
     options = dict(func_d=func_d, training=noisy, is_causal=causal, scale=scale, enable_gqa=group > 1)
+    options["sep"] = f"softmax_n:n={n}"
     seed = number(0, 2**31 - 1)
     if noisy:
         attend_seed = torch.Generator(DEVICE).manual_seed(seed)
@@ -194,7 +199,7 @@ def check(func, dtype, query, key, value, mask, *, causal=False, scale=None, dro
     repeated = [t.repeat_interleave(group, -3) for t in wide[1:3]]
     expected = oracle.attention(
         wide[0], *repeated, func_d=forgetting, attn_mask=wide_mask, is_causal=causal, scale=scale,
-        dropout_keep=keep, dropout_p=dropout_p, excluded_below=-1e300,
+        dropout_keep=keep, dropout_p=dropout_p, excluded_below=-1e300, n=n,
     )  # fmt: skip
     cotangent = torch.randn(expected.shape).to(dtype).double()
     wanted = [expected, *torch.autograd.grad(expected, wide, cotangent, materialize_grads=True)]
@@ -226,8 +231,9 @@ def rounded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("turn", range(3))
 @pytest.mark.parametrize("func", FUNC_DS)
 def test_equals_the_oracle(func, turn):
-    """Width, mask and dtype are dealt; sizes, grouping, scale and dropout are drawn."""
+    """Width, mask and dtype are dealt; sizes, grouping, scale and dropout are drawn. One turn is with softmax_n."""
     dtype, mask_name, width = next(NEXT_DTYPE), next(NEXT_MASK), next(NEXT_WIDTH)
+    n = pick([1.0, 0.2, 30.0]) if turn == 1 else 0.0
     for _ in range(20):
         heads = pick([1, 2, 4])
         group = pick([1, 1, heads])
@@ -239,7 +245,7 @@ def test_equals_the_oracle(func, turn):
         mask = make_mask(mask_name, (batch, heads, length, keys), dtype)
         errors = check(
             func, dtype, query, key, value, mask, causal=mask_name == "causal", scale=pick([None, None, 0.3]),
-            dropout_p=pick([0.0, 0.0, 0.3]),
+            dropout_p=pick([0.0, 0.0, 0.3]), n=n,
         )  # fmt: skip
         if errors:
             return
@@ -259,6 +265,34 @@ def test_any_scale(func, scale):
     query, key, value = (rounded((1, 2, 33, 16), torch.float32) for _ in range(3))
     while not check(func, torch.float32, query, key, value, None, scale=scale):
         query = rounded(query.shape, torch.float32)
+
+
+@pytest.mark.parametrize("mask_name", ["none", "causal", "empty rows"])
+def test_softmax_n_forgetting_nothing(mask_name):
+    query, key, value = (rounded((1, 2, 33, 16), torch.float32) for _ in range(3))
+    mask = make_mask(mask_name, (1, 2, 33, 33), torch.float32)
+    check("none", torch.float32, query, key, value, mask, causal=mask_name == "causal", n=1.0)
+
+
+@pytest.mark.parametrize("level", [-200.0, 200.0])
+@pytest.mark.parametrize("func", ["none", "pfu dmedian", "pfu constant, high bias"])
+def test_softmax_n_of_very_high_and_very_low_scores(func, level):
+    """A row without a key among others; the median NaN, which is no matter of a row that sees nothing."""
+    n = pick([1e-38, 1.0, 1e38])
+    query, key = (torch.randint(-4, 5, (1, 1, rows, 16)).double() / 4 for rows in (20, 24))
+    query[..., 0], key[..., 0] = 1.0, level  # the scores are exact
+    value, seen = torch.randn(1, 1, 24, 16).double(), torch.rand(20, 24) < 0.7
+    seen[2] = False
+    inputs = [t.to(DEVICE, torch.float32) for t in (query, key, value)]
+    options = dict(func_d=FUNC_DS.get(func, NOTHING["none"])[0], training=False, scale=1.0, sep=f"softmax_n:n={n}")
+    ours = lwpf_attention(*inputs, seen.to(DEVICE), backend="triton", **options).cpu()
+    forgetting = {**FUNC_DS, **NOTHING}[func][1]
+    wanted = oracle.attention(query, key, value, func_d=forgetting, attn_mask=seen, scale=1.0, n=n)
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()) + 1e-35)
+    inputs[0][0, 0, 0, 0] = math.nan
+    ours = lwpf_attention(*inputs, seen.to(DEVICE), backend="triton", **options).cpu()
+    assert not ours[0, 0, 2].any()
+    assert ours[0, 0, 0].isnan().all()
 
 
 @pytest.mark.parametrize("shapes", [((5, 16), (6, 16)), ((3, 5, 16), (3, 6, 16)), ((1, 2, 5, 16), (3, 1, 6, 16))])
@@ -376,7 +410,7 @@ def test_the_median_is_exact(mask_name, way, monkeypatch):
     elif mask_name == "causal":
         scores = scores[torch.ones_like(scores, dtype=torch.bool).tril()]
     *_, median, ties = torch.ops.lwpf_patch.triton_attention(
-        query, key, key, mask, 0.0, mask_name == "causal", 1.0, None, None, None, None
+        query, key, key, mask, 0.0, mask_name == "causal", 1.0, None, None, 0.0, None, None
     )
     if scores.numel() == 0:
         assert float(median) == 0
@@ -434,7 +468,8 @@ def test_opcheck(dropout_p, mu, bias):
     seed = torch.tensor(3, device=DEVICE) if dropout_p else None
     eps = None if mu == 0 else torch.tensor(0.1, device=DEVICE)
     mask = torch.randn(1, 1, 9, 9, device=DEVICE, requires_grad=True)
-    arguments = (query, key, value, mask if dropout_p else mask > 0, dropout_p, False, 0.25, mu, bias, eps, seed)
+    mask, n = (mask, 0.6) if dropout_p else (mask > 0, 0.0)
+    arguments = (query, key, value, mask, dropout_p, False, 0.25, mu, bias, n, eps, seed)
     torch.library.opcheck(torch.ops.lwpf_patch.triton_attention, arguments)
 
 
@@ -468,12 +503,12 @@ def test_training_with_noise_and_dropout_compiles():
     assert not torch.equal(out, compiled(query))
 
 
-@pytest.mark.parametrize("func_d", ["relu", "pfu:mu=0.1,bias=-0.2,sigma=0"])
-def test_second_derivatives(func_d):
+@pytest.mark.parametrize(("func_d", "sep"), [("relu", "softmax"), ("pfu:mu=0.1,bias=-0.2,sigma=0", "softmax_n:n=2")])
+def test_second_derivatives(func_d, sep):
     tensors = [torch.randn(2, 3, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
 
     def derivatives(backend):
-        out = lwpf_attention(*tensors, func_d=func_d, backend=backend)
+        out = lwpf_attention(*tensors, func_d=func_d, sep=sep, backend=backend)
         grads = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
         return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
 

@@ -90,7 +90,7 @@ class HostFuncD(OwnedFuncD):
         query, key, value = eager.prepare(query, key, value, enable_gqa)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
         forgotten, mask = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)
-        return eager.retrieve(forgotten, mask, value, dropout_p, 1.0).to(dtype)
+        return eager.retrieve(forgotten, mask, value, dropout_p, 1.0, 0.0).to(dtype)
 
     def __prepare_scriptable__(self) -> "HostFuncD":
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.

@@ -34,7 +34,7 @@ def lwpf_attention(
 
     It stands in for ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Computes ``s = scale * q k^T (+ mask)``, ``(D, D') = func_d(s)``, ``w = dropout(softmax(D))`` and returns
+    Computes ``s = scale * q k^T (+ mask)``, ``(D, D') = func_d(s)``, ``w = dropout(sep(D))`` and returns
     ``(D' * w) v``: a forgotten key keeps its part of the denominator but gives no value. Half precision is computed in
     float32; under autocast the inputs are cast as for SDPA. Second derivatives,
     and the transforms of torch.func, have the fused backends compute with the scores in memory, as ``"eager"`` does.
@@ -54,8 +54,9 @@ def lwpf_attention(
         masking: ``"exclude"`` or ``"paper"``; None: the func_d's own, which is ``"exclude"`` by default.
         backend: Which implementation computes; None: the func_d's own, which is ``"auto"`` by default.
         enable_gqa: Whether several query heads share a key and value head, as in SDPA.
-        sep: The normalisation in place of the softmax (Wu et al., ICML 2024): ``"softmax"``, ``"sparsemax"``,
-            ``"entmax15"``, or alpha from 1 to 2. Others than the softmax need the package ``entmax`` and the backend
+        sep: The normalisation: ``"softmax"``; ``"softmax_n:n=1"``, which adds n, a number of at least 0 (1 if it is
+            left out), to the denominator of the softmax; or of U-Hop (Wu et al., ICML 2024) ``"sparsemax"``,
+            ``"entmax15"``, or alpha from 1 to 2. Those of U-Hop need the package ``entmax`` and the backend
             ``"eager"``, which ``"auto"`` takes then.
 
     Returns:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import tracing
+from ..settings import Sep
 
 
 class Threshold(NamedTuple):
@@ -55,7 +56,7 @@ class Call(NamedTuple):
         enable_gqa: Whether several query heads share a key and value head.
         training: Whether it draws its noise.
         masking: ``"exclude"`` or ``"paper"``.
-        alpha: Of the normalisation Sep; 1 is the softmax.
+        sep: The normalisation.
     """
 
     query: Tensor
@@ -69,12 +70,12 @@ class Call(NamedTuple):
     enable_gqa: bool = False
     training: bool = False
     masking: str = "exclude"
-    alpha: float = 1.0
+    sep: Sep = Sep()
 
     @property
     def is_plain(self) -> bool:
         """Whether this is plain attention: nothing is forgotten, and the softmax normalises."""
-        return not self.rule.forgets and self.alpha == 1.0
+        return not self.rule.forgets and self.sep == Sep()
 
     def noise(self, threshold: Threshold) -> Tensor | None:
         """Draw the noise of the threshold, (), float32; None where there is none."""
@@ -114,8 +115,8 @@ class FusedBackend(Backend):
 
     def why_not(self, call: Call) -> str | None:
         """Return why it cannot compute a call; None: it can."""
-        if call.alpha != 1.0:
-            return "sep other than 'softmax' needs a row's scores together"
+        if call.sep.alpha != 1.0:
+            return "sep other than 'softmax' and 'softmax_n' needs a row's scores together"
         if tracing.is_exporting() or (tracing.is_jit_tracing() and torch.onnx.is_in_onnx_export()):
             # Such a program shall run without this package, on other devices, and for other sizes: none is looked at.
             return "the program is being exported"

@@ -4,11 +4,12 @@ For the threshold form of func_d (ReLU, PFU): ``D(s) = s`` where ``s > a``, else
 is ever allocated, for the median neither. Each step over a tile is one of torch's own vectorised functions, which share
 it among the threads: tiles in threads of Python's own would hand its lock over at every step.
 
-With R the kept keys, Z the denominator, L = log Z + the row's maximum, and G = dO V^T (times the dropout mask):
+With R the kept keys, Z the denominator (n of softmax_n included), L = log Z + the row's maximum, and G = dO V^T (times
+the dropout mask):
 
     forward    P = [R] exp(s - L)          out = P V
     backward   dS = P (G - delta), delta = rowsum(dO * out);   dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO
-    threshold  db = -sum over rows of rho * delta, where rho = 1 - rowsum(P) is what the forgotten keys weigh
+    threshold  db = -sum over rows of rho * delta, where rho = 1 - n / Z - rowsum(P) is what the forgotten keys weigh
 
 A forgotten key has no gradient of its own. Where b is the threshold a, and a the median, db goes to the scores that are
 equal to the median, shared evenly.
@@ -70,8 +71,9 @@ class CPU(FusedBackend):
         if call.enable_gqa:
             key, value = repeat_heads(call.query, key), repeat_heads(call.query, value)
         return attention(
-            call.query, key, value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias, eps
-        )
+            call.query, key, value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias, call.sep.n,
+            eps,
+        )  # fmt: skip
 
 
 def attention(
@@ -84,6 +86,7 @@ def attention(
     scale: float | None,
     mu: float | None,
     bias: float | None,
+    n: float,
     eps: Tensor | None,
 ) -> Tensor:
     """Attention with the threshold form of partial forgetting.
@@ -98,6 +101,7 @@ def attention(
         scale: Factor of the scores, None for ``E ** -0.5``.
         mu: The threshold without noise; None: the median of all scores.
         bias: What a forgotten score becomes; None: the threshold.
+        n: What is added to the denominator.
         eps: Noise that is added to the threshold, of one element; None: none.
 
     Returns:
@@ -122,7 +126,7 @@ def attention(
     onednn = _onednn_suits(flat[0].dtype)
     heads = max(1, lead[-1]) if lead else 1
     out = (cpu_kept.operator if cpu_kept.suits(*flat) else operator)(
-        *flat, factor, mask, heads, dropout_p, is_causal, TILE, _threads(), onednn, mu, bias, noise, seed
+        *flat, factor, mask, heads, dropout_p, is_causal, TILE, _threads(), onednn, mu, bias, n, noise, seed
     )
     return out.reshape(*lead, *out.shape[-2:]).to(dtype)
 
@@ -151,6 +155,7 @@ def _forward(
     onednn: bool,
     mu: float | None,
     bias: float | None,
+    n: float,
     eps: Tensor,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -167,7 +172,8 @@ def _forward(
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     log_sum = query.new_empty(query.shape[:2])
     rho = query.new_zeros(query.shape[:2])
-    small = _are_small(problem, b)
+    small = _are_small(problem, b, n)
+    log_n = math.log(n) if n > 0 else -math.inf
     for tile in problem.tiles():
         scores, excluded = problem.scores(tile)
         if excluded is not None:
@@ -178,7 +184,7 @@ def _forward(
         else:
             if excluded is not None:
                 weights.masked_fill_(excluded, -math.inf)
-            highest = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(query.dtype).min)
+            highest = weights.amax(-1, keepdim=True).clamp_(min=max(log_n, torch.finfo(query.dtype).min))
             _exp_(weights.sub_(highest))
         if excluded is not None:
             weights.masked_fill_(excluded, 0)
@@ -186,8 +192,10 @@ def _forward(
         if excluded is not None or not tile.keys:
             total.masked_fill_(total == 0, 1)  # a row with no key left gives 0
         kept = keep(weights, scores, a, out=weights)
+        added = 0.0 if n == 0 else n if small else (log_n - highest).exp_()
+        total += added
         if mu is None:
-            rho[tile.batch, tile.rows] = 1 - (kept.sum(-1, keepdim=True) / total).squeeze(-1)
+            rho[tile.batch, tile.rows] = 1 - ((kept.sum(-1, keepdim=True) + added) / total).squeeze(-1)
         if dropout_p > 0:
             kept *= dropout(kept, dropout_p, seed, tile)
         product(kept, value[tile.batch, : tile.keys], problem.uses_onednn, out=out[tile.batch, tile.rows]).div_(total)
@@ -196,18 +204,19 @@ def _forward(
     return out, log_sum, rho, threshold, centre, ties
 
 
-def _are_small(problem: Problem, b: float) -> bool:
-    """Returns whether the exponentials of all scores and of b may be taken as they are.
+def _are_small(problem: Problem, b: float, n: float) -> bool:
+    """Returns whether the exponentials of all scores and of b may be taken as they are, and n be added to them.
 
     Then nothing need be subtracted from a tile, in neither pass. No score is larger than the norms of its query and of
     its key make it.
     """
+    if not problem.query.shape[:2].numel() or not problem.key.shape[1]:
+        return True  # there is none
     if problem.mask is not None and problem.mask.dtype != torch.bool:
         return False
-    if not problem.query.numel() or not problem.key.numel():
-        return True
     largest = problem.query.norm(dim=-1).amax() * problem.key.norm(dim=-1).amax()
-    return largest.item() * abs(problem.scale) <= BOUND and abs(b) <= BOUND
+    # With a and b of -inf, no score is forgotten.
+    return largest.item() * abs(problem.scale) <= BOUND and (abs(b) <= BOUND or b == -math.inf) and n <= math.exp(BOUND)
 
 
 def _exp_(x: Tensor) -> Tensor:
@@ -219,7 +228,7 @@ _registered = torch.library.custom_op("lwpf_patch::cpu_attention", _forward, mut
 
 
 @_registered.register_fake
-def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n, eps, seed):  # type: ignore[no-untyped-def]
     rows = query.new_empty(query.shape[:2])
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
@@ -248,6 +257,7 @@ def _backward(
     onednn: bool,
     mu: float | None,
     bias: float | None,
+    n: float,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
@@ -260,7 +270,7 @@ def _backward(
     key_sum, value_sum = KeySum(grad_key, problem), KeySum(grad_value, problem)
     grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
     delta = (grad * out).sum(-1, keepdim=True)
-    small = _are_small(problem, a if bias is None else bias)
+    small = _are_small(problem, a if bias is None else bias, n)
     if small:  # exp(s - L) = exp(s) exp(-L), and exp(-L) can multiply rows of features in place of scores
         row = (-log_sum).exp_()[..., None]
         grad, row_delta = grad * row, delta * row
@@ -311,13 +321,13 @@ def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed = (
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n, eps, seed = (
         inputs
     )
     ctx.save_for_backward(query, key, value, mask, eps, *output, seed)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient
-    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias)
+    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n)
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
@@ -325,7 +335,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[An
     query, key, value, mask, _, *saved = ctx.saved_tensors
     grads = backward(grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad)
     grad_mask = grads[3] if ctx.mask_needs_grad else None
-    return *grads[:3], None, grad_mask, *[None] * 10
+    return *grads[:3], None, grad_mask, *[None] * 11
 
 
 operator = Operator(

@@ -4,8 +4,8 @@ Where the scores take no more memory than query, key, value and output, keeping 
 backward pass a product of matrices and the exponentials. With P the weights of the kept keys, 0 elsewhere, and
 G = dO V^T (times the dropout mask)::
 
-    forward    P = [s > a] softmax(D(s))    out = P V
-    backward   dS = P (G - rowsum(P G)), which is the backward of the softmax;   dQ = scale dS K, dK = scale dS^T Q
+    forward    P = [s > a] softmax(D(s)), or softmax_n(D(s))    out = P V
+    backward   dS = P (G - rowsum(P G)), which is the backward of both;   dQ = scale dS K, dK = scale dS^T Q
 
 The gradient of the threshold is that of :mod:`lwpf_patch.backends.cpu`, whose tiles these are too: what is computed of
 a tile one step after another stays in the cache.
@@ -48,6 +48,7 @@ def _forward(
     onednn: bool,
     mu: float | None,
     bias: float | None,
+    n: float,
     eps: Tensor,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -79,25 +80,39 @@ def _forward(
         changed = raise_to(scores, a, b, out=scores if b <= a else free)
         if excluded is not None:
             changed.masked_fill_(excluded, -math.inf)
+        highest = changed.amax(-1, keepdim=True) if n > 0 and tile.keys else None
         normalised = softmax(changed, out=free)  # slower in place
+        if highest is not None:
+            normalised *= _share_of_keys(highest, normalised, n)
         if excluded is not None:
             normalised.masked_fill_(excluded, 0)  # and a row with no key left, which is NaN, gives 0
         kept = keep(normalised, scores, a, out=scores)
         if not b < math.inf:  # a row is NaN where it forgets something, and the weights that are kept must tell
             kept += 0 * normalised.sum(-1, keepdim=True)
         if mu is None:
-            rho[tile.batch, tile.rows] = 1 - kept.sum(-1)
+            rho[tile.batch, tile.rows] = (1 if n == 0 else normalised.sum(-1)) - kept.sum(-1)
         if dropout_p > 0:
             kept = kept * dropout(kept, dropout_p, seed, tile)
         product(kept, value[tile.batch, : tile.keys], problem.uses_onednn, out=out[tile.batch, tile.rows])
     return out, weights, rho, threshold, centre, ties
 
 
+def _share_of_keys(highest: Tensor, weights: Tensor, n: float) -> Tensor:
+    """Return what the keys of each row have of the denominator of softmax_n, Z / (Z + n), where Z is that of softmax.
+
+    Args:
+        highest: (..., 1): the highest score, which tells Z: its weight is ``exp(highest) / Z``.
+        weights: (..., S): the softmax.
+        n: Above 0.
+    """
+    return (highest - weights.amax(-1, keepdim=True).log_() - math.log(n)).sigmoid_()
+
+
 _registered = torch.library.custom_op("lwpf_patch::cpu_kept_attention", _forward, mutates_args=(), device_types="cpu")
 
 
 @_registered.register_fake
-def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n, eps, seed):  # type: ignore[no-untyped-def]
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     weights = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
     ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
@@ -170,26 +185,26 @@ def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, eps, seed = (
+    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n, eps, seed = (
         inputs
     )
     out, weights, rho, _, centre, ties = output
     ctx.save_for_backward(query, key, value, mask, eps, out, weights, rho, centre, ties, seed)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient, and the weights are large
-    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias)
+    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n)
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
 def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
     query, key, value, mask, _, *saved = ctx.saved_tensors
-    *options, mu, bias = ctx.options
+    *options, mu, bias, _ = ctx.options
     grads = backward(
         grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *options, mu is None and bias is None,
         ctx.mask_needs_grad,
     )  # fmt: skip
     grad_mask = grads[3] if ctx.mask_needs_grad else None
-    return *grads[:3], None, grad_mask, *[None] * 10
+    return *grads[:3], None, grad_mask, *[None] * 11
 
 
 operator = Operator(

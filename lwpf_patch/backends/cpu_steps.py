@@ -127,7 +127,7 @@ def gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad: The gradient of the output.
     """
     query, key, value, mask, eps, *_, seed = ctx.saved_tensors
-    heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias = ctx.options
+    heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n = ctx.options
     dropped = None
     if dropout_p > 0:
         with torch.no_grad():
@@ -140,11 +140,11 @@ def gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         out = eager_form.above_threshold(
-            split(query), split(key), split(value), mask, is_causal, ctx.scale, mu, bias, eps,
+            split(query), split(key), split(value), mask, is_causal, ctx.scale, mu, bias, n, eps,
             None if dropped is None else split(dropped),
         )  # fmt: skip
         return out.flatten(0, 1)
 
     needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
     *grads, grad_mask = transforms.gradients(attend, (query, key, value, mask), needed, grad)
-    return *grads, None, grad_mask, *[None] * 10
+    return *grads, None, grad_mask, *[None] * 11

@@ -23,4 +23,4 @@ class Eager(Backend):
         query, key, value = eager_form.prepare(call.query, call.key, call.value, call.enable_gqa)
         scores, excluded = eager_form.attention_scores(query, key, call.attn_mask, call.is_causal, call.scale)
         forgotten, mask = call.rule.forget_rows(scores, excluded, call.training, call.masking, -1)
-        return eager_form.retrieve(forgotten, mask, value, call.dropout_p, call.alpha).to(call.query.dtype)
+        return eager_form.retrieve(forgotten, mask, value, call.dropout_p, *call.sep).to(call.query.dtype)

@@ -171,7 +171,7 @@ def keep_empty_rows(
     return forgotten, mask | rows if mask.dtype == torch.bool else torch.where(rows, torch.ones_like(mask), mask)
 
 
-def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, alpha: float) -> Tensor:
+def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, alpha: float, n: float) -> Tensor:
     """Weighs the values: a forgotten key keeps ``exp(D(s))`` in the denominator but gives no value.
 
     Args:
@@ -179,12 +179,18 @@ def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, a
         mask: D'(s), (B, L, S).
         value: (B, S, Ev).
         dropout_p: Probability that a weight is dropped.
-        alpha: Of the normalisation Sep; 1 is the softmax.
+        alpha: Of the normalisation; 1 is the softmax.
+        n: What is added to the denominator of the softmax.
 
     Returns:
         The output, (B, L, Ev).
     """
-    weights = forgotten.softmax(dim=-1) if alpha == 1.0 else normalising.normalise(forgotten, alpha)
+    if n > 0.0:
+        weights = normalising.softmax_n(forgotten, n)
+    elif alpha == 1.0:
+        weights = forgotten.softmax(dim=-1)
+    else:
+        weights = normalising.entmax(forgotten, alpha)
     if dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, dropout_p, True)
     weights = mask * weights
@@ -200,6 +206,7 @@ def above_threshold(
     scale: float,
     mu: float | None,
     bias: float | None,
+    n: float,
     eps: Tensor | None,
     dropped: Tensor | None,
 ) -> Tensor:
@@ -214,6 +221,7 @@ def above_threshold(
         scale: Factor of the scores.
         mu: The threshold without noise; None: the median of all scores.
         bias: What a forgotten score becomes; None: the threshold.
+        n: What is added to the denominator.
         eps: The noise that was added to the threshold, a scalar; None: none.
         dropped: What the weights are multiplied with by dropout, (B, L, S); None: none.
 
@@ -227,4 +235,4 @@ def above_threshold(
     forgotten, kept = forget(scores, threshold, bias, mu is None)
     if excluded is not None:
         forgotten, kept = exclude(forgotten, kept, excluded, -1)
-    return retrieve(forgotten, kept if dropped is None else kept * dropped, value, 0.0, 1.0)
+    return retrieve(forgotten, kept if dropped is None else kept * dropped, value, 0.0, 1.0, n)

@@ -93,8 +93,8 @@ class Triton(FusedBackend):
     def compute_threshold(self, call: Call, mu: float | None, bias: float | None, eps: Tensor | None) -> Tensor:
         """Compute a call; see :meth:`FusedBackend.compute_threshold`."""
         return attention(
-            call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias, eps,
-            call.enable_gqa,
+            call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias,
+            call.sep.n, eps, call.enable_gqa,
         )  # fmt: skip
 
 
@@ -108,6 +108,7 @@ def attention(
     scale: float | None,
     mu: float | None,
     bias: float | None,
+    n: float,
     eps: Tensor | None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -123,6 +124,7 @@ def attention(
         scale: Factor of the scores, None for ``E ** -0.5``.
         mu: The threshold without noise; None: the median of all scores.
         bias: What a forgotten score becomes; None: the threshold.
+        n: What is added to the denominator.
         eps: Noise that is added to the threshold, of one element; None: none.
         enable_gqa: Whether neighbouring heads of the query share a head of the key and value.
 
@@ -154,7 +156,7 @@ def attention(
     # Drawn where it is used, so that a CUDA graph draws anew at every replay.
     seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0 else None
     out, *_ = torch.ops.lwpf_patch.triton_attention(
-        query, key, value, mask, dropout_p, is_causal, factor, mu, bias, eps, seed
+        query, key, value, mask, dropout_p, is_causal, factor, mu, bias, n, eps, seed
     )
     return out.reshape(*lead, *out.shape[-2:])
 
@@ -210,9 +212,10 @@ class _Call(NamedTuple):
     def fold(self) -> bool:
         """Whether the kernels take the bare products of queries and keys for the scores; the unit has the factor.
 
-        Not with a constant threshold, where that could tell scores that are equal to it from it.
+        Not with a constant threshold, where that could tell scores that are equal to it from it; but 0 and -inf stay
+        what they are.
         """
-        plain = self.mu is None or (self.mu == 0 and self.noise is None)
+        plain = self.mu is None or (self.mu in (0, -math.inf) and self.noise is None)
         return plain and self.scale > 1e-30 and (self.mask is None or self.mask.dtype == torch.bool)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -379,6 +382,7 @@ def _forward(
     scale: float,
     mu: float | None,
     bias: float | None,
+    n: float,
     eps: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -399,8 +403,8 @@ def _forward(
             triton_kernels.forward_kernel, sizes[0] * sizes[1] * -(-sizes[3] // tile["ROWS"]),
             *tensors, centre, eps, seed, out, log_sum, rho,
             *_strides(*tensors[:3]), *call.mask_strides(), *_strides(out), *sizes[1:], scale, call.unit(),
-            *call.threshold(), (bias or 0.0) * LOG2_E, call.lowest(), *call.dropout(),
-            **call.flags(), CAUSAL=is_causal, SAME=call.same, COUNT=mu is None or not call.same, **tile,
+            *call.threshold(), (bias or 0.0) * LOG2_E, math.log2(n) if n > 0 else 0.0, call.lowest(), *call.dropout(),
+            **call.flags(), CAUSAL=is_causal, SAME=call.same, COUNT=mu is None or not call.same, ADDED=n > 0, **tile,
         )  # fmt: skip
     return out, log_sum, rho, centre, ties
 
@@ -424,7 +428,7 @@ def _on(device: torch.device) -> Any:
 
 
 @_forward.register_fake
-def _(query, key, value, mask, dropout_p, is_causal, scale, mu, bias, eps, seed):  # type: ignore[no-untyped-def]
+def _(query, key, value, mask, dropout_p, is_causal, scale, mu, bias, n, eps, seed):  # type: ignore[no-untyped-def]
     return _results(query, value, mu, bias)
 
 
@@ -512,9 +516,9 @@ def _(grad, query, key, value, mask, *rest):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, mask, dropout_p, is_causal, scale, mu, bias, eps, seed = inputs
+    query, key, value, mask, dropout_p, is_causal, scale, mu, bias, n, eps, seed = inputs
     ctx.save_for_backward(query, key, value, mask, eps, seed, *output)
-    ctx.options = (dropout_p, is_causal, scale, mu, bias)
+    ctx.options, ctx.n = (dropout_p, is_causal, scale, mu, bias), n
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
 
 
@@ -522,7 +526,7 @@ def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     if transforms.recompute(grad):
         return _gradients_again(ctx, grad)
     grads = torch.ops.lwpf_patch.triton_attention_backward(grad, *ctx.saved_tensors, *ctx.options, ctx.mask_needs_grad)
-    return *grads[:3], grads[3] if ctx.mask_needs_grad else None, None, None, None, None, None, None, None
+    return *grads[:3], grads[3] if ctx.mask_needs_grad else None, *[None] * 8
 
 
 def _gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -537,11 +541,11 @@ def _gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if key.shape[1] != heads:
             key, value = repeat_heads(query, key), repeat_heads(query, value)
         return eager_form.above_threshold(
-            query, key, value, mask, is_causal, scale, mu, bias, eps, dropped
+            query, key, value, mask, is_causal, scale, mu, bias, ctx.n, eps, dropped
         ).to(dtype)  # fmt: skip
 
     *grads, grad_mask = transforms.gradients(attend, (query, key, value, mask), ctx.needs_input_grad[:4], grad)
-    return *grads, grad_mask, None, None, None, None, None, None, None
+    return *grads, grad_mask, *[None] * 8
 
 
 @torch.no_grad()
@@ -555,7 +559,7 @@ def _dropout(query: Tensor, key: Tensor, dropout_p: float, seed: Tensor) -> Tens
     same, alike = query.new_zeros(batches, heads, length, 16), key.new_zeros(batches, heads, count, 16)
     unit = torch.eye(count, dtype=query.dtype, device=query.device).expand(batches, heads, count, count)
     kept = [
-        _forward(same, alike, part, None, dropout_p, False, 1.0, -1.0, 0.0, None, seed)[0] > 0
+        _forward(same, alike, part, None, dropout_p, False, 1.0, -1.0, 0.0, 0.0, None, seed)[0] > 0
         for part in torch.split(unit, WIDEST, -1)
     ]
     made = torch.cat(kept, -1) if kept else query.new_zeros(batches, heads, length, count)

@@ -235,9 +235,9 @@ def forward_kernel(
     stride_value_batch, stride_value_head, stride_value_row,
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
     stride_out_batch, stride_out_head, stride_out_row,
-    heads, group, length, count, scale, unit, mu, noise_unit, bias, lowest, dropout_p, keep_factor,
+    heads, group, length, count, scale, unit, mu, noise_unit, bias, log_n, lowest, dropout_p, keep_factor,
     FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
-    SAME: tl.constexpr, COUNT: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
+    SAME: tl.constexpr, COUNT: tl.constexpr, ADDED: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -245,7 +245,7 @@ def forward_kernel(
 
     SAME says that a forgotten score becomes the threshold. Then the forgotten keys are added to the denominator as they
     come. Elsewhere, and where rho is wanted because the threshold has a gradient, they are counted (COUNT) and added
-    last.
+    last. So is n of softmax_n, where there is one (ADDED); ``log_n`` is its logarithm to the base of 2.
     """
     tiles = tl.cdiv(length, ROWS)
     head = tl.program_id(0) // tiles
@@ -302,10 +302,19 @@ def forward_kernel(
         total = total * shrink + weight
         outs = outs * shrink[:, None]
         shift = raised
-        if SAME:
-            tl.store(rho + place, weight / tl.where(total == 0, 1.0, total), mask=rows < length)
     empty = total == 0  # no key is left: the row gives 0
-    outs = outs / tl.where(empty, 1.0, total)[:, None]
+    if ADDED:
+        raised = tl.maximum(shift, log_n)
+        shrink = tl.exp2(shift - raised)
+        total = total * shrink + tl.exp2(log_n - raised)
+        outs = outs * shrink[:, None]
+        if COUNT:
+            weight = weight * shrink
+        shift = raised
+    divisor = tl.where(empty, 1.0, total)
+    if COUNT and SAME:
+        tl.store(rho + place, weight / divisor, mask=rows < length)
+    outs = outs / divisor[:, None]
     relevant = tl.where(empty, 0.0, threshold)
     outs = tl.where((relevant == relevant)[:, None], outs, float("nan"))
     tl.store(log_sum + place, tl.where(empty, float("inf"), shift + tl.log2(total)), mask=rows < length)

@@ -1,8 +1,11 @@
 """Plain attention under a patched host."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..backends import Threshold
 from .base import FuncD
 
 
@@ -16,6 +19,10 @@ class NoForgetting(FuncD):
     def forget(self, scores: Tensor, excluded: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
         """Return the scores, all kept."""
         return scores, torch.ones_like(scores, dtype=torch.bool)
+
+    def threshold(self) -> Threshold | None:
+        """Return a threshold that every score is above, for normalisations other than the softmax."""
+        return Threshold(-math.inf, None, 0.0)
 
     def forward(self, scores: Tensor, training: bool | None = None, dim: int = -1) -> tuple[Tensor, Tensor]:
         """Return the very scores, and a mask of one element that keeps everything."""

@@ -31,8 +31,8 @@ def retrieve(
         query: The states to start from: (*N, d), any number of dimensions; for many memories (*B, *N, d).
         beta: β, the inverse temperature: a number above 0.
         steps: How many updates to make.
-        sep: ``"softmax"``, ``"sparsemax"``, ``"entmax15"``, or alpha from 1 to 2. Others than the softmax need the
-            package ``entmax``.
+        sep: The normalisation, as for :func:`lwpf_patch.lwpf_attention`: ``"softmax"``, ``"softmax_n:n=1"``,
+            ``"sparsemax"``, ``"entmax15"``, or alpha from 1 to 2; the last three need the package ``entmax``.
         feature_map: Φ, for example a :class:`lwpf_patch.FeatureMap`; None: the identity. It is given the memory, and
             states of shape (*B, n, d).
 
@@ -48,7 +48,7 @@ def retrieve(
         >>> lwpf_patch.retrieve(torch.eye(3), torch.tensor([0.6, 0.5, 0.1]), beta=100.0)
         tensor([9.9995e-01, 4.5398e-05, 1.9285e-22])
     """
-    alpha = parse_sep(sep, "retrieve(sep=...)")
+    normalisation = parse_sep(sep, "retrieve(sep=...)")
     if feature_map is not None and not callable(feature_map):
         raise SettingsError(
             f"feature_map={shown(feature_map)} (from retrieve(feature_map=...)): feature_map must be callable, or None"
@@ -64,7 +64,7 @@ def retrieve(
     keys = memory if feature_map is None else feature_map(memory)
     for _ in range(steps):
         mapped = state if feature_map is None else feature_map(state)
-        state = normalise(beta * (mapped @ keys.mT), alpha) @ memory
+        state = normalise(beta * (mapped @ keys.mT), normalisation) @ memory
     return state.reshape(query.shape).to(query.dtype)
 
 

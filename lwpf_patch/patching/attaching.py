@@ -22,7 +22,8 @@ from .. import reporting
 from ..errors import ConflictError, SettingsError
 from ..hosts import Host
 from ..rewriting import Site
-from ..settings import Settings, UHop
+from ..settings import Settings
+from ..specs import UHop
 from . import frames
 from .owners import Owners, match, names_in_construction
 

@@ -18,6 +18,7 @@ from ..hosts import HOSTS, Host
 from ..hosts.shims import AppliedShim
 from ..rewriting import Site
 from ..settings import Settings
+from ..specs import FuncDSpec
 from . import exit_report, frames, importing
 from .attaching import Makers, detach, func_d_prototype, living
 from .owners import Owners
@@ -36,7 +37,7 @@ def request(name: str, settings: Settings) -> None:
     """
     host = HOSTS[name]
     host.selected(settings)
-    if not isinstance(settings.func_d, str) or "torch" in sys.modules:
+    if not isinstance(settings.func_d, FuncDSpec) or "torch" in sys.modules:
         func_d_prototype(host, settings)  # raises for a wrong one
     with TRANSITIONS:
         before = PATCHED.get(name)

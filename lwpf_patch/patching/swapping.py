@@ -31,6 +31,8 @@ class PatchedSite:
         original: The code that stands there unpatched.
         patched: The patched code.
         known: Whether its syntax tree is one that is known to be right to edit.
+        file: The source file.
+        hash: The hash of its syntax tree.
     """
 
     site: Site
@@ -39,6 +41,8 @@ class PatchedSite:
     original: CodeType
     patched: CodeType
     known: bool
+    file: str
+    hash: str
 
     def put(self) -> None:
         """Put the patched code into the function."""
@@ -88,7 +92,8 @@ def locate(module: ModuleType, sites: list[Site], uhop: bool = False, earlier: b
             if live is None or live != original or len(live.co_freevars) != len(new.co_freevars):
                 raise ConflictError(_conflict(site, path, function, place is owner and function is places[0][1]))
             patched = function.__code__ if function.__code__ == new else new
-            found.append(PatchedSite(site, place, function, live, patched, site not in plan.unknown))
+            known, digest = site not in plan.unknown, plan.hashes[site.qualname]
+            found.append(PatchedSite(site, place, function, live, patched, known, path, digest))
     return found
 
 

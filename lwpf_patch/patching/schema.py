@@ -1,0 +1,122 @@
+"""The schema of what ``status()`` returns, and of what ``lwpf status --json`` prints of a host, for what they share."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from ..hosts.shims import Shim
+from ..rewriting import Site
+from ..settings import SettingsStatus
+
+
+class SiteStatus(TypedDict):
+    """A site of a host: one that is patched, or would be.
+
+    Attributes:
+        name: Its name, such as ``"timm.layers.attention.Attention"``.
+        function: The qualified name of the function.
+        file: The source file.
+        hash: The hash of the function's syntax tree.
+        known: The versions of the host that have this very function, in words; None: it has not been tested with.
+    """
+
+    name: str
+    function: str
+    file: str
+    hash: str
+    known: str | None
+
+
+class ShimStatus(TypedDict):
+    """A compatibility shim of a host.
+
+    Attributes:
+        name: Its name.
+        why: What it mends.
+        needed: Whether this environment needs it.
+    """
+
+    name: str
+    why: str
+    needed: bool
+
+
+class AppliedShimStatus(ShimStatus):
+    """A shim of a host that is patched.
+
+    Attributes:
+        state: ``"applied"``, ``"waiting for its import"``, ``"not needed"`` or ``"refused"``.
+    """
+
+    state: str
+
+
+class FeatureMapsStatus(TypedDict):
+    """The feature maps of U-Hop that live.
+
+    Attributes:
+        modules: How many there are.
+        separated: How many of them have been through Stage I.
+    """
+
+    modules: int
+    separated: int
+
+
+class HostDescription(TypedDict, total=False):
+    """What ``status()`` and ``lwpf status --json`` both tell of a host, as far as it applies.
+
+    Attributes:
+        installed: Whether Python finds it.
+        version: Its version, or ``"unknown"``.
+        problem: Why it cannot be patched, if it cannot.
+        sites: What is patched of it (``status()``), or would be (``lwpf status``).
+    """
+
+    installed: bool
+    version: str
+    problem: str
+    sites: list[SiteStatus]
+
+
+class HostStatus(HostDescription, total=False):
+    """What ``status()`` tells of a host.
+
+    Attributes:
+        state: ``"not installed"``, ``"off"``, ``"waiting for its import"`` or ``"patched"``.
+        called: Whether a patched forward was ever called.
+        backends: The backends that have computed, each with the reasons for it.
+        modules: How many attention modules live that are patched.
+        feature_maps: The feature maps; None without U-Hop.
+        settings: How it is patched.
+        shims: Its compatibility shims.
+    """
+
+    state: str
+    called: bool
+    backends: dict[str, list[str]]
+    modules: int
+    feature_maps: FeatureMapsStatus | None
+    settings: SettingsStatus
+    shims: list[AppliedShimStatus]
+
+
+class Status(TypedDict):
+    """What ``status()`` returns.
+
+    Attributes:
+        hosts: The hosts, by name.
+    """
+
+    hosts: dict[str, HostStatus]
+
+
+def describe_site(site: Site, file: str, digest: str) -> SiteStatus:
+    """Return what there is to tell of a site, whose function has a certain hash."""
+    known = site.known.get(digest)
+    return {"name": site.name, "function": site.qualname, "file": file, "hash": digest, "known": known}
+
+
+def describe_shim(shim: Shim) -> ShimStatus:
+    """Return what there is to tell of a shim."""
+    return {"name": shim.name, "why": shim.why, "needed": shim.is_needed()}

@@ -21,7 +21,7 @@ _EXPORTS = {
     "uhop.retrieval": ("retrieve",),
     "forgetting": ("FuncD", "NoForgetting", "PFU", "ReLU", "Threshold"),
     "uhop.separation": ("FeatureMap", "separation_loss"),
-    "settings": ("register_func_d",),
+    "specs": ("UHop", "register_func_d"),
     "hosts": ("register_host",),
     "errors": (
         "ConflictError",
@@ -63,7 +63,8 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .patching.registry import patched as patched
     from .patching.registry import revert as revert
     from .patching.registry import status as status
-    from .settings import register_func_d as register_func_d
+    from .specs import UHop as UHop
+    from .specs import register_func_d as register_func_d
     from .uhop.retrieval import retrieve as retrieve
     from .uhop.separation import FeatureMap as FeatureMap
     from .uhop.separation import separation_loss as separation_loss

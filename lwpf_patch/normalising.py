@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import transforms
 from .errors import SettingsError
-from .settings import Sep
+from .specs import Sep
 
 
 def softmax_n(scores: Tensor, n: float) -> Tensor:

@@ -1,508 +1,258 @@
-"""What the user asked for: one strict parser for ``apply()``, the environment and the command line.
+"""What the user asks for. Each setting is declared once, as a field of :class:`Settings`.
 
-Nothing here imports torch, so that a start-up hook can check a request before anything heavy is loaded.
+The variable ``LWPF_...``, the option of ``lwpf run``, what ``status()`` and ``lwpf status`` show and the table in
+docs/settings.md follow from the declaration. The signatures of ``apply`` and ``patch_model`` are spelled out for those
+who read them, and tests compare them with it. Nothing here imports torch, so that a start-up hook can check a request
+before anything heavy is loaded.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
 
+from .attached import Attached
 from .errors import SettingsError, shown, unknown_value
+from .options import FLAGS, check_name, read_flag, texts
+from .specs import FUNC_D_OPTIONS, FuncDSpec, UHop, parse_uhop, read_func_d
 
 MASKINGS = ("exclude", "paper")
 BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
-
-PATCH_VARIABLE = "LWPF_PATCH"
-#: The environment variable of each setting.
-VARIABLES = {
-    "func_d": "LWPF_FUNC_D",
-    "masking": "LWPF_MASKING",
-    "backend": "LWPF_BACKEND",
-    "include": "LWPF_INCLUDE",
-    "exclude": "LWPF_EXCLUDE",
-    "exclude_models": "LWPF_EXCLUDE_MODELS",
-    "uhop": "LWPF_UHOP",
-    "compat": "LWPF_COMPAT",
-}
+#: What holds where neither the user nor the func_d says anything else.
+DEFAULTS = {"masking": "exclude", "backend": "auto"}
 #: What becomes of a model that was pickled with its host patched, where that is not patched.
-UNPICKLE_VARIABLE = "LWPF_UNPICKLE"
-UNPICKLE = ("error", "patch")
+UNPICKLINGS = ("error", "patch")
 #: Variables with our prefix that mean something elsewhere (the test suite).
 OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
 
-
-#: The largest number that is computed with: float32 ends at 3.4e38, and the differences of two are taken.
-LARGEST = 1e38
-#: The largest one that is squared.
-LARGEST_SQUARED = 1e18
-#: The largest factor of squared distances in an exponent, whose rounding errors it multiplies.
-LARGEST_EXPONENT = 1e6
-#: The largest count: more do not fit into the numbers that PyTorch counts with.
-LARGEST_COUNT = 2**63 - 1
-
-FLAGS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+#: What users may give as hosts, and as patterns: one, several, or text with commas.
+HostNames: TypeAlias = str | Iterable[str]
+Patterns: TypeAlias = str | Iterable[str]
 
 
-def read_number(value: object) -> float:
-    """Read a number: one of Python's, NumPy's or PyTorch's, or text as Python writes it, in ASCII.
+# --- declarations ---------------------------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: It is none, such as ``True``, bytes, ``"1_0"``, digits of other scripts, or more than a float holds.
+
+def variable_of(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"LWPF_{name.upper()}"
+
+
+def flag_of(name: str) -> str:
+    """Return the option of ``lwpf run`` of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Setting(NamedTuple):
+    """The declaration of a setting.
+
+    Attributes:
+        name: Its name, which is that of the parameter of ``apply``.
+        read: Reads a value, text or object. Called with the value, and with where it came from for error messages.
+        metavar: What stands for a value in the help text of ``lwpf run``.
+        help: What it does and its default, in words.
+        default: The default of the parameter, in Python.
+        in_patch_model: Whether ``patch_model`` takes it.
     """
-    if isinstance(value, float):
-        return float(value)
-    text = _ascii(value)
-    number = float(text)
-    if math.isinf(number) and "inf" not in text.lower():
-        raise ValueError(text)
-    return number
+
+    name: str
+    read: Callable[[Any, str], Any]
+    metavar: str
+    help: str
+    default: Any = None
+    in_patch_model: bool = True
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return variable_of(self.name)
+
+    @property
+    def flag(self) -> str:
+        """The option of ``lwpf run``."""
+        return flag_of(self.name)
 
 
-def read_count(value: object) -> int:
-    """Read a whole number, given as for :func:`read_number`.
-
-    Raises:
-        ValueError: It is none.
-    """
-    return int(_ascii(value))
+def _declaration(read: Callable[[Any, str], Any], metavar: str, help: str, **more: Any) -> dict[str, Setting]:
+    """Declare a setting, as the metadata of a field of :class:`Settings`; the field's name is the setting's."""
+    return {"setting": Setting("", read, metavar, help, **more)}
 
 
-def read_flag(value: object) -> bool:
-    """Read a boolean: one of Python's, or one of the words for it.
-
-    Raises:
-        ValueError: It is none.
-    """
-    if isinstance(value, bool):
-        return value
-    word = value.strip().lower() if isinstance(value, str) else ""
-    if word not in FLAGS:
-        raise ValueError(word)
-    return FLAGS[word]
+def _func_d(value: Any, origin: str) -> FuncDSpec | Callable[..., Any] | None:
+    return None if value is None else read_func_d(value, origin)
 
 
-def _text(value: object) -> str:
-    """Return a value as text: what is no text already is written as Python writes it."""
-    if isinstance(value, str):
-        return value.strip()
+def _word(name: str, allowed: tuple[str, ...], value: Any, origin: str) -> str | None:
+    return None if value is None else check_name(name, value, origin, allowed)
+
+
+def _flag(name: str, value: Any, origin: str) -> bool:
     try:
-        return f"{value}"
-    except Exception as error:  # whatever an object's own code raises
-        raise ValueError from error
+        return read_flag(value)
+    except ValueError:
+        raise unknown_value(name, value, origin, FLAGS) from None
 
 
-def _ascii(value: object) -> str:
-    """Return how a number is written, without what float() and int() would take besides."""
-    text = _text(value)
-    if not text.isascii() or "_" in text:
-        raise ValueError(text)
-    return text
+def _patterns(name: str, default: tuple[str, ...], value: Any, origin: str) -> tuple[str, ...]:
+    patterns = default if value is None else texts(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise SettingsError(f"{name} {shown(pattern)} (from {origin}) is not text: pass glob patterns")
+    return patterns
 
 
-class Option(NamedTuple):
-    """An option that takes a number, or one of some words.
-
-    Attributes:
-        words: The words that it takes.
-        minimum: The least number that it takes; None: it takes no number.
-        maximum: The largest number that it takes.
-        whole: Whether a number must be a whole one.
-        exclusive: Whether a number must be above the minimum.
-    """
-
-    words: tuple[str, ...] = ()
-    minimum: float | None = -LARGEST
-    maximum: float = LARGEST
-    whole: bool = False
-    exclusive: bool = False
-
-    def expected(self) -> str:
-        """Describes the values that it takes."""
-        values = [repr(word) for word in self.words]
-        if self.minimum is not None:
-            number = "a whole number" if self.whole else "a number"
-            if self.minimum == -self.maximum:
-                number += f" from {self.minimum:g} to {self.maximum:g}"
-            else:
-                number += f" {'above' if self.exclusive else 'of at least'} {self.minimum:g}"
-                number += f" and at most {self.maximum:g}" if self.maximum < LARGEST_COUNT else ""
-            values.insert(0, number)
-        return " or ".join(values)
-
-    def read(self, value: object) -> float | str:
-        """Reads a value, given as text or as such.
-
-        Raises:
-            ValueError: It does not take this one.
-        """
-        word = _text(value)
-        if word in self.words:
-            return word
-        if self.minimum is None:
-            raise ValueError(word)
-        number: float = read_count(value) if self.whole else read_number(value)
-        if f"{number}" in self.words:  # such as -inf
-            return number
-        if not self.minimum <= number <= self.maximum or (self.exclusive and number == self.minimum):
-            raise ValueError(word)
-        return number
-
-    def read_from(self, value: object, name: str, place: str) -> Any:
-        """Reads a value as :meth:`read` does.
-
-        Args:
-            value: The value.
-            name: The option's name.
-            place: Where it came from, for the error message.
-
-        Raises:
-            SettingsError: It does not take this one.
-        """
-        try:
-            return self.read(value)
-        except ValueError:
-            raise SettingsError(f"{name}={shown(value)}{place}: {name} must be {self.expected()}") from None
-
-    def read_argument(self, value: object, name: str, function: str) -> Any:
-        """Reads an argument of a function in Python, which takes no text for a number; see :meth:`read_from`."""
-        place = f" (from {function}({name}=...))"
-        if isinstance(value, str) and value not in self.words:
-            raise SettingsError(f"{name}={value!r}{place}: {name} must be {self.expected()}")
-        return self.read_from(value, name, place)
-
-
-_EMPTY = Option(("zero", "plain"), minimum=None)
-#: The built-in forgetting functions, each with its options.
-FUNC_D_OPTIONS: dict[str, dict[str, Option]] = {
-    "relu": {"empty": _EMPTY},
-    "pfu": {
-        "mu": Option(("dmedian", "-inf")),
-        "bias": Option(("mu",)),  # not -inf: a row that forgets everything would have no weight to divide by
-        "sigma": Option(minimum=0, maximum=LARGEST_SQUARED),
-        "empty": _EMPTY,
-    },
-    "none": {},
-}
-_factories: dict[str, Callable[..., Any]] = {}
-
-
-def register_func_d(name: str, factory: Callable[..., Any]) -> None:
-    """Makes a forgetting function of your own known by name, for use as text: ``"name:option=value,..."``.
-
-    Args:
-        name: The name, a Python identifier that is not taken.
-        factory: Called with the options as keyword arguments (numbers as ``float``, anything else as ``str``). Returns
-            a func_d: a :class:`lwpf_patch.FuncD`, or any callable that maps scores ``s`` to ``(D(s), D'(s))``.
-
-    Raises:
-        SettingsError: The name is taken by another factory or is no identifier, or the factory cannot be called.
-    """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise SettingsError(f"register_func_d: the name {shown(name)} is not a Python identifier")
-    if not callable(factory):
-        raise SettingsError(f"register_func_d({name!r}): the factory {shown(factory)} is not callable")
-    if name in FUNC_D_OPTIONS or _factories.get(name, factory) is not factory:
-        raise SettingsError(f"register_func_d: the name {name!r} is taken; choose another one")
-    _factories[name] = factory
-
-
-def func_d_factory(name: str) -> Callable[..., Any] | None:
-    """Returns the factory registered under a name, None for a built-in one."""
-    return _factories.get(name)
-
-
-def parse_func_d(text: str, origin: str = "func_d") -> tuple[str, dict[str, float | str]]:
-    """Reads the text form of a func_d, such as ``"relu"`` or ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``.
-
-    Args:
-        text: The text.
-        origin: Where it came from, for the error messages.
-
-    Returns:
-        The name and its options.
-
-    Raises:
-        SettingsError: An unknown name or option, or a value that the option does not take.
-    """
-    name, colon, rest = text.strip().partition(":")
-    name = name.strip()
-    if name not in FUNC_D_OPTIONS and name not in _factories:
-        raise unknown_value("func_d", name, origin, [*FUNC_D_OPTIONS, *_factories])
-    if colon and not rest.strip():
-        raise SettingsError(
-            f"{text!r} (from {origin}): no option follows the colon; write {name!r} or 'name:option=value'"
-        )
-    pairs = _pairs(rest, text, origin)
-    return name, {option: _read_option(name, option, value, text, origin) for option, value in pairs.items()}
-
-
-def _pairs(rest: str, text: str, origin: str) -> dict[str, str]:
-    """Reads ``option=value,option=value``, which is the rest of a text."""
-    pairs: dict[str, str] = {}
-    for item in rest.split(",") if rest.strip() else ():
-        option, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not option or not value:
-            raise SettingsError(f"{item!r} in {text!r} (from {origin}) is not of the form option=value")
-        if option in pairs:
-            raise SettingsError(f"option {option!r} stands twice in {text!r} (from {origin})")
-        pairs[option] = value
-    return pairs
-
-
-class Sep(NamedTuple):
-    """A normalisation of the scores: alpha-entmax, or a softmax with a number added to its denominator.
-
-    Attributes:
-        alpha: Of alpha-entmax: from 1, the softmax, to 2, the sparsemax.
-        n: What is added to the denominator of the softmax, not negative; 0 where alpha is above 1.
-    """
-
-    alpha: float = 1.0
-    n: float = 0.0
-
-
-#: The normalisations that have a name.
-SEPS = {"softmax": Sep(), "entmax15": Sep(1.5), "sparsemax": Sep(2.0), "softmax_n": Sep(n=1.0)}
-#: The options of each that has any.
-SEP_OPTIONS = {"softmax_n": {"n": Option(minimum=0)}}
-
-
-def parse_sep(sep: Any, origin: str = "sep") -> Sep:
-    """Read what the user gave as ``sep``, the normalisation of the scores.
-
-    Args:
-        sep: ``"softmax"``, ``"entmax15"``, ``"sparsemax"``, alpha itself, from 1 (softmax) to 2 (sparsemax), or
-            ``"softmax_n:n=1"``, where n is 1 if it is left out.
-        origin: Where it came from, for the error messages.
-
-    Returns:
-        The normalisation.
+def read_unpickle(value: str, origin: str) -> str:
+    """Read what shall become of a pickled model that needs a patch: ``"error"`` (default), or ``"patch"``.
 
     Raises:
         SettingsError: It is none of these.
     """
-    name, colon, rest = sep.partition(":") if isinstance(sep, str) else ("", "", "")
-    name = name.strip()
-    if name in SEPS and colon:
-        return SEPS[name]._replace(**_sep_options(name, rest, sep, origin))
-    if name in SEPS:
-        return SEPS[name]
-    try:
-        alpha = read_number(sep)
-    except ValueError:
-        raise unknown_value("sep", sep, origin, [*SEPS, "a number from 1 to 2"]) from None
-    if not 1.0 <= alpha <= 2.0:
-        raise SettingsError(
-            f"sep {shown(sep)} (from {origin}): alpha must be a number from 1 (softmax) to 2 (sparsemax)"
-        )
-    return Sep(alpha)
+    return check_name("way to unpickle", value.strip() or "error", origin, UNPICKLINGS)
 
 
-def _sep_options(name: str, rest: str, text: str, origin: str) -> dict[str, Any]:
-    """Read the options behind the colon of a normalisation's text form."""
-    known = SEP_OPTIONS.get(name)
-    if known is None:
-        raise SettingsError(f"sep {text!r} (from {origin}): {name!r} takes no options")
-    if not rest.strip():
-        raise SettingsError(
-            f"sep {text!r} (from {origin}): no option follows the colon; write {name!r}, or '{name}:n=1'"
-        )
-    pairs = _pairs(rest, text, origin)
-    return {option: _read_known_option(name, known, option, value, text, origin) for option, value in pairs.items()}
+#: The hosts to patch. What hosts there are, :func:`check_hosts` is told.
+PATCH = Setting(
+    "patch",
+    lambda value, origin: texts(value),
+    "HOSTS",
+    "hosts to patch, separated by commas; lwpf run without it patches timm",
+    in_patch_model=False,
+)
+#: What becomes of pickled models; a variable and an option of lwpf run alone.
+UNPICKLE = Setting(
+    "unpickle",
+    read_unpickle,
+    "|".join(UNPICKLINGS),
+    "what becomes of a pickled model whose host was patched and is not patched here: an error, or the host is patched "
+    "as the model says (default: error)",
+    in_patch_model=False,
+)
 
 
-def _read_option(name: str, option: str, value: str, text: str, origin: str) -> float | str:
-    if name in _factories:
-        _check_factory_option(name, option, origin)
-        try:
-            return read_number(value)
-        except ValueError:
-            return value
-    known = FUNC_D_OPTIONS[name]
-    if not known:
-        raise SettingsError(f"option {option!r} in {text!r} (from {origin}): {name!r} takes no options")
-    return _read_known_option(name, known, option, value, text, origin)
+class SettingsStatus(TypedDict):
+    """Settings as plain data: what ``status()`` and ``lwpf status --json`` tell."""
+
+    func_d: str
+    masking: str
+    backend: str
+    uhop: str | None
+    include: list[str]
+    exclude: list[str]
+    exclude_models: list[str]
+    compat: bool
 
 
-def _read_known_option(
-    name: str, known: Mapping[str, Option], option: str, value: str, text: str, origin: str
-) -> float | str:
-    if option not in known:
-        raise unknown_value(f"option of {name}", option, origin, known)
-    return known[option].read_from(value, option, f" in {text!r} (from {origin})")
-
-
-def _check_factory_option(name: str, option: str, origin: str) -> None:
-    try:
-        parameters = inspect.signature(_factories[name]).parameters.values()
-    except (TypeError, ValueError):
-        return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    allowed = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if option not in allowed:
-        raise unknown_value(f"option of {name}", option, origin, allowed)
-
-
-UHOP_OPTIONS = {
-    "iters": Option(minimum=1, maximum=LARGEST_COUNT, whole=True),
-    "t": Option(minimum=0, maximum=LARGEST_EXPONENT, exclusive=True),
-    "lr": Option(minimum=0, maximum=LARGEST_SQUARED, exclusive=True),
-    "loss": Option(("average", "maximum"), minimum=None),
-    "samples": Option(minimum=2, maximum=LARGEST_COUNT, whole=True),
-    "every": Option(minimum=1, maximum=LARGEST_COUNT, whole=True),
-    "until": Option(minimum=1, maximum=LARGEST_COUNT, whole=True),
-    "train": Option(("true", "false"), minimum=None),
-}
-
-
-@dataclass(frozen=True)
-class UHop:
-    """U-Hop's Stage I in training: when it runs, and how (Wu et al., ICML 2024).
-
-    Attributes:
-        iters: The steps of gradient descent of one Stage I.
-        t: How fast a pair of patterns counts for less with its distance.
-        lr: The rate of the descent.
-        loss: ``"average"`` or ``"maximum"``; see :func:`lwpf_patch.separation_loss`.
-        samples: How many keys of a batch Stage I separates, for each layer and head.
-        every: Stage I runs again every so many steps of the optimizer; 0: once, after the first.
-        until: The last step after which it may run again.
-        train: Whether the task's loss trains the feature map after Stage I.
-    """
-
-    iters: int = 100
-    t: float = 2.0
-    lr: float = 0.1
-    loss: str = "average"
-    samples: int = 256
-    every: int = 0
-    until: int = 0
-    train: bool = True
-
-    def __str__(self) -> str:
-        again = f",every={self.every},until={self.until}" if self.every else ""
-        return (
-            f"iters={self.iters},t={self.t:g},lr={self.lr:g},loss={self.loss},samples={self.samples}{again},"
-            f"train={str(self.train).lower()}"
-        )
-
-    def is_due(self, step: int) -> bool:
-        """Returns whether Stage I runs after a step of the optimizer, the first of which is 1."""
-        return step == 1 or (1 < step <= self.last and (step - 1) % self.every == 0)
-
-    @property
-    def last(self) -> int:
-        """The step after which Stage I runs for the last time."""
-        return 1 + (self.until - 1) // self.every * self.every if self.every and self.until else 1
-
-
-def parse_uhop(value: Any, origin: str = "uhop") -> UHop | None:
-    """Reads what the user gave as ``uhop``.
-
-    Args:
-        value: Text such as ``"iters=100,t=2,lr=0.1"``, ``"on"`` (or True) for the defaults, ``"off"`` (or False, None)
-            for no U-Hop, or a :class:`UHop`.
-        origin: Where it came from, for the error messages.
-
-    Returns:
-        What was asked for; None: no U-Hop.
-
-    Raises:
-        SettingsError: An unknown option, or a value that the option does not take.
-    """
-    if value is None or isinstance(value, UHop):
-        return value
-    if isinstance(value, bool):
-        return UHop() if value else None
-    if not isinstance(value, str):
-        raise SettingsError(f"uhop {shown(value)} (from {origin}) is not text: write 'iters=100,t=2,lr=0.1', or 'on'")
-    text = value.strip()
-    if "=" not in text:
-        try:
-            return UHop() if text and read_flag(text) else None
-        except ValueError:
-            raise SettingsError(
-                f"uhop {text!r} (from {origin}): write 'on', 'off', or options as in 'iters=100,t=2,lr=0.1'"
-            ) from None
-    pairs = _pairs(text, text, origin)
-    options: dict[str, Any] = {
-        option: _read_known_option("uhop", UHOP_OPTIONS, option, given, text, origin) for option, given in pairs.items()
-    }
-    if "train" in options:
-        options["train"] = read_flag(options["train"])
-    if "until" in options and "every" not in options:
-        raise SettingsError(f"until={options['until']} in {text!r} (from {origin}) needs every=, how often until then")
-    if "every" in options:
-        options.setdefault("until", 10 * options["every"])  # the official bilevel code: each of the first ten epochs
-    return UHop(**options)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Settings:
     """How the sites of a host are patched.
 
+    Args:
+        origin: Says where a setting came from, for error messages, by its name.
+        **given: Settings, as text or as objects; the others have their defaults.
+
     Attributes:
-        func_d: The forgetting function: its text form, or an object. None: ReLU, or ``"none"`` with U-Hop.
-        uhop: U-Hop's Stage I, in its text form; None: no U-Hop.
+        func_d: The forgetting function: what its text says, or an object.
         masking: ``"exclude"`` keeps keys hidden by a mask out of everything; ``"paper"`` is the official recipe.
         backend: Which implementation of the operator computes.
+        uhop: U-Hop's Stage I; None: no U-Hop.
         include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
         exclude: Glob patterns over the names of the sites to be left alone.
-        compat: Whether to mend what a current environment breaks in a host; as text ``"1"`` or ``"0"``.
         exclude_models: Glob patterns over the names of models whose attention stays plain.
+        compat: Whether to mend what a current environment breaks in a host.
+
+    Raises:
+        SettingsError: A value that is not allowed.
     """
 
-    func_d: Any = None
-    masking: str = "exclude"
-    backend: str = "auto"
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    compat: bool = True
-    uhop: Any = None
-    exclude_models: tuple[str, ...] = ()
-    origin: Callable[[str], str] = field(default="apply({}=...)".format, compare=False, repr=False)
+    func_d: FuncDSpec | Callable[..., Any] = field(
+        metadata=_declaration(
+            _func_d,
+            "FUNC_D",
+            f"forgetting function: {', '.join(FUNC_D_OPTIONS)}, with options as in pfu:mu=dmedian,bias=mu,sigma=0.01 "
+            "(default: relu, or none with U-Hop)",
+        )
+    )
+    masking: str = field(
+        metadata=_declaration(
+            partial(_word, "masking", MASKINGS),
+            "|".join(MASKINGS),
+            "whether keys hidden by a mask are kept out of everything, or are as in the official code "
+            f"(default: {DEFAULTS['masking']})",
+        )
+    )
+    backend: str = field(
+        metadata=_declaration(
+            partial(_word, "backend", BACKENDS),
+            "BACKEND",
+            f"which implementation computes: {', '.join(BACKENDS)} (default: {DEFAULTS['backend']})",
+        )
+    )
+    uhop: UHop | None = field(
+        metadata=_declaration(
+            parse_uhop,
+            "on|off|OPTIONS",
+            "U-Hop's feature map in each attention module, and Stage I after the first step of the optimizer, with "
+            "options as in iters=100,t=2,lr=0.1 (default: off)",
+        )
+    )
+    include: tuple[str, ...] = field(
+        metadata=_declaration(
+            partial(_patterns, "include", ("*",)),
+            "GLOBS",
+            "patch only sites that match one of these glob patterns (default: all)",
+        )
+    )
+    exclude: tuple[str, ...] = field(
+        metadata=_declaration(
+            partial(_patterns, "exclude", ()),
+            "GLOBS",
+            "leave alone sites that match one of these glob patterns (default: none)",
+        )
+    )
+    exclude_models: tuple[str, ...] = field(
+        metadata=_declaration(
+            partial(_patterns, "exclude_models", ()),
+            "GLOBS",
+            "leave alone models, such as a distillation teacher, whose class or timm name matches one of these glob "
+            "patterns (default: none)",
+            in_patch_model=False,
+        )
+    )
+    compat: bool = field(
+        metadata=_declaration(
+            partial(_flag, "compat"),
+            "on|off",
+            "whether to mend what a current environment breaks in a host (default: on)",
+            default=True,
+            in_patch_model=False,
+        )
+    )
+    origin: Callable[[str], str] = field(compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "uhop", parse_uhop(self.uhop, self.origin("uhop")))
-        if self.func_d is None:
-            object.__setattr__(self, "func_d", "relu" if self.uhop is None else "none")
-        if isinstance(self.func_d, str):
-            parse_func_d(self.func_d, self.origin("func_d"))
-        elif isinstance(self.func_d, type):
-            raise SettingsError(
-                f"func_d {self.func_d.__name__} (from {self.origin('func_d')}) is a class; pass an instance: "
-                f"{self.func_d.__name__}()"
-            )
-        elif not callable(self.func_d):
-            raise SettingsError(
-                f"func_d {shown(self.func_d)} (from {self.origin('func_d')}) is neither text nor callable: pass text "
-                "such as 'relu', or an object that maps scores to (D(s), D'(s))"
-            )
-        check_name("masking", self.masking, self.origin("masking"), MASKINGS)
-        check_name("backend", self.backend, self.origin("backend"), BACKENDS)
-        try:
-            object.__setattr__(self, "compat", read_flag(self.compat))
-        except ValueError:
-            raise unknown_value("compat", self.compat, self.origin("compat"), FLAGS) from None
-        for name in ("include", "exclude", "exclude_models"):
-            object.__setattr__(self, name, self._patterns(name, getattr(self, name)))
+    def __init__(self, *, origin: Callable[[str], str] = "apply({}=...)".format, **given: Any) -> None:
+        object.__setattr__(self, "origin", origin)
+        for setting in SETTINGS:
+            value = setting.read(given.pop(setting.name, setting.default), origin(setting.name))
+            object.__setattr__(self, setting.name, value)
+        if given:
+            raise TypeError(f"there is no setting {', '.join(given)}")
+        self._settle()
 
-    def _patterns(self, name: str, value: Any) -> tuple[str, ...]:
-        if value is None:
-            return ("*",) if name == "include" else ()
-        patterns = texts(value)
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise SettingsError(
-                    f"{name} {shown(pattern)} (from {self.origin(name)}) is not text: pass glob patterns"
-                )
-        return patterns
+    def _settle(self) -> None:
+        """Put in what was left open, which other settings decide."""
+        func_d: Any = self.func_d
+        own: dict[str, str] = {}
+        if isinstance(func_d, Attached) and hasattr(func_d, "rule"):  # that of an attention layer
+            own = {name: getattr(func_d, name) for name in DEFAULTS}
+            object.__setattr__(self, "func_d", func_d.rule)
+        if func_d is None:
+            object.__setattr__(self, "func_d", FuncDSpec("relu" if self.uhop is None else "none"))
+        for name, default in DEFAULTS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, own.get(name, default))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         return self  # frozen, and what every copy of a patched module refers to
@@ -510,83 +260,47 @@ class Settings:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "origin": "the settings of a pickled model ({})".format}
 
-    def describe(self) -> dict[str, Any]:
-        """Returns the settings as plain data."""
-        return {
-            "func_d": self.func_d if isinstance(self.func_d, str) else repr(self.func_d),
-            "masking": self.masking,
-            "backend": self.backend,
-            "uhop": None if self.uhop is None else str(self.uhop),
-            "include": list(self.include),
-            "exclude": list(self.exclude),
-            "exclude_models": list(self.exclude_models),
-            "compat": self.compat,
-        }
+    def describe(self) -> SettingsStatus:
+        """Return the settings as plain data."""
+        return cast(SettingsStatus, {setting.name: _plain(getattr(self, setting.name)) for setting in SETTINGS})
 
 
-def describe_backend(requested: str) -> str:
-    """Return, in words, what a request for a backend comes to."""
-    if requested != "auto":
-        return requested
-    return "auto (triton on CUDA of capability 8.0 and later; cpu for many scores on the CPU; eager otherwise)"
+#: All settings, in the order in which they are shown.
+SETTINGS: tuple[Setting, ...] = tuple(
+    each.metadata["setting"]._replace(name=each.name) for each in fields(Settings) if "setting" in each.metadata
+)
+#: All that has a variable and an option of ``lwpf run``.
+VARIABLES: tuple[Setting, ...] = (PATCH, *SETTINGS, UNPICKLE)
 
 
-def split_list(text: str) -> tuple[str, ...]:
-    """Splits text at its commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, FuncDSpec | UHop):
+        return str(value)
+    return value if value is None or isinstance(value, str | bool) else repr(value)
 
 
-def texts(value: Any) -> tuple[Any, ...]:
-    """Return what was given as a list of text: its parts, or the value itself where it is no list."""
-    if isinstance(value, str):
-        return split_list(value)
-    try:
-        return (value,) if isinstance(value, bytes) else tuple(value)
-    except TypeError:
-        return (value,)
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
-def check_name(what: str, value: object, origin: str, known: Iterable[str]) -> None:
-    """Check a name.
-
-    Raises:
-        SettingsError: It is none of those that are known.
-    """
-    known = tuple(known)
-    if not isinstance(value, str) or value not in known:
-        raise unknown_value(what, value, origin, known)
-
-
-def check_hosts(names: Iterable[str], origin: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Checks names of hosts.
+def check_hosts(names: HostNames, origin: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Return names of hosts that were given: one, several, or text with commas.
 
     Raises:
         SettingsError: There is no such host, or no name at all.
     """
-    names, known = tuple(names), tuple(known)
-    for name in names:
-        check_name("host", name, origin, known)
-    if not names:
+    known = tuple(known)
+    checked = tuple(check_name("host", name, origin, known) for name in texts(names))
+    if not checked:
         raise SettingsError(f"{origin} names no host: allowed are {', '.join(sorted(known))}")
-    return names
-
-
-def read_unpickle(value: str, origin: str = UNPICKLE_VARIABLE) -> str:
-    """Read what shall become of a pickled model that needs a patch: ``"error"`` (default), or ``"patch"``.
-
-    Raises:
-        SettingsError: It is neither.
-    """
-    text = value.strip() or "error"
-    if text not in UNPICKLE:
-        raise unknown_value("way to unpickle", text, origin, UNPICKLE)
-    return text
+    return tuple(dict.fromkeys(checked))
 
 
 def from_environment(
     known_hosts: Iterable[str], environ: Mapping[str, str] = os.environ
 ) -> tuple[tuple[str, ...], Settings]:
-    """Reads a request from the environment.
+    """Read a request from the environment.
 
     Args:
         known_hosts: The hosts that exist.
@@ -599,20 +313,28 @@ def from_environment(
         SettingsError: A wrong value, a variable with our prefix that does not exist, or settings without a host:
             whoever sets ``LWPF_FUNC_D`` or mistypes ``LWPF_PATCH`` wants something patched.
     """
-    known_variables = (PATCH_VARIABLE, *VARIABLES.values(), UNPICKLE_VARIABLE, *OTHER_VARIABLES)
+    known_variables = (*(setting.variable for setting in VARIABLES), *OTHER_VARIABLES)
     given = {name: value for name, value in environ.items() if name.startswith("LWPF_") and value.strip()}
     for name in given:
         if name not in known_variables:
             raise unknown_value("variable", name, "the environment", known_variables)
-    read_unpickle(given.get(UNPICKLE_VARIABLE, ""))  # also alone: which hosts, the models say
-    values: dict[str, Any] = {setting: given[name] for setting, name in VARIABLES.items() if name in given}
-    if PATCH_VARIABLE not in given:
+    # It may stand alone: which hosts, the models say.
+    UNPICKLE.read(given.get(UNPICKLE.variable, ""), UNPICKLE.variable)
+    values = {setting.name: given[setting.variable] for setting in SETTINGS if setting.variable in given}
+    if PATCH.variable not in given:
         if not values:
             return (), Settings()
-        names = ", ".join(VARIABLES[setting] for setting in values)
+        names = ", ".join(map(variable_of, values))
         raise SettingsError(
-            f"{names} is set but {PATCH_VARIABLE} is not, so nothing would be patched: set {PATCH_VARIABLE} to one of "
+            f"{names} is set but {PATCH.variable} is not, so nothing would be patched: set {PATCH.variable} to one of "
             f"{', '.join(sorted(known_hosts))}, or unset {names}"
         )
-    hosts = check_hosts(split_list(given[PATCH_VARIABLE]), PATCH_VARIABLE, known_hosts)
-    return hosts, Settings(**values, origin=VARIABLES.__getitem__)
+    hosts = check_hosts(given[PATCH.variable], PATCH.variable, known_hosts)
+    return hosts, Settings(**values, origin=variable_of)
+
+
+def describe_backend(requested: str) -> str:
+    """Return, in words, what a request for a backend comes to."""
+    if requested != "auto":
+        return requested
+    return "auto (triton on CUDA of capability 8.0 and later; cpu for many scores on the CPU; eager otherwise)"

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from conftest import ROOT
 
 import lwpf_patch
 from lwpf_patch.cli import main
+from lwpf_patch.cli.status import CommandStatus, HostReport
+from lwpf_patch.patching import schema
+from lwpf_patch.settings import SettingsStatus
 
 ATTEND = """
 import torch, timm.layers
@@ -168,9 +172,80 @@ def test_status(python):
     assert "WRONG: unknown host 'tim' (from LWPF_PATCH)" in wrong
 
 
+def test_status_and_the_command_have_one_schema(python):
+    """What both tell of a host has the same keys and values; all keys are those of the types."""
+    code = """
+import json, sys
+import lwpf_patch, deeprc.architectures, timm
+lwpf_patch.apply("timm,deeprc", func_d="pfu:mu=1", uhop="on", exclude_models="x")
+print(json.dumps(lwpf_patch.status()))
+"""
+    ours = json.loads(python(code=code).stdout.splitlines()[-1])
+    variables = dict(LWPF_PATCH="timm,deeprc", LWPF_FUNC_D="pfu:mu=1", LWPF_UHOP="yes", LWPF_EXCLUDE_MODELS="x")
+    theirs = json.loads(python("-m", "lwpf_patch", "status", "--json", **variables).stdout)
+    assert set(ours) == keys(schema.Status)
+    assert set(theirs) == keys(CommandStatus)
+    assert theirs["request"] == {"hosts": ["timm", "deeprc"], **ours["hosts"]["timm"]["settings"]}
+    assert set(ours["hosts"]["timm"]["settings"]) == keys(SettingsStatus)
+    for name in ("timm", "deeprc"):
+        mine, other = ours["hosts"][name], theirs["hosts"][name]
+        assert set(mine) == keys(schema.HostStatus) - {"problem"}
+        assert set(other) == keys(HostReport) - {"problem"}
+        for key in keys(schema.HostDescription) - {"problem"}:
+            assert mine[key] == other[key], key
+        assert all(set(site) == keys(schema.SiteStatus) for site in mine["sites"])
+        assert all(set(shim) == keys(schema.AppliedShimStatus) for shim in mine["shims"])
+        assert all(set(shim) == keys(schema.ShimStatus) for shim in other["shims"])
+        assert [{**shim, "state": ""} for shim in mine["shims"]] == [{**shim, "state": ""} for shim in other["shims"]]
+    assert ours["hosts"]["deeprc"]["shims"]
+    assert set(ours["hosts"]["timm"]["feature_maps"]) == keys(schema.FeatureMapsStatus)
+    assert ours["hosts"]["hflayers"]["state"] == "off"
+    wrong = json.loads(python("-m", "lwpf_patch", "status", "--json", LWPF_PATCH="tim").stdout)["request"]
+    assert list(wrong) == ["problem"]
+
+
+def keys(typed_dict):
+    return typed_dict.__required_keys__ | typed_dict.__optional_keys__
+
+
+def test_status_of_a_host_that_cannot_be_patched(python, tmp_path):
+    (tmp_path / "timm" / "layers").mkdir(parents=True)
+    for name in ("__init__.py", "layers/__init__.py", "layers/attention.py"):
+        (tmp_path / "timm" / name).touch()
+    hosts = json.loads(python("-m", "lwpf_patch", "status", "--json").stdout)["hosts"]
+    assert set(hosts["timm"]) == keys(HostReport) - {"sites", "shims"}
+    assert not hosts["timm"]["patchable"]
+    assert "has no Attention.forward" in hosts["timm"]["problem"]
+
+
 def test_doctor(python, tmp_path):
     out = python("-m", "lwpf_patch", "doctor")
     assert "timm: LWPF_PATCH=timm takes effect in a new interpreter" in out.stdout
+
+
+def test_where_the_hook_is_not_read(tmp_path):
+    """`doctor` says so, and `run` refuses: under -S, and where site-packages come by PYTHONPATH alone."""
+    (tmp_path / "train.py").write_text("print('went on')")
+    venv.create(tmp_path / "bare", symlinks=True)
+    path = os.pathsep.join([str(ROOT), *(folder for folder in sys.path if folder.endswith("site-packages"))])
+    for interpreter in ([sys.executable, "-S"], [str(tmp_path / "bare" / "bin" / "python")]):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")} | {"PYTHONPATH": path}
+
+        def lwpf(*arguments, command=(*interpreter, "-m", "lwpf_patch"), environment=environment):
+            return subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+        doctor = lwpf("doctor")
+        assert doctor.returncode == 1
+        assert "timm: LWPF_PATCH=timm has NO effect in a new interpreter" in doctor.stdout
+        hint = (
+            "The hook lwpf_patch.pth does not run: install this package with pip into this interpreter's environment."
+        )
+        assert doctor.stdout.splitlines()[-1] == hint
+        assert "takes effect" not in doctor.stdout
+        run = lwpf("run", "train.py")
+        assert run.returncode == 2
+        assert run.stdout == ""
+        assert "the start-up hook lwpf_patch.pth is in no site-packages folder of" in run.stderr
 
 
 def test_help_and_version(capsys):

@@ -159,15 +159,15 @@ def test_dead_bags_are_warned_of_once_and_can_be_kept_alive(monkeypatch, caplog)
             output = model(*inputs)
     (record,) = [r for r in caplog.records if "bags" in r.message]
     assert "ReLU() forgot every score in 32 of the first 32 bags (100%)" in record.message
-    assert "'relu:empty=plain'" in record.message
+    assert "'relu:empty_rows=keep'" in record.message
     gradients = torch.autograd.grad(output.sum(), model.attention_nn.parameters(), allow_unused=True)
     assert all(g is None or not g.any() for g in gradients)
 
-    lwpf_patch.apply("deeprc", func_d="relu:empty=plain")
+    lwpf_patch.apply("deeprc", func_d="relu:empty_rows=keep")
     alive = model(*inputs)
     lwpf_patch.apply("deeprc", func_d="none")
     assert torch.equal(alive, model(*inputs))
-    lwpf_patch.apply("deeprc", func_d="relu:empty=plain")
+    lwpf_patch.apply("deeprc", func_d="relu:empty_rows=keep")
     gradients = torch.autograd.grad(model(*inputs).sum(), model.attention_nn.attention_nn[0].weight)
     assert gradients[0].any()
 

@@ -55,7 +55,7 @@ class Call:
 
     way: str = "eager"
     func_d: Forgetting = RELU
-    empty: str = "zero"
+    empty_rows: str = "zero"
     masking: str = "exclude"
     dtype: torch.dtype = torch.float64
     batch: tuple[int, ...] = ()
@@ -116,8 +116,8 @@ class Call:
 
     def module(self) -> FuncD:
         if self.func_d.kind == "relu":
-            return ReLU(empty=self.empty)
-        return PFU(mu=self.func_d.mu, bias=self.func_d.bias, sigma=0, empty=self.empty)
+            return ReLU(empty_rows=self.empty_rows)
+        return PFU(mu=self.func_d.mu, bias=self.func_d.bias, sigma=0, empty_rows=self.empty_rows)
 
 
 @st.composite
@@ -156,7 +156,7 @@ def calls(draw: st.DrawFn) -> Call:
     call = Call(
         way=way,
         func_d=func_d,
-        empty=draw(st.sampled_from(["zero", "plain"])) if way == "eager" else "zero",
+        empty_rows=draw(st.sampled_from(["zero", "keep"])) if way == "eager" else "zero",
         masking=draw(st.sampled_from(["exclude", "paper"])) if way == "eager" else "exclude",
         dtype=dtype,
         batch=batch,
@@ -233,7 +233,7 @@ def specify(call: Call) -> tuple[Tensor, list[Tensor]]:
         )  # fmt: skip
 
     out = attend(call.func_d, value)
-    if call.empty == "plain":  # a row that keeps nothing is that of ordinary attention
+    if call.empty_rows == "keep":  # a row that keeps nothing is that of ordinary attention
         ones = torch.ones(*value.shape[:-1], 1, dtype=torch.float64)
         out = torch.where(attend(call.func_d, ones).detach() == 0, attend(Forgetting("none"), value), out)
     return out, [out, *gradients(out, inputs)]

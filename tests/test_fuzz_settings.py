@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lwpf_patch import PFU, FeatureMap, FuncD, ReLU, SettingsError, lwpf_attention, retrieve, separation_loss
+from lwpf_patch import PFU, FeatureMap, FuncD, ReLU, SettingsError, UHop, lwpf_attention, retrieve, separation_loss
 from lwpf_patch.forgetting import make_func_d
 from lwpf_patch.hosts import HOSTS
-from lwpf_patch.settings import Settings, from_environment, parse_func_d, parse_sep, parse_uhop
+from lwpf_patch.settings import Settings, from_environment
+from lwpf_patch.specs import parse_func_d, parse_sep, parse_uhop
 
 pytestmark = fuzzing.timeout
 
@@ -22,12 +23,12 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 WHOLE = re.compile(r"[+-]?[0-9]+")
 #: For each option: the words it takes, and the least and the largest number.
 OPTIONS = {
-    "relu": {"empty": (("zero", "plain"), None)},
+    "relu": {"empty_rows": (("zero", "keep"), None)},
     "pfu": {
         "mu": (("dmedian",), (-1e38, 1e38)),
         "bias": (("mu",), (-1e38, 1e38)),
         "sigma": ((), (0, 1e18)),
-        "empty": (("zero", "plain"), None),
+        "empty_rows": (("zero", "keep"), None),
     },
     "none": {},
     "uhop": {
@@ -38,9 +39,13 @@ OPTIONS = {
         "samples": ((), (2, 2**63 - 1)),
         "every": ((), (1, 2**63 - 1)),
         "until": ((), (1, 2**63 - 1)),
-        "train": (("true", "false"), None),
+        "train": ((), None),
     },
 }
+#: The words for a boolean, in any case.
+FLAGS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
+#: What was called otherwise once.
+FORMER_NAMES, FORMER_WORDS = {"empty": "empty_rows"}, {"plain": "keep"}
 COUNTS = ("iters", "samples", "every", "until")
 
 # Pieces of which numbers, words and their near misses are made.
@@ -53,7 +58,8 @@ VALUES = st.one_of(
     st.lists(PIECES, max_size=4).map("".join),
     st.floats().map(repr),
     st.integers(-(10**20), 10**20).map(str),
-    st.sampled_from(["dmedian", "mu", "zero", "plain", "true", "false", "average", "maximum", "1.5", "0.1", "100"]),
+    st.sampled_from(["dmedian", "mu", "zero", "keep", "plain", "average", "maximum", "1.5", "0.1", "100"]),
+    st.sampled_from(["true", "false", "ON", "off", "yes", "No", "1", "0", "y"]),
 )
 NAMES = st.sampled_from(
     [
@@ -61,6 +67,7 @@ NAMES = st.sampled_from(
         "bias",
         "sigma",
         "empty",
+        "empty_rows",
         "iters",
         "t",
         "lr",
@@ -83,6 +90,10 @@ FUNC_DS = st.one_of(st.tuples(HEADS, st.sampled_from([":", "", "::"]), LISTS).ma
 def read_value(name: str, option: str, text: str) -> object:
     """Read a value as the grammar has it; raises KeyError or ValueError for one that is none."""
     words, bounds = OPTIONS[name][option]
+    if option == "train":
+        return FLAGS[text.lower()]
+    if option == "empty_rows":
+        text = FORMER_WORDS.get(text, text)
     if text in words:
         return text
     if option == "mu" and text.lower() in ("-inf", "-infinity"):
@@ -100,6 +111,7 @@ def read_pairs(name: str, rest: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for item in rest.split(","):
         option, equals, value = (part.strip() for part in item.partition("="))
+        option = FORMER_NAMES.get(option, option) if name in ("relu", "pfu") else option
         if not equals or option in found:
             raise ValueError(item)
         found[option] = read_value(name, option, value)
@@ -132,7 +144,7 @@ def func_d_by_the_grammar(text: str):
 def uhop_by_the_grammar(text: str):
     word = text.strip().lower()
     if "=" not in word:
-        return {"on": {}, "true": {}, "1": {}, "off": "off", "false": "off", "0": "off", "": "off"}[word]
+        return {} if word and FLAGS[word] else "off"
     given = read_pairs("uhop", text)
     if "until" in given and "every" not in given:
         raise ValueError(text)
@@ -143,7 +155,9 @@ def uhop_by_the_grammar(text: str):
 @given(text=FUNC_DS)
 def test_a_func_d_is_read_as_the_grammar_has_it(text):
     expected = outcome(func_d_by_the_grammar, text)
-    assert ours(parse_func_d, text) == expected
+    spec = ours(parse_func_d, text)
+    assert (spec and (spec.name, spec.options)) == expected
+    assert spec is None or parse_func_d(str(spec)) == spec
     made = ours(make_func_d, text)
     assert (made is None) == (expected is None)
     if expected is not None and expected[0] == "pfu":
@@ -166,8 +180,15 @@ def test_options_of_uhop_are_read_as_the_grammar_has_it(text):
     if found is not None:
         assert expected is not None
         for option, value in expected.items():
-            assert getattr(found, option) == (value == "true" if option == "train" else value)
-        assert parse_uhop(str(found)).train == found.train
+            assert getattr(found, option) == value
+        assert parse_uhop(str(found)) == found == UHop(**expected)
+
+
+@fuzzing.fuzz(300)
+@given(given=st.dictionaries(NAMES.filter(OPTIONS["uhop"].__contains__), VALUES, max_size=3))
+def test_an_object_of_uhop_takes_and_refuses_what_the_text_does(given):
+    by_text = ours(parse_uhop, ",".join(f"{option}={value}" for option, value in given.items()) or "on")
+    assert ours(lambda: UHop(**given)) == by_text
 
 
 @fuzzing.fuzz(100)
@@ -221,7 +242,10 @@ READERS = {
     "mu": lambda value: PFU(mu=value),
     "bias": lambda value: PFU(bias=value),
     "sigma": lambda value: PFU(sigma=value),
+    "empty_rows": lambda value: ReLU(empty_rows=value),
     "empty": lambda value: ReLU(empty=value),
+    "uhop's every": lambda value: UHop(every=value),
+    "uhop's train": lambda value: UHop(train=value),
     "sep": lambda value: lwpf_attention(X, X, X, func_d="relu", sep=value),
     "masking": lambda value: lwpf_attention(X, X, X, func_d="relu", masking=value),
     "backend": lambda value: Settings(backend=value),

@@ -126,7 +126,7 @@ def test_what_cannot_be_patched():
 
 
 def test_the_backend_that_computes_is_said_once_with_its_reason(caplog):
-    lwpf_patch.apply("timm", func_d="relu:empty=plain")
+    lwpf_patch.apply("timm", func_d="relu:empty_rows=keep")
     model = vit()
     with caplog.at_level(logging.INFO, "lwpf_patch"):
         model(images())

@@ -16,7 +16,7 @@ import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention, transforms
 from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_primitives, cpu_products, eager_form, operators, tiles
-from lwpf_patch.settings import parse_sep
+from lwpf_patch.specs import parse_sep
 
 INF = float("inf")
 
@@ -424,7 +424,7 @@ def test_a_nan_is_not_hidden(backend):
 
 
 @pytest.mark.parametrize("masked", ["no", "empty rows", "additive", "causal"])
-@pytest.mark.parametrize("func_d", ["pfu", "pfu:bias=0.25", "pfu:empty=plain"])
+@pytest.mark.parametrize("func_d", ["pfu", "pfu:bias=0.25", "pfu:empty_rows=keep"])
 @pytest.mark.parametrize("wrong", ["one nan", "a nan in a mask", "all nan", "all inf", "nearly all inf"])
 def test_a_median_that_is_no_number_makes_everything_nan(wrong, func_d, masked, backend):
     query, key, value = (t.abs().detach().requires_grad_() for t in tensors((2, 5, 4), (2, 6, 4), (2, 6, 3)))
@@ -475,7 +475,7 @@ def test_rows_that_would_forget_everything_can_forget_nothing(name, mask_name):
         key.abs_()
         query[:, ::2] = -query[:, ::2].abs()
     mask = MASKS[mask_name]((2, 9, 6))
-    empty = name.replace(":", ":empty=plain,") if ":" in name else f"{name}:empty=plain"
+    empty = name.replace(":", ":empty_rows=keep,") if ":" in name else f"{name}:empty_rows=keep"
     ours = lwpf_attention(query, key, value, mask, func_d=empty)
     some = oracle.attention(query, key, value, func_d=forgetting, attn_mask=mask)
     none = oracle.attention(query, key, value, func_d=Forgetting("none"), attn_mask=mask)
@@ -606,6 +606,51 @@ def test_wrong_options(options, message):
     query, key, value = torch.zeros(5, 4), torch.zeros(6, 4), torch.zeros(6, 3)
     with pytest.raises(lwpf_patch.SettingsError, match=message):
         lwpf_attention(query, key, value, **options)
+
+
+def _written_out(query, key, value, mask, func_d, dim=-1, **options):
+    """Attention whose softmax is written out, with the two lines of the paper; over the keys, which lie along dim."""
+    scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~mask, -INF)
+    if dim == -2:
+        scores = scores.mT
+    scores, kept = lwpf_patch.partial_forgetting(scores, func_d=func_d, dim=dim, **options)
+    assert not kept.requires_grad
+    weights = kept * scores.softmax(dim)
+    return (weights if dim == -1 else weights.mT) @ value
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("name", [*FUNC_DS, "none", "text", "of a layer", "a callable", "with noise"])
+def test_partial_forgetting_around_a_softmax_equals_the_oracle(name, dim):
+    inputs = tensors((2, 5, 4), (2, 6, 4), (2, 6, 3))
+    mask = torch.rand(2, 5, 6) < 0.7
+    mask[0, 0] = False
+    options, masking = {}, "exclude"
+    if name in FUNC_DS:
+        func_d, forgetting = FUNC_DS[name]
+        options = {"training": False}
+    elif name == "none":
+        func_d, forgetting = "none", Forgetting("none")
+        mask[0, 0, 0] = True  # nothing is done to such a row: it is NaN, as in plain attention
+    elif name == "text":  # which draws no noise
+        func_d, forgetting = "pfu:bias=0.25,sigma=9", Forgetting("pfu", "dmedian", 0.25)
+    elif name == "of a layer":
+        func_d, forgetting, masking = HostFuncD(ReLU(), "", masking="paper"), Forgetting("relu"), "paper"
+    elif name == "a callable":
+        func_d, forgetting = lambda s: (s.clamp(min=0.5), s > 0.5), Forgetting("pfu", 0.5, 0.5)
+    else:
+        func_d = PFU(mu=0.1, sigma=0.5)  # in training, as it was made
+        torch.manual_seed(5)
+        forgetting = Forgetting("pfu", 0.1, "mu", eps=float(torch.randn(1)) * 0.25)
+        torch.manual_seed(5)
+    ours = _written_out(*inputs, mask, func_d, dim, **options)
+    compare(ours, oracle.attention(*inputs, func_d=forgetting, attn_mask=mask, masking=masking), inputs)
+
+
+def test_partial_forgetting_refuses():
+    for func_d in ("rleu", None, 3, ReLU):
+        with pytest.raises(lwpf_patch.SettingsError, match=r"func_d .*\(from partial_forgetting\(func_d=...\)\)"):
+            lwpf_patch.partial_forgetting(torch.zeros(2, 2), func_d=func_d)
 
 
 def test_overriding_leaves_the_func_d_alone():
@@ -853,7 +898,7 @@ def test_no_tensor_of_the_size_of_all_scores():
     ("options", "reason"),
     [
         (dict(func_d=lambda s: (s, s > 0)), "is not of the form s > a"),
-        (dict(func_d="relu:empty=plain"), "empty='plain' needs a row's scores together"),
+        (dict(func_d="relu:empty_rows=keep"), "empty_rows='keep' needs a row's scores together"),
         (dict(func_d="relu", masking="paper"), "masking 'paper' is computed as the official code does it"),
     ],
 )

@@ -118,7 +118,7 @@ def test_immune_repertoire(python, tmp_path):
     if "cannot clone" in out.stderr:
         skip_for_host(out.stderr.strip().splitlines()[-1])
     assert out.returncode == 0, out.stderr
-    variants = ("plain", "relu", "pfu", "relu, empty=plain")
+    variants = ("plain", "relu", "pfu", "relu, empty_rows=keep")
     for variant in variants:
         assert f"\n{variant} " in out.stdout
     assert out.stderr.count("patched; func_d") == len(variants)

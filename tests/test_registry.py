@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import importlib
+import importlib.util
 import itertools
 import pickle
 import sys
@@ -17,6 +18,7 @@ import pytest
 import timm.layers.attention
 import torch
 import wrapt
+from conftest import require_host
 from timm.layers.attention import Attention, AttentionRope
 from vits import images, vit
 
@@ -106,6 +108,77 @@ def test_patched_puts_back_what_was_there(plain_code):
     assert Attention.forward.__code__ is plain_code[0]
 
 
+@pytest.mark.parametrize(
+    "hosts", [["timm", "hflayers"], "timm,hflayers", (" hflayers ", "timm"), "timm, hflayers, timm"]
+)
+def test_several_hosts_are_patched_and_reverted_together(hosts):
+    require_host("hflayers")
+
+    def patched_hosts():
+        state = lwpf_patch.status()["hosts"]
+        return {name: state[name]["settings"]["func_d"] for name in state if state[name]["state"] != "off"}
+
+    lwpf_patch.apply(hosts)
+    assert patched_hosts() == {"timm": "relu", "hflayers": "relu"}
+    lwpf_patch.revert(hosts)
+    assert patched_hosts() == {}
+    with lwpf_patch.patched(hosts, func_d="pfu"):
+        assert patched_hosts() == {"timm": "pfu", "hflayers": "pfu"}
+        with lwpf_patch.patched("timm", func_d="none"):
+            assert patched_hosts() == {"timm": "none", "hflayers": "pfu"}
+        assert patched_hosts() == {"timm": "pfu", "hflayers": "pfu"}
+        with pytest.raises(ZeroDivisionError), lwpf_patch.patched(hosts, masking="paper"):
+            raise ZeroDivisionError
+        assert patched_hosts() == {"timm": "pfu", "hflayers": "pfu"}
+    assert patched_hosts() == {}
+
+
+@pytest.mark.parametrize("before", [None, "pfu"])
+def test_where_one_of_several_hosts_cannot_be_patched_none_is(monkeypatch, plain_code, before):
+    require_host("hflayers")
+    from hflayers.activation import HopfieldCore
+
+    if before:
+        lwpf_patch.apply("timm", func_d=before)
+    code, state = Attention.forward.__code__, lwpf_patch.status()["hosts"]
+    with monkeypatch.context() as context:
+        context.setattr(HopfieldCore, "forward", lambda self, x: x)
+        for attempt in (lwpf_patch.apply, lambda hosts: lwpf_patch.patched(hosts).__enter__()):
+            with pytest.raises(ConflictError, match=r"HopfieldCore.forward is not the code of its source file"):
+                attempt("timm,hflayers")
+            assert lwpf_patch.status()["hosts"] == state
+            assert Attention.forward.__code__ is code or before
+    lwpf_patch.revert()
+    assert Attention.forward.__code__ is plain_code[0]
+
+
+def test_blocks_of_several_hosts_are_all_left_whatever_one_of_them_raises(monkeypatch, plain_code):
+    require_host("hflayers")
+    from hflayers.activation import HopfieldCore
+
+    conflict = pytest.raises(ConflictError, match="forward was patched again after lwpf_patch")
+    with conflict, monkeypatch.context() as context, lwpf_patch.patched("timm,hflayers"):
+        context.setattr(HopfieldCore.forward, "__code__", (lambda self, x: x).__code__)
+    assert Attention.forward.__code__ is plain_code[0]
+    assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
+
+
+def test_a_host_that_is_not_installed(monkeypatch, plain_code):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "timm" else find_spec(name, *more)
+    )
+    for attempt in (lwpf_patch.apply, lambda host: lwpf_patch.patched(host).__enter__()):
+        with pytest.raises(lwpf_patch.HostNotInstalledError, match="is not installed here: pip install timm") as caught:
+            attempt("timm")
+        assert not isinstance(caught.value, ImportError)  # which scripts catch
+    with monkeypatch.context() as context:
+        context.delitem(sys.modules, "timm")
+        status = lwpf_patch.status()["hosts"]["timm"]
+    assert status == {"installed": False, "state": "not installed", "problem": str(caught.value)}
+    assert Attention.forward.__code__ is plain_code[0]
+
+
 def test_include_and_exclude(plain_code):
     lwpf_patch.apply("timm", include="*Rope")
     assert Attention.forward.__code__ is plain_code[0]
@@ -132,10 +205,10 @@ def test_include_and_exclude(plain_code):
         (["timm"], {"func_d": "pfu:mu=1,mu=2"}, "option 'mu' stands twice"),
         (["timm"], {"func_d": "pfu:mu"}, "'mu' in 'pfu:mu' .* is not of the form option=value"),
         (["timm"], {"func_d": "pfu:"}, "no option follows the colon"),
-        (["timm"], {"func_d": "relu:mu=1"}, "unknown option of relu 'mu'.*did you mean 'empty'|allowed are empty"),
+        (["timm"], {"func_d": "relu:mu=1"}, "unknown option of relu 'mu'.*allowed are empty_rows"),
         (["timm"], {"func_d": "none:mu=1"}, "'none' takes no options"),
-        (["timm"], {"func_d": "relu:empty=full"}, "empty must be 'zero' or 'plain'"),
-        (["timm"], {"compat": "yes"}, "unknown compat 'yes'.*allowed are 0, 1"),
+        (["timm"], {"func_d": "relu:empty=full"}, "empty_rows must be 'zero' or 'keep'"),
+        (["timm"], {"compat": "y"}, "unknown compat 'y'.*allowed are 0, 1"),
         (["timm"], {"func_d": lwpf_patch.ReLU}, r"is a class; pass an instance: ReLU\(\)"),
         (["timm"], {"func_d": 3}, "func_d 3 .* is neither text nor callable"),
         (["timm"], {"masking": "Paper"}, "unknown masking 'Paper'.*allowed are exclude, paper; did you mean 'paper'"),
@@ -155,7 +228,7 @@ def test_wrong_requests_change_nothing(plain_code, arguments, options, message):
         assert Attention.forward.__code__ is code
     with pytest.raises(SettingsError, match="unknown host 'tom'"):
         lwpf_patch.revert("tom")
-    with pytest.raises(SettingsError, match="unknown host 'timm,hflayers'"), lwpf_patch.patched("timm,hflayers"):
+    with pytest.raises(SettingsError, match="unknown host 'tom'"), lwpf_patch.patched("timm,tom"):
         pass
 
 

@@ -13,7 +13,7 @@ import torch
 import lwpf_patch
 from lwpf_patch import FeatureMap, retrieve
 from lwpf_patch.normalising import normalise
-from lwpf_patch.settings import Sep, parse_sep
+from lwpf_patch.specs import Sep, parse_sep
 
 pytest.importorskip("entmax")
 

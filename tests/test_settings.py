@@ -6,12 +6,15 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+import timm.layers.attention
 import torch
 
 import lwpf_patch
-from lwpf_patch import PFU, FeatureMap, LwpfError, ReLU, SettingsError, lwpf_attention, retrieve, separation_loss
+from lwpf_patch import PFU, FeatureMap, LwpfError, ReLU, SettingsError, UHop, lwpf_attention, retrieve, separation_loss
+from lwpf_patch.attention import OwnedFuncD
 from lwpf_patch.cli import main
-from lwpf_patch.settings import Settings, from_environment, parse_func_d, parse_sep, parse_uhop
+from lwpf_patch.settings import Settings, from_environment
+from lwpf_patch.specs import FuncDSpec, parse_func_d, parse_sep, parse_uhop
 
 INF, NAN = float("inf"), float("nan")
 X = torch.eye(3)
@@ -48,7 +51,7 @@ def test_text_that_is_no_number(text):
 
 def test_text_that_is_a_number():
     for text, number in (("1", 1), (" +1.5e-3 ", 1.5e-3), (".5", 0.5), ("-2.", -2), ("1E1", 10), ("-0", 0)):
-        assert parse_func_d(f"pfu:mu={text}") == ("pfu", {"mu": number})
+        assert parse_func_d(f"pfu:mu={text}") == FuncDSpec("pfu", {"mu": number})
         assert repr(PFU(mu=text)) == repr(PFU(mu=float(text)))
     for text in ("-inf", "-Infinity"):
         assert PFU(mu=text)._mu == -INF
@@ -112,17 +115,110 @@ def test_options_of_stage_one_that_cannot_be_computed_with(option):  # fmt: skip
 
 def test_words_are_read_alike_everywhere():
     query = -torch.ones(2, 3)  # every score is below 0
-    for empty in ("plain", " plain", "plain "):
-        for func_d in (ReLU(empty=empty), PFU(empty=empty, mu=0), f"relu:empty={empty}"):
-            assert lwpf_attention(query, -query, query, func_d=func_d).any(), (empty, func_d)
-    assert repr(ReLU(empty=" plain")) == "ReLU(empty=plain)"
+    for keep in ("keep", " keep", "keep ", "plain", " plain"):  # "plain" is the former word
+        func_ds = [
+            ReLU(keep),
+            ReLU(empty_rows=keep),
+            ReLU(empty=keep),
+            PFU(empty_rows=keep, mu=0),
+            PFU(empty=keep, mu=0),
+        ]
+        for func_d in (*func_ds, f"relu:empty_rows={keep}", f" relu : empty = {keep}"):
+            assert lwpf_attention(query, -query, query, func_d=func_d).any(), (keep, func_d)
+        assert {repr(func_d)[-16:] for func_d in func_ds} == {"empty_rows=keep)"}
+        assert ReLU(keep).empty == "plain"
     assert repr(PFU(bias=" mu", mu=" dmedian ")) == repr(PFU())
-    for word in ("1", "true", "on", " on ", True):
-        assert Settings(compat=word).compat is True
-        assert parse_uhop(word) == parse_uhop("on")
-    for word in ("0", "false", "off", False):
-        assert Settings(compat=word).compat is False
-        assert parse_uhop(word) is None
+    for masking in ("paper", " paper "):
+        settings = Settings(masking=masking, backend="\teager", include=" *Rope , x", exclude=[" y "])
+        assert (settings.masking, settings.backend) == ("paper", "eager")
+        assert (settings.include, settings.exclude) == (("*Rope", "x"), ("y",))
+        assert lwpf_attention(X, X, X, func_d="relu", masking=masking, backend=" eager ").shape == X.shape
+    assert separation_loss(X, kind=" maximum") == separation_loss(X, kind="maximum") != separation_loss(X)
+
+
+BOOLEANS = {True: ["1", "true", "on", "yes", "True", "ON", " Yes\t"], False: ["0", "false", "off", "no", "OFF", " No "]}
+
+
+@pytest.mark.parametrize(("word", "value"), [(word, value) for value in BOOLEANS for word in [*BOOLEANS[value], value]])
+def test_booleans_are_spelt_alike_everywhere(word, value):
+    assert Settings(compat=word).compat is value
+    assert from_environment(["timm"], {"LWPF_PATCH": "timm", "LWPF_COMPAT": str(word)})[1].compat is value
+    assert parse_uhop(word) == (UHop() if value else None)
+    assert parse_uhop(f"train = {word}") == UHop(train=word)
+    assert UHop(train=word).train is value
+
+
+def test_words_that_are_no_boolean():
+    for word in ("y", "t", "2", "", "none", "on off", 1, 0, None, [True]):
+        for attempt in (lambda w: Settings(compat=w), lambda w: UHop(train=w), lambda w: parse_uhop(f"train={w}+")):
+            with pytest.raises(SettingsError, match=r"compat|train"):
+                attempt(word)
+
+
+def test_uhop_as_text_and_as_an_object():
+    assert UHop(every=500) == parse_uhop("every=500") == parse_uhop(" every = 500 ") == UHop(every=500, until=5000)
+    assert [step for step in range(1, 9000) if UHop(every=500).is_due(step)] == list(range(1, 5000, 500))
+    assert [step for step in range(1, 99) if UHop().is_due(step)] == [1]
+    assert UHop(iters=np.int64(7), t=torch.tensor(1), lr="0.5") == parse_uhop("iters=7,t=1,lr=.5")
+    assert str(UHop(t=1.23456789, train="no")) == "iters=100,t=1.23456789,lr=0.1,loss=average,samples=256,train=false"
+    assert lwpf_patch.UHop is UHop
+    wrong = [
+        dict(iters=0),
+        dict(iters=1.5),
+        dict(t=0),
+        dict(lr=-1),
+        dict(lr=10**19),
+        dict(loss="least"),
+        dict(samples=1),
+    ]
+    wrong += [dict(every=0), dict(every=True), dict(every=5, until=0), dict(until=5), dict(train=1), dict(iters=None)]
+    for options in wrong:
+        name, value = list(options.items())[-1]
+        text = ",".join(f"{option}={value}" for option, value in options.items())
+        refusal = f"({name} must be|needs every=)"
+        with pytest.raises(SettingsError, match=rf"{name}='?{value}'? \(from UHop\({name}=...\)\).* {refusal}"):
+            UHop(**options)
+        if name != "train":  # as text, 1 is a boolean
+            with pytest.raises(SettingsError, match=rf"{name}='?{value}'? in '{text}' \(from uhop\).* {refusal}"):
+                parse_uhop(text)
+
+
+def test_empty_rows_by_two_names_at_once():
+    assert ReLU(empty_rows="keep", empty="plain").empty_rows == "keep"
+    with pytest.raises(SettingsError, match=r"empty='zero' and empty_rows='keep' \(from PFU\(...\)\) differ"):
+        PFU(empty_rows="keep", empty="zero")
+    with pytest.raises(SettingsError, match="option 'empty_rows' stands twice"):
+        parse_func_d("relu:empty_rows=keep,empty_rows=keep")
+    func_d = ReLU()
+    func_d.empty = "plain"
+    assert func_d.empty_rows == "keep"
+    with pytest.raises(SettingsError, match=r"empty='full' \(from ReLU.empty = ...\)"):
+        func_d.empty = "full"
+    state = func_d.__getstate__()
+    state["empty"] = state.pop("empty_rows") and "plain"  # as it was pickled under the former name
+    saved = ReLU()
+    del saved.__dict__["empty_rows"]
+    saved.__setstate__(state)
+    assert repr(saved) == "ReLU(empty_rows=keep)"
+
+
+def test_a_func_d_of_another_layer_brings_its_settings(caplog):
+    brought = OwnedFuncD(PFU(mu=0.25), "timm", "paper", "eager")
+    for given, masking, backend in (({}, "paper", "eager"), ({"masking": "exclude"}, "exclude", "eager")):
+        lwpf_patch.apply("timm", func_d=brought, **given)
+        layer = timm.layers.attention.Attention(12, num_heads=3)
+        assert (layer.func_d.masking, layer.func_d.backend) == (masking, backend)
+        shown = lwpf_patch.status()["hosts"]["timm"]["settings"]
+        assert (shown["masking"], shown["backend"]) == (masking, backend)
+        assert shown["func_d"] == repr(brought.rule)
+        assert f"masking {masking}, backend {backend}" in caplog.messages[-1]
+        lwpf_patch.revert()
+        model = torch.nn.Sequential(timm.layers.attention.Attention(12, num_heads=3))
+        lwpf_patch.patch_model(model, func_d=brought, **given)
+        assert (model[0].func_d.masking, model[0].func_d.backend) == (masking, backend)
+    lwpf_patch.apply("timm", func_d="pfu")  # which brings none
+    assert lwpf_patch.status()["hosts"]["timm"]["settings"]["masking"] == "exclude"
+    assert "masking exclude, backend auto" in caplog.messages[-1]
 
 
 #: What takes a number, from 1 or so on; those of Python alone refuse text too.
@@ -138,6 +234,8 @@ NUMBERS = {
     "t": lambda value: separation_loss(X, t=value),
     "lr": lambda value: FeatureMap(3).separate(X, lr=value),
     "iters": lambda value: FeatureMap(3).separate(X, iters=value),
+    "uhop's iters": lambda value: UHop(iters=value),
+    "uhop's t": lambda value: UHop(t=value),
 }
 #: What takes a word, a name, an object or a list of text.
 OTHERS = {
@@ -155,7 +253,10 @@ OTHERS = {
     "patch_model": lambda value: lwpf_patch.patch_model(value),
     "register": lambda value: lwpf_patch.register_func_d(value, ReLU),
     "factory": lambda value: lwpf_patch.register_func_d("mine", value),
+    "empty_rows": lambda value: ReLU(empty_rows=value),
     "empty": lambda value: ReLU(empty=value),
+    "uhop's loss": lambda value: UHop(loss=value),
+    "uhop's train": lambda value: UHop(train=value),
     "the operator's masking": lambda value: lwpf_attention(X, X, X, func_d="relu", masking=value),
     "the operator's backend": lambda value: lwpf_attention(X, X, X, func_d="relu", backend=value),
     "the operator's func_d": lambda value: lwpf_attention(X, X, X, func_d=value),
@@ -222,7 +323,7 @@ def test_a_factory_gets_what_is_no_number_as_text():
 
 def test_the_command_refuses_alike(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in (["--func-d", "pfu:mu=1_0"], ["--uhop", "lr=1e38"], ["--compat", "yes"]):
+    for arguments in (["--func-d", "pfu:mu=1_0"], ["--uhop", "lr=1e38"], ["--compat", "y"]):
         assert main(["run", *arguments, "x.py"]) == 2
         assert "(from --" in capsys.readouterr().err
     assert issubclass(SettingsError, LwpfError)

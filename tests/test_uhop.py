@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vits import MODELS, feature_maps, images, randomise_maps, set_fused, vit
 
 import lwpf_patch
-from lwpf_patch.settings import parse_uhop
+from lwpf_patch.specs import parse_uhop
 from lwpf_patch.uhop import HostFeatureMap, host_map, report, stage_one
 
 STAGE = "iters=5,lr=0.5,samples=32"

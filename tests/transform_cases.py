@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lwpf_patch import PFU, FuncD, LwpfError, ReLU, lwpf_attention, separation_loss
 from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import cpu
-from lwpf_patch.settings import parse_sep
+from lwpf_patch.specs import parse_sep
 
 Function = Callable[..., Tensor]
 

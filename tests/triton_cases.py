@@ -538,7 +538,7 @@ def test_second_derivatives_keep_the_dropout_mask_of_the_forward_pass():
     ("options", "reason"),
     [
         (dict(func_d=lambda s: (s, s > 0)), "is not of the form s > a"),
-        (dict(func_d="relu:empty=plain"), "empty='plain' needs a row's scores together"),
+        (dict(func_d="relu:empty_rows=keep"), "empty_rows='keep' needs a row's scores together"),
         (dict(func_d="relu", masking="paper"), "masking 'paper' is computed as the official code does it"),
         (dict(func_d="relu", dtype=torch.float64), "it does not compute in torch.float64"),
         (dict(func_d="relu", width=257), "it holds up to 256 features per head, not 257"),

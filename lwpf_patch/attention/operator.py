@@ -9,7 +9,9 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from ..backends import Call
 from ..forgetting import FuncD
-from ..settings import BACKENDS, MASKINGS, check_name, parse_sep
+from ..options import check_name
+from ..settings import BACKENDS, DEFAULTS, MASKINGS
+from ..specs import FuncDLike, parse_sep
 from .computing import attend
 from .owned import OwnedFuncD, rule_of
 
@@ -23,7 +25,7 @@ def lwpf_attention(
     is_causal: bool = False,
     scale: float | None = None,
     *,
-    func_d: Any,
+    func_d: FuncDLike,
     training: bool | None = None,
     masking: str | None = None,
     backend: str | None = None,
@@ -75,20 +77,20 @@ def lwpf_attention(
             enable_gqa=enable_gqa, sep=sep,
         )  # fmt: skip
     if masking is not None:
-        check_name("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
+        masking = check_name("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
     if backend is not None:
-        check_name("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
+        backend = check_name("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
     rule = rule_of(func_d, "lwpf_attention(func_d=...)")
     owned = func_d if isinstance(func_d, OwnedFuncD) else None
     call = Call(
         query, key, value, rule, attn_mask, dropout_p, is_causal, scale, enable_gqa, _training(func_d, training),
-        masking or (owned.masking if owned else "exclude"), parse_sep(sep, "lwpf_attention(sep=...)"),
+        masking or (owned.masking if owned else DEFAULTS["masking"]), parse_sep(sep, "lwpf_attention(sep=...)"),
     )  # fmt: skip
-    return attend(call, backend or (owned.backend if owned else "auto"), owned.host if owned else "")
+    return attend(call, backend or (owned.backend if owned else DEFAULTS["backend"]), owned.host if owned else "")
 
 
 def partial_forgetting(
-    scores: Tensor, *, func_d: Any, training: bool | None = None, dim: int = -1
+    scores: Tensor, *, func_d: FuncDLike, training: bool | None = None, dim: int = -1
 ) -> tuple[Tensor, Tensor]:
     """The first of the paper's two lines: ``attn, mask = func_d(attn)``, before a softmax that is written out.
 

@@ -10,7 +10,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..attached import Attached
 from ..forgetting import FuncD, make_func_d
-from ..settings import BACKENDS, MASKINGS, check_name
+from ..options import check_name
+from ..settings import BACKENDS, DEFAULTS, MASKINGS
+from ..specs import FuncDLike
 
 _ALLOWED = {"masking": MASKINGS, "backend": BACKENDS}
 
@@ -60,7 +62,7 @@ class OwnedFuncD(Attached, nn.Module):
             SettingsError: A masking or backend that there is not.
         """
         if name in _ALLOWED:
-            check_name(name, value, f"func_d.{name} = ...", _ALLOWED[name])
+            value = check_name(name, value, f"func_d.{name} = ...", _ALLOWED[name])
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,8 +71,7 @@ class OwnedFuncD(Attached, nn.Module):
 
     def __repr__(self) -> str:
         """Show the forgetting function, and the settings that are not the defaults."""
-        defaults = {"masking": "exclude", "backend": "auto"}
-        changed = [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
+        changed = [f"{name}={getattr(self, name)}" for name, value in DEFAULTS.items() if getattr(self, name) != value]
         shown = repr(self.rule)
         if not changed or not shown.endswith(")"):
             return shown
@@ -78,7 +79,7 @@ class OwnedFuncD(Attached, nn.Module):
         return f"{head}{bracket}{', '.join(part for part in (options, *changed) if part)})"
 
 
-def rule_of(func_d: Any, origin: str = "func_d") -> FuncD:
+def rule_of(func_d: FuncDLike, origin: str = "func_d") -> FuncD:
     """Return the forgetting function that is meant by what a user gives, which may be that of an attention layer.
 
     Raises:

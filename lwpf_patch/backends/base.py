@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import tracing
-from ..settings import Sep
+from ..specs import Sep
 
 
 class Threshold(NamedTuple):
@@ -29,7 +29,7 @@ class Threshold(NamedTuple):
 class Rule(Protocol):
     """What a backend asks of a forgetting function; see :class:`lwpf_patch.FuncD`."""
 
-    empty: str
+    empty_rows: str
     forgets: bool
 
     def threshold(self) -> Threshold | None:
@@ -127,8 +127,8 @@ class FusedBackend(Backend):
             return reason
         if call.rule.threshold() is None:
             return f"{call.rule} is not of the form s > a"
-        if call.rule.empty != "zero":
-            return "empty='plain' needs a row's scores together"
+        if call.rule.empty_rows != "zero":
+            return "empty_rows='keep' needs a row's scores together"
         if call.masking != "exclude":
             return f"masking {call.masking!r} is computed as the official code does it, by the eager backend only"
         return None

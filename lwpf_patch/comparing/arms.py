@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LwpfError, SettingsError
 from ..hosts import HOSTS
-from ..settings import VARIABLES, Settings, check_hosts, split_list
+from ..settings import SETTINGS, Settings, check_hosts, flag_of
 
 PLAIN = "plain"
 #: Stage I runs once and moves nothing: what the feature map then becomes is the work of the task's loss alone.
@@ -103,10 +103,10 @@ def _patched(
     """Build an arm from options of ``lwpf run``, checked as that checks them."""
     options = ["--patch", hosts, *given]
     parsed = _parse(label, options, run)
-    chosen = check_hosts(split_list(parsed.patch), f"arm {label!r}, --patch", HOSTS)
-    values = {name: value for name in VARIABLES if (value := getattr(parsed, name, None)) is not None}
+    chosen = check_hosts(parsed.patch, f"arm {label!r}, --patch", HOSTS)
+    values = {s.name: value for s in SETTINGS if (value := getattr(parsed, s.name, None)) is not None}
     try:
-        settings = Settings(**values, origin=lambda name: f"arm {label!r}, --{name.replace('_', '-')}")
+        settings = Settings(**values, origin=lambda name: f"arm {label!r}, {flag_of(name)}")
     except SettingsError as error:
         if control_of is None and given == ["--func-d", label]:
             raise SettingsError(f"{error}. An arm is 'plain', a func_d, or 'label: options of lwpf run'") from None
@@ -117,8 +117,8 @@ def _patched(
             described = HOSTS[host].describe_sites(settings)
         except LwpfError as error:
             raise type(error)(f"arm {label!r}: {error}") from None
-        sites |= {site["name"]: site["hash"] for site in described}
-    return Arm(label, tuple(options), chosen, settings.describe(), sites, control_of), settings
+        sites |= {site["name"]: site["hash"] or "" for site in described}
+    return Arm(label, tuple(options), chosen, {**settings.describe()}, sites, control_of), settings
 
 
 def _parse(label: str, options: list[str], run: argparse.ArgumentParser) -> argparse.Namespace:
@@ -148,7 +148,7 @@ def _control(arm: Arm, settings: Settings, run: argparse.ArgumentParser, hosts: 
     without U-Hop, and ``plain`` is that already where nothing else is changed.
     """
     given = list(arm.options or ())[2:]  # without the --patch that stands in front of all
-    if settings.uhop.train:
+    if settings.uhop is not None and settings.uhop.train:
         given += ["--uhop", IDLE_STAGE_ONE]
     else:
         without = {name: value for name, value in settings.describe().items() if name != "uhop"}

@@ -8,12 +8,15 @@ gradient. A func_d is mathematics alone; what an attention layer of a host owns 
 Typing is spelled as torch.jit.script reads it.
 """
 
+from typing import Any, Dict
+
 import torch
 from torch import Tensor, fx, nn
 
 from .. import tracing
 from ..backends import Threshold
 from ..backends import eager_form as eager
+from ..specs import EMPTY_ROWS
 
 
 class FuncD(nn.Module):
@@ -23,18 +26,19 @@ class FuncD(nn.Module):
     ``attn = mask * attn``.
 
     Attributes:
-        empty: What becomes of a row that would forget every key: ``"zero"``, as in the paper, gives 0 and no gradient
-            to the scores; ``"plain"`` forgets nothing of such a row.
+        empty_rows: What becomes of a row that would forget every key: ``"zero"``, as in the paper, gives 0 and no
+            gradient to the scores; ``"keep"`` forgets nothing of such a row.
         forgets: False where every score stays as it is, so that plain attention computes the same.
     """
 
-    empty: str
+    empty_rows: str
     forgets: bool
     _bears_infinity: bool
+    __jit_unused_properties__ = ["empty"]  # noqa: RUF012 - torch.jit.script wants a list
 
     def __init__(self) -> None:
         super().__init__()
-        self.empty = "zero"
+        self.empty_rows = "zero"
         self.forgets = True
         self._bears_infinity = False  # whether forget() gives no NaN where a score is -inf, in its gradient neither
 
@@ -104,13 +108,27 @@ class FuncD(nn.Module):
         mask = mask.detach()
         if excluded is not None:
             forgotten, mask = eager.exclude(forgotten, mask, excluded, dim)
-        if self.empty == "plain":
+        if self.empty_rows == "keep":
             forgotten, mask = eager.keep_empty_rows(scores, forgotten, mask, excluded, dim)
         return forgotten, mask
 
+    @property
+    def empty(self) -> str:
+        """The former name of ``empty_rows``, with the former word ``"plain"`` for ``"keep"``."""
+        return "plain" if self.empty_rows == "keep" else self.empty_rows
+
+    @empty.setter
+    def empty(self, value: str) -> None:
+        self.empty_rows = EMPTY_ROWS.read_from(value, "empty", f" (from {type(self).__name__}.empty = ...)")
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "empty"})  # type: ignore[no-untyped-call]
+        if "empty" in state:  # it was pickled when that was the name
+            self.empty = state["empty"]
+
     def extra_repr(self) -> str:
         """Show the options."""
-        return ", ".join([*self._options(), *(["empty=plain"] if self.empty == "plain" else [])])
+        return ", ".join([*self._options(), *(["empty_rows=keep"] if self.empty_rows == "keep" else [])])
 
     def _options(self) -> list[str]:
         return []

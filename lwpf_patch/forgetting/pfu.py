@@ -1,7 +1,7 @@
 """PFU, the partial forgetting unit of the paper."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import Threshold
 from ..backends import eager_form as eager
 from ..errors import UnsupportedError
-from ..settings import FUNC_D_OPTIONS
+from ..specs import FUNC_D_OPTIONS, read_empty_rows
 from .base import FuncD
 
 _constant: Any = torch.compiler.assume_constant_result
@@ -28,6 +28,7 @@ class PFU(FuncD):
             gradient flows. It couples the items of a batch, in evaluation too.
         bias: What a forgotten score becomes: a number, or ``"mu"``, the threshold itself.
         sigma: Square root of the noise's standard deviation (that is what the official code does).
+        empty_rows: As for :class:`ReLU`.
         empty: As for :class:`ReLU`.
 
     Raises:
@@ -43,16 +44,17 @@ class PFU(FuncD):
         mu: float | str = "dmedian",
         bias: float | str = "mu",
         sigma: float = 0.01,
-        empty: str = "zero",
+        empty_rows: str = "zero",
+        empty: Optional[str] = None,
     ) -> None:
         super().__init__()
         self._bears_infinity = True
-        given = {"mu": mu, "bias": bias, "sigma": sigma, "empty": empty}
+        given = {"mu": mu, "bias": bias, "sigma": sigma}
         options = {
             name: FUNC_D_OPTIONS["pfu"][name].read_from(value, name, f" (from PFU({name}=...))")
             for name, value in given.items()
         }
-        self.empty = str(options["empty"])
+        self.empty_rows = read_empty_rows(empty_rows, empty, "PFU")
         self._mu = None if options["mu"] == "dmedian" else float(options["mu"])
         self._bias = None if options["bias"] == "mu" else float(options["bias"])
         self.sigma = float(options["sigma"])

@@ -1,10 +1,12 @@
 """ReLU as a forgetting function."""
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 from ..backends import Threshold
-from ..settings import FUNC_D_OPTIONS
+from ..specs import read_empty_rows
 from .base import FuncD
 
 
@@ -14,8 +16,9 @@ class ReLU(FuncD):
     A row whose scores are all at most 0 forgets everything: its output, and every gradient through it, is 0.
 
     Args:
-        empty: ``"zero"``, or ``"plain"`` for rows that forget nothing where they would forget everything; see
+        empty_rows: ``"zero"``, or ``"keep"`` for rows that forget nothing where they would forget everything; see
             :class:`FuncD`.
+        empty: The former name of ``empty_rows``; its former word for ``"keep"`` is ``"plain"``.
 
     Raises:
         SettingsError: A value that is neither.
@@ -26,10 +29,10 @@ class ReLU(FuncD):
         (tensor([[0., 0., 2.]]), tensor([[False, False,  True]]))
     """
 
-    def __init__(self, empty: str = "zero") -> None:
+    def __init__(self, empty_rows: str = "zero", *, empty: Optional[str] = None) -> None:
         super().__init__()
         self._bears_infinity = True
-        self.empty = str(FUNC_D_OPTIONS["relu"]["empty"].read_from(empty, "empty", " (from ReLU(empty=...))"))
+        self.empty_rows = read_empty_rows(empty_rows, empty, "ReLU")
 
     def forget(self, scores: Tensor, excluded: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
         """Compute D and D'; see :meth:`FuncD.forget`."""

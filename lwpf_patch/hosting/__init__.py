@@ -7,7 +7,7 @@ Describe a library by a :class:`RewrittenHost` (its sites, what their modules ge
 
 from ..rewriting import Edit, Function, Splice, forget_around_softmax, map_query
 from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, Order
-from .contract import Host, RegisteredHost
+from .contract import Host, RegisteredHost, SiteStatus
 from .rewritten import RewrittenHost, Site, multiply_rows
 from .shims import Replacement, Shim
 
@@ -25,6 +25,7 @@ __all__ = [
     "RewrittenHost",
     "Shim",
     "Site",
+    "SiteStatus",
     "Splice",
     "forget_around_softmax",
     "map_query",

@@ -194,6 +194,7 @@ class FeatureMapAttachment(Attachment):
         from ..uhop import HostFeatureMap
 
         assert order.asked is not None
+        assert order.asked.uhop is not None
         try:
             heads, features = self.shape(module)
         except AttributeError as error:

@@ -13,7 +13,7 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import unquote, urlparse
 
 from ..errors import HostNotInstalledError, SettingsError
@@ -23,6 +23,24 @@ from .shims import Shim
 
 if TYPE_CHECKING:
     from ..attention import HostFuncD
+
+
+class SiteStatus(TypedDict):
+    """A site of a host: one that is patched, or would be.
+
+    Attributes:
+        name: Its name, such as ``"timm.layers.attention.Attention"``.
+        function: The qualified name of the function.
+        file: The source file.
+        hash: The hash of the function's syntax tree; None: nothing is rewritten.
+        known: The versions of the host that have this very function, in words; None: it has not been tested with.
+    """
+
+    name: str
+    function: str
+    file: str
+    hash: str | None
+    known: str | None
 
 
 @dataclass(frozen=True)
@@ -66,12 +84,8 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def describe_sites(self, settings: Settings) -> list[dict[str, Any]]:
+    def describe_sites(self, settings: Settings) -> list[SiteStatus]:
         """Return what would be patched, as plain data, from what is installed and without importing it.
-
-        Returns:
-            For each site its ``name``, the ``function``, its ``file``, the ``hash`` of its syntax tree (None: nothing
-            is rewritten) and the versions with that hash that are ``known`` (None: none).
 
         Raises:
             HostNotInstalledError: It is not installed.
@@ -206,11 +220,11 @@ class RegisteredHost(Host):
         """Return the func_d; see :meth:`Host.prototypes`."""
         return {"func_d": make_host_func_d(self.name, settings)}
 
-    def describe_sites(self, settings: Settings) -> list[dict[str, Any]]:
+    def describe_sites(self, settings: Settings) -> list[SiteStatus]:
         """Return the modules that have the interface; see :meth:`Host.describe_sites`."""
         specs = {place: self.find(place) for place in self.places}
         return [
-            {"name": place, "function": place, "file": spec.origin, "hash": None, "known": self.version()}
+            {"name": place, "function": place, "file": str(spec.origin), "hash": None, "known": self.version()}
             for place, spec in specs.items()
             if spec is not None
         ]

@@ -13,7 +13,7 @@ from ..errors import RewriteError, SettingsError
 from ..rewriting import Edit, Plan
 from ..settings import Settings
 from .attachments import Attachment, FeatureMapAttachment
-from .contract import Host
+from .contract import Host, SiteStatus
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,16 @@ class Site:
     def feature_map(self) -> FeatureMapAttachment | None:
         """The feature map that its modules get if U-Hop is asked for; None: they get none."""
         return next((each for each in self.attachments if isinstance(each, FeatureMapAttachment)), None)
+
+    def describe(self, file: str, digest: str) -> SiteStatus:
+        """Return the site as plain data.
+
+        Args:
+            file: The source file.
+            digest: The hash of the function's syntax tree.
+        """
+        known = self.known.get(digest)
+        return {"name": self.name, "function": self.qualname, "file": file, "hash": digest, "known": known}
 
     def edits(self, parts: Container[str]) -> list[Edit]:
         """Return the edits that bring some parts in."""
@@ -146,16 +156,10 @@ class RewrittenHost(Host):
         parts = self.parts(settings)
         return tuple(site for site in self.sites if site.edits(parts))
 
-    def describe_sites(self, settings: Settings) -> list[dict[str, Any]]:
+    def describe_sites(self, settings: Settings) -> list[SiteStatus]:
         """Return its sites as plain data; see :meth:`Host.describe_sites`."""
         return [
-            {
-                "name": site.name,
-                "function": site.qualname,
-                "file": plan.path,
-                "hash": plan.hashes[site.qualname],
-                "known": site.known.get(plan.hashes[site.qualname]),
-            }
+            site.describe(plan.path, plan.hashes[site.qualname])
             for plan in self.plans(settings)
             for site in self.sites
             if site.module == plan.module and site.qualname in plan.hashes

@@ -222,7 +222,7 @@ class _DeadBags:
                 f"deeprc: {func_d} forgot every score in {dead} of the first {self.bags} bags "
                 f"({dead / self.bags:.0%}). Such a bag gives 0 and no gradient to the attention; if all are so, "
                 "training cannot leave this state. "
-                "Remedies: func_d 'relu:empty=plain' (a bag that would forget everything forgets nothing), 'pfu' "
+                "Remedies: func_d 'relu:empty_rows=keep' (a bag that would forget everything forgets nothing), 'pfu' "
                 "(which keeps the upper half of every bag of two or more), or another seed"
             )
 

@@ -18,6 +18,7 @@ from ..hosting import Host, RegisteredHost, RewrittenHost, Site
 from ..hosting.shims import AppliedShim
 from ..hosts import HOSTS
 from ..settings import Settings
+from ..specs import FuncDSpec
 from . import exit_report, frames, importing
 from .attaching import Makers, detach, living
 from .owners import Owners
@@ -36,7 +37,7 @@ def request(name: str, settings: Settings) -> None:
     """
     host = HOSTS[name]
     host.check(settings)
-    if not isinstance(settings.func_d, str) or "torch" in sys.modules:
+    if not isinstance(settings.func_d, FuncDSpec) or "torch" in sys.modules:
         host.prototypes(settings)  # raises for a wrong func_d
     with TRANSITIONS:
         before = PATCHED.get(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from types import FunctionType
 from typing import Any
@@ -16,7 +15,8 @@ from ..errors import ConflictError, SettingsError, shown
 from ..hosting import RewrittenHost, Site
 from ..hosting.attachments import Order, is_trained
 from ..hosts import HOSTS
-from ..settings import Settings
+from ..settings import Patterns, Settings
+from ..specs import FuncDLike, UHopLike
 from . import changing
 from .attaching import warn_of_loss
 from .swapping import describe, locate
@@ -25,14 +25,14 @@ from .swapping import describe, locate
 def patch_model(
     model: nn.Module,
     *,
-    func_d: Any = None,
-    masking: str = "exclude",
-    backend: str = "auto",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-    uhop: Any = None,
+    func_d: FuncDLike | None = None,
+    masking: str | None = None,
+    backend: str | None = None,
+    uhop: UHopLike | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> list[str]:
-    """Patches the attention of one model; its classes and every other model stay as they are.
+    """Patch the attention of one model; its classes and every other model stay as they are.
 
     The model stays patched whatever ``apply`` and ``revert`` do, and has a func_d of its own: under a patched host,
     ``patch_model(teacher, func_d="none")`` keeps a model plain. Calling it again replaces the settings.
@@ -42,10 +42,10 @@ def patch_model(
         func_d: As for :func:`lwpf_patch.apply`.
         masking: As for :func:`lwpf_patch.apply`.
         backend: As for :func:`lwpf_patch.apply`.
+        uhop: As for :func:`lwpf_patch.apply`. Make the optimizer afterwards: it has to know the new parameters.
         include: Glob patterns over the names of the model's modules (``model.named_modules()``), such as
             ``"blocks.1?.attn"``; default all.
         exclude: Glob patterns over the names of modules to leave alone.
-        uhop: As for :func:`lwpf_patch.apply`. Make the optimizer afterwards: it has to know the new parameters.
 
     Returns:
         The names of the modules that were patched.
@@ -56,7 +56,9 @@ def patch_model(
     """
     _check_model(model, "patch_model")
     origin = "patch_model({}=...)".format
-    settings = Settings(func_d, masking, backend, include, exclude, uhop=uhop, origin=origin)  # type: ignore[arg-type]
+    settings = Settings(
+        func_d=func_d, masking=masking, backend=backend, uhop=uhop, include=include, exclude=exclude, origin=origin
+    )
     sites = {name: site_of(type(module)) for name, module in model.named_modules()}
     found = {
         name: site

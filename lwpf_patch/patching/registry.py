@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ from ..errors import HostNotInstalledError
 from ..hosting import Host
 from ..hosting.shims import Shim
 from ..hosts import HOSTS
-from ..settings import Settings, check_hosts, texts
+from ..settings import HostNames, Patterns, Settings, check_hosts
+from ..specs import FuncDLike, UHopLike
 from . import exit_report, unpickling
 from .attaching import living
 from .changing import change, request
-from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost
+from .schema import AppliedShimStatus, FeatureMapsStatus, HostStatus, Status, describe_shim
+from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost, settings_of
 
 __all__ = ["apply", "patched", "request", "revert", "status"]
 
@@ -26,39 +28,40 @@ _blocks: dict[str, list[_Block]] = {}
 
 
 def apply(
-    host: str | Iterable[str],
+    host: HostNames,
     *,
-    func_d: Any = None,
-    masking: str = "exclude",
-    backend: str = "auto",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-    compat: bool = True,
-    uhop: Any = None,
-    exclude_models: str | Iterable[str] | None = None,
+    func_d: FuncDLike | None = None,
+    masking: str | None = None,
+    backend: str | None = None,
+    uhop: UHopLike | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    exclude_models: Patterns | None = None,
+    compat: bool | str = True,
 ) -> None:
-    """Patches a host, now or when it is imported. Applying again with other settings replaces them.
+    """Patch a host, now or when it is imported. Applying again with other settings replaces them.
 
     Other threads may be in the middle of a forward pass or a constructor: each call of an attention module computes
     with what was there before or with what is there afterwards. Applying once more with the same settings looks for
     modules that have come without a func_d.
 
     Args:
-        host: A host's name, such as ``"timm"``, or several.
+        host: A host's name, such as ``"timm"``, or several: a list, or text with commas. All are patched, or none.
         func_d: The forgetting function: text such as ``"relu"`` or ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``, a
             :class:`lwpf_patch.FuncD`, or a callable that maps scores to ``(D(s), D'(s))``. Each attention module gets a
             copy of its own. Default: ``"relu"``, or ``"none"`` with ``uhop``.
         masking: ``"exclude"`` keeps keys that a mask hides out of everything; ``"paper"`` is the official recipe, which
-            lets them back into the denominator.
-        backend: Which implementation of the operator computes.
+            lets them back into the denominator. None: as the func_d says, if it is that of another attention layer
+            (``model.blocks[0].attn.func_d``), and else ``"exclude"``.
+        backend: Which implementation of the operator computes. None: as the func_d says, or ``"auto"``.
+        uhop: U-Hop (Wu et al., ICML 2024): each attention module gets a feature map, and Stage I separates its keys
+            after the first step of the optimizer. Text such as ``"iters=100,t=2,lr=0.1"``, ``"on"``, or a
+            :class:`lwpf_patch.UHop`; apply it before the optimizer is made. None: no U-Hop.
         include: Glob patterns over site names such as ``"timm.layers.attention.Attention"``; default all.
         exclude: Glob patterns over site names to leave alone.
-        compat: Whether to mend what a current environment breaks in a host; ``lwpf status`` lists these shims.
-        uhop: U-Hop (Wu et al., ICML 2024): each attention module gets a feature map, and Stage I separates its keys
-            after the first step of the optimizer. Text such as ``"iters=100,t=2,lr=0.1"``, or ``"on"``; apply it before
-            the optimizer is made. None: no U-Hop.
         exclude_models: Glob patterns over names of models that stay plain, such as the teacher of a distillation: the
             class of a model, or of any module around the attention, and what ``timm.create_model`` calls it.
+        compat: Whether to mend what a current environment breaks in a host; ``lwpf status`` lists these shims.
 
     Raises:
         SettingsError: An unknown host, func_d, masking, backend or option of uhop, or a pattern that matches no site.
@@ -66,24 +69,37 @@ def apply(
         RewriteError: A function of the host has a shape that is not known.
         ConflictError: Someone else has patched a function that would be patched.
     """
-    names = check_hosts(texts(host), "apply()", HOSTS)
+    names = check_hosts(host, "apply()", HOSTS)
     settings = Settings(
-        func_d, masking, backend, include, exclude, compat, uhop, exclude_models  # type: ignore[arg-type]
+        func_d=func_d, masking=masking, backend=backend, uhop=uhop, include=include, exclude=exclude,
+        exclude_models=exclude_models, compat=compat,
     )  # fmt: skip
     for name in names:  # all of them can be met before any of them is
         HOSTS[name].check(settings)
         HOSTS[name].check_installed(settings)
-    for name in names:
-        request(name, settings)
+    with TRANSITIONS, contextlib.ExitStack() as undo:
+        for name in names:
+            before = settings_of(name)
+            request(name, settings)
+            undo.callback(_put_back, name, before)
+        undo.pop_all()  # nothing is undone: all of them are patched
 
 
-def revert(host: str | None = None) -> None:
-    """Restores the very code that stood there before ``apply``.
+def _put_back(name: str, before: Settings | None) -> None:
+    """Have a host patched as it was before, or not at all."""
+    if before is None:
+        revert(name)
+    else:
+        request(name, before)
+
+
+def revert(host: HostNames | None = None) -> None:
+    """Restore the very code that stood there before ``apply``.
 
     Calls that other threads have begun are waited for, for 10 s at most, before what they use is taken away.
 
     Args:
-        host: The host's name, None for all.
+        host: The host's name, or several as for :func:`apply`; None for all.
 
     Raises:
         SettingsError: There is no such host.
@@ -91,7 +107,7 @@ def revert(host: str | None = None) -> None:
         LwpfError: It is called inside of a patched forward.
     """
     with TRANSITIONS:
-        names = list(PATCHED) if host is None else check_hosts([host], "revert()", HOSTS)
+        names = tuple(PATCHED) if host is None else check_hosts(host, "revert()", HOSTS)
         for name in names:
             if name in PATCHED:
                 change(HOSTS[name], None)
@@ -105,8 +121,8 @@ class _Block:
 
 
 @contextlib.contextmanager
-def patched(host: str, **settings: Any) -> Iterator[None]:
-    """Patches a host for the length of a ``with`` block; afterwards it is as it was before, patched or not.
+def patched(host: HostNames, **settings: Any) -> Iterator[None]:
+    """Patch a host for the length of a ``with`` block; afterwards it is as it was before, patched or not.
 
     A host is patched for the whole process, so blocks of several threads share it: the settings are those of the block
     that was entered last, for everyone. Each block puts back what it found. One that ends while a later one is still
@@ -114,47 +130,59 @@ def patched(host: str, **settings: Any) -> Iterator[None]:
     host is as it was before the first. ``apply`` and ``revert`` inside of a block hold until it ends.
 
     Args:
-        host: The host's name.
+        host: The host's name, or several as for :func:`apply`. Several are patched together, and left together.
         **settings: As for :func:`apply`.
 
     Raises:
         LwpfError: As for :func:`apply`, and at the end as for :func:`revert`.
     """
-    check_hosts([host], "patched()", HOSTS)
+    names = check_hosts(host, "patched()", HOSTS)
     with TRANSITIONS:
-        before = PATCHED.get(host)
-        apply(host, **settings)
-        block = _Block(None if before is None else before.settings)
-        blocks = _blocks.setdefault(host, [])
-        blocks.append(block)
+        entered = {name: _Block(settings_of(name)) for name in names}
+        apply(names, **settings)
+        for name, block in entered.items():
+            _blocks.setdefault(name, []).append(block)
     try:
         yield
     finally:
-        with TRANSITIONS:
-            above = blocks[blocks.index(block) + 1 :]
-            blocks.remove(block)
-            if above:
-                above[0].before = block.before
-            elif block.before is None:
-                revert(host)
-            else:
-                request(host, block.before)
+        with TRANSITIONS, contextlib.ExitStack() as leaving:  # all of them, whatever one of them raises
+            for name, block in entered.items():
+                leaving.callback(_leave, name, block)
 
 
-def status() -> dict[str, Any]:
-    """Returns what is patched, as plain data: for each host its version, state, settings and sites."""
+def _leave(name: str, block: _Block) -> None:
+    """End a block of one host."""
+    blocks = _blocks[name]
+    position = next(index for index, each in enumerate(blocks) if each is block)
+    above = blocks[position + 1 :]
+    del blocks[position]
+    if above:
+        above[0].before = block.before
+    else:
+        _put_back(name, block.before)
+
+
+def status() -> Status:
+    """Return what is patched in this process, as plain data.
+
+    Returns:
+        For each host what :class:`lwpf_patch.patching.schema.HostStatus` lists. ``lwpf status --json`` tells what would
+        be patched. Its keys are the same for what the two share: ``installed``, ``version`` and ``problem`` of a host,
+        all of each of ``sites``, the ``name``, ``why`` and ``needed`` of each of ``shims``, and the settings, which
+        stand in ``request`` there.
+    """
     with LOCK:
         return {"hosts": {name: _host_status(host) for name, host in HOSTS.items()}}
 
 
-def _host_status(host: Host) -> dict[str, Any]:
+def _host_status(host: Host) -> HostStatus:
     applied = PATCHED.get(host.name)
-    found: dict[str, Any]
+    found: HostStatus
     try:
         found = {"installed": True, "version": host.version() or "unknown"}
     except HostNotInstalledError as error:
         if applied is None:
-            return {"installed": False, "state": "not installed", "hint": str(error)}
+            return {"installed": False, "state": "not installed", "problem": str(error)}
         found = {"installed": False, "version": "unknown"}
     if applied is None:
         return {**found, "state": "off"}
@@ -163,26 +191,26 @@ def _host_status(host: Host) -> dict[str, Any]:
         "state": "patched" if applied.sites or applied.registered else "waiting for its import",
         "called": reporting.was_used(host.name),
         "backends": reporting.backends_of(host.name),
-        "shims": [{"name": shim.name, "why": shim.why, "state": _shim_state(applied, shim)} for shim in host.shims],
+        "shims": [_shim_status(applied, shim) for shim in host.shims],
         "modules": len(living(applied.makers.owners())),
         "feature_maps": _feature_maps(host.name) if applied.settings.uhop is not None else None,
         "settings": applied.settings.describe(),
         # by name: a module that was reloaded has two classes of one name, both patched
-        "sites": list(
-            {
-                site.site.name: {"name": site.site.name, "function": site.site.qualname, "known": site.known}
-                for site in applied.sites
-            }.values()
-        ),
+        "sites": list({site.site.name: site.site.describe(site.file, site.hash) for site in applied.sites}.values()),
     }
 
 
-def _feature_maps(host: str) -> dict[str, int]:
-    if "lwpf_patch.uhop" not in sys.modules:  # which imports torch
+def _feature_maps(host: str) -> FeatureMapsStatus:
+    if "torch" not in sys.modules:  # which what counts them imports
         return {"modules": 0, "separated": 0}
-    from ..uhop import report
+    from ..uhop.report import summary
 
-    return report.summary(host)
+    modules, separated = summary(host)
+    return {"modules": modules, "separated": separated}
+
+
+def _shim_status(applied: PatchedHost, shim: Shim) -> AppliedShimStatus:
+    return {**describe_shim(shim), "state": _shim_state(applied, shim)}
 
 
 def _shim_state(applied: PatchedHost, shim: Shim) -> str:

@@ -32,6 +32,8 @@ class PatchedSite:
         original: The code that stands there unpatched.
         patched: The patched code.
         known: Whether its syntax tree is one that is known to be right to edit.
+        file: The source file.
+        hash: The hash of its syntax tree.
     """
 
     site: Site
@@ -40,6 +42,8 @@ class PatchedSite:
     original: CodeType
     patched: CodeType
     known: bool
+    file: str
+    hash: str
 
     def put(self) -> None:
         """Put the patched code into the function."""
@@ -94,8 +98,9 @@ def locate(
             if live is None or live != original or len(live.co_freevars) != len(new.co_freevars):
                 raise ConflictError(_conflict(site, path, function, place is owner and function is places[0][1]))
             patched = function.__code__ if function.__code__ == new else new
-            known = plan.hashes[site.qualname] in site.known
-            found.append(PatchedSite(site, place, function, live, patched, known))
+            digest = plan.hashes[site.qualname]
+            known = digest in site.known
+            found.append(PatchedSite(site, place, function, live, patched, known, path, digest))
     return found
 
 

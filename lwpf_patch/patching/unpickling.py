@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LwpfError
 from ..hosting.attachments import refuse_to_ignore
-from ..settings import UNPICKLE_VARIABLE, read_unpickle
+from ..settings import UNPICKLE
 from . import changing, state
 
 
@@ -38,7 +38,7 @@ def require_patch(part: Any) -> None:
     if state.is_patched(part.host, part.site):
         return
     here = state.settings_of(part.host)
-    if here is None and read_unpickle(os.environ.get(UNPICKLE_VARIABLE, "")) == "patch":
+    if here is None and UNPICKLE.read(os.environ.get(UNPICKLE.variable, ""), UNPICKLE.variable) == "patch":
         changing.request(part.host, part.request)
         if state.is_patched(part.host, part.site):
             return
@@ -61,6 +61,6 @@ def _message(part: Any, unpatched: bool) -> str:
         f"this model was pickled with {part.host} patched ({how}). Here {part.host} is not patched, and it would "
         f"compute plain. Call lwpf_patch.apply({part.host!r}, ...) before it is unpickled (in a spawned process not "
         f"under 'if __name__ == \"__main__\":', which it does not run), or set LWPF_PATCH={part.host}, or set "
-        f"{UNPICKLE_VARIABLE}=patch to have it patched as the model says. If plain is what you want: "
+        f"{UNPICKLE.variable}=patch to have it patched as the model says. If plain is what you want: "
         f'lwpf_patch.apply({part.host!r}, func_d="none")'
     )

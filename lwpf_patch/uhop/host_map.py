@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from .. import tracing
 from ..attached import Attached
 from ..errors import LwpfError
-from ..settings import UHop
+from ..specs import UHop
 from .separation import FeatureMap
 
 _numbers = itertools.count()

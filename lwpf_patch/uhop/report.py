@@ -6,10 +6,10 @@ from . import stage_one
 from .host_map import MAPS, SEPARATED_HOSTS
 
 
-def summary(host: str) -> dict[str, int]:
-    """Returns how many feature maps of a host live, and how many of them have been through Stage I."""
+def summary(host: str) -> tuple[int, int]:
+    """Return how many feature maps of a host live, and how many of them have been through Stage I."""
     maps = [each for each in MAPS if each.host == host]
-    return {"modules": len(maps), "separated": sum(each._separated for each in maps)}
+    return len(maps), sum(each._separated for each in maps)
 
 
 def report(host: str) -> str | None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import SettingsError, shown
 from ..normalising import normalise
-from ..settings import LARGEST_COUNT, Option, parse_sep
+from ..options import LARGEST_COUNT, Option
+from ..specs import parse_sep
 
 
 def retrieve(

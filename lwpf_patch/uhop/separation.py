@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .. import transforms
 from ..errors import SettingsError, shown
-from ..settings import LARGEST_COUNT, UHOP_OPTIONS, Option, check_name
+from ..options import LARGEST_COUNT, Option, check_name
+from ..specs import UHOP_OPTIONS
 
 __all__ = ["KINDS", "FeatureMap", "separation_gradient", "separation_loss"]
 
@@ -60,7 +61,7 @@ def separation_loss(patterns: Tensor, t: float = 2.0, kind: str = "average") -> 
         >>> lwpf_patch.separation_loss(torch.eye(3))
         tensor(-4.)
     """
-    t = _read_options(t, kind, "separation_loss")
+    t, kind = _read_options(t, kind, "separation_loss")
     _check_patterns(patterns, "separation_loss")
     if transforms.are_active():
         return _plain_loss(patterns, t, kind)
@@ -90,7 +91,7 @@ def separation_gradient(
         SettingsError: An unknown kind, a t that cannot be computed with, or patterns that are no tensor.
         RuntimeError: Shapes that do not go together, fewer than two patterns, or patterns that are not floating.
     """
-    t = _read_options(t, kind, "separation_gradient")
+    t, kind = _read_options(t, kind, "separation_gradient")
     _check_pair(weight, patterns, "separation_gradient")
     dtype = torch.promote_types(_wide(weight.dtype), _wide(patterns.dtype))
     with _without_autocast(patterns.device):
@@ -196,7 +197,7 @@ class FeatureMap(nn.Module):
             SettingsError: An option that is not allowed, or a progress bar without tqdm.
             RuntimeError: Patterns of another shape, fewer than two, or with a NaN or an infinity.
         """
-        t = _read_options(t, kind, "separate")
+        t, kind = _read_options(t, kind, "separate")
         iters = _read_count(iters, "iters", "separate", least=0)
         lr = float(UHOP_OPTIONS["lr"].read_argument(lr, "lr", "separate"))
         _check_pair(self.weight, patterns, "separate")
@@ -428,10 +429,10 @@ def _progress_bar(iters: int, wanted: bool) -> contextlib.AbstractContextManager
     return tqdm(total=iters, desc="Stage I", unit="step", file=sys.stderr)
 
 
-def _read_options(t: Any, kind: Any, function: str) -> float:
-    """Check how the loss is made, and return t as a number."""
-    check_name("kind", kind, f"{function}(kind=...)", KINDS)
-    return float(UHOP_OPTIONS["t"].read_argument(t, "t", function))
+def _read_options(t: Any, kind: Any, function: str) -> tuple[float, str]:
+    """Read how the loss is made."""
+    kind = check_name("kind", kind, f"{function}(kind=...)", KINDS)
+    return float(UHOP_OPTIONS["t"].read_argument(t, "t", function)), kind
 
 
 def _read_count(value: Any, name: str, function: str, least: int) -> int:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import reporting
 from ..errors import LwpfError, StageOneError
-from ..settings import UHop
+from ..specs import UHop
 from .host_map import MAPS, HostFeatureMap
 from .separation import separation_gradient
 

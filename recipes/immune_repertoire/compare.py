@@ -33,7 +33,9 @@ REPOSITORY = "https://github.com/ml-jku/DeepRC"
 DATASET = Path("deeprc", "datasets", "example_dataset")
 
 #: One variant more than elsewhere: the remedy that lwpf_patch names when it sees dead bags.
-REMEDY = Variant("relu, empty=plain", "LwPF, ReLU, empty=plain", colour="#009E73", style=":", func_d="relu:empty=plain")
+REMEDY = Variant(
+    "relu, empty_rows=keep", "LwPF, ReLU, empty_rows=keep", colour="#009E73", style=":", func_d="relu:empty_rows=keep"
+)
 
 #: Ours for the sets of DeepRC's log; the test set is not among them, it comes after the training.
 SETS = {"training_inference": "train", "validation": "validation"}

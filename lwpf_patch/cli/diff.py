@@ -1,0 +1,51 @@
+"""The verb ``lwpf diff``: show what patching changes in a host's source."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from ..hosts import HOSTS
+from ..options import split_list
+from ..settings import Settings, check_hosts, flag_of
+
+_COLOURS = {"+++": "1", "---": "1", "@@": "36", "+": "32", "-": "31"}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the verb."""
+    parser = commands.add_parser("diff", help="show what patching changes in a host's source")
+    parser.add_argument("host", help=", ".join(HOSTS))
+    globs = {"action": "append", "metavar": "GLOBS"}
+    parser.add_argument("--include", help="only sites that match one of these glob patterns", **globs)
+    parser.add_argument("--exclude", help="no sites that match one of these glob patterns", **globs)
+    parser.add_argument("--uhop", help="with U-Hop's feature map: 'on', or its options")
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="default: on a terminal, unless NO_COLOR is set",
+    )
+    parser.set_defaults(command=_diff)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    names = check_hosts(options.host, "lwpf diff", HOSTS)
+    patterns = {
+        name: None if given is None else [pattern for text in given for pattern in split_list(text)]
+        for name, given in (("include", options.include), ("exclude", options.exclude))
+    }
+    settings = Settings(**patterns, uhop=options.uhop, origin=flag_of)
+    diff = "".join(plan.diff() for name in names for plan in HOSTS[name].plans(settings))
+    automatic = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if options.color == "always" or (options.color == "auto" and automatic):
+        diff = "".join(map(_coloured, diff.splitlines(keepends=True)))
+    print(diff, end="")
+    return 0
+
+
+def _coloured(line: str) -> str:
+    colour = next((code for start, code in _COLOURS.items() if line.startswith(start)), None)
+    return f"\x1b[{colour}m{line.rstrip(chr(10))}\x1b[m\n" if colour else line

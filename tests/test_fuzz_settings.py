@@ -15,7 +15,7 @@ from lwpf_patch import PFU, FeatureMap, FuncD, ReLU, SettingsError, UHop, lwpf_a
 from lwpf_patch.forgetting import make_func_d
 from lwpf_patch.hosts import HOSTS
 from lwpf_patch.settings import Settings, from_environment
-from lwpf_patch.specs import parse_func_d, parse_sep, parse_uhop
+from lwpf_patch.specs import Sep, parse_func_d, parse_sep, parse_uhop
 
 pytestmark = fuzzing.timeout
 
@@ -197,7 +197,7 @@ def test_sep_is_read_as_the_grammar_has_it(text):
     names = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
     word = text.strip()
     expected = names.get(word, float(word) if NUMBER.fullmatch(word) else math.nan)
-    assert ours(parse_sep, text) == (expected if 1 <= expected <= 2 else None)
+    assert ours(parse_sep, text) == (Sep(expected) if 1 <= expected <= 2 else None)
 
 
 VARIABLES = st.sampled_from(

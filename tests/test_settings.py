@@ -55,7 +55,7 @@ def test_text_that_is_a_number():
         assert repr(PFU(mu=text)) == repr(PFU(mu=float(text)))
     for text in ("-inf", "-Infinity"):
         assert PFU(mu=text)._mu == -INF
-    assert parse_sep(" 1.25 ") == 1.25
+    assert parse_sep(" 1.25 ").alpha == 1.25
     assert parse_uhop("iters= +10 ,train=true").iters == 10
 
 
@@ -63,7 +63,7 @@ def test_numbers_of_other_libraries():
     for number in (0.5, np.float32(0.5), np.float64(0.5), torch.tensor(0.5), Decimal("0.5"), np.array(0.5)):
         assert PFU(mu=number, sigma=number).threshold() == (0.5, None, 0.25)
     for number in (1, np.int64(1), torch.tensor(1), 1.0):
-        assert parse_sep(number) == 1.0
+        assert parse_sep(number).alpha == 1.0
     assert FeatureMap(np.int64(3), heads=torch.tensor(2)).weight.shape == (2, 3, 3)
     assert len(FeatureMap(3).separate(X, iters=np.int32(2), lr=np.float32(0.1), t=1)) == 3
 

@@ -60,10 +60,13 @@ class Plan:
             after = compile(self.patched, filename, "exec", dont_inherit=True)
             return {name: (_code(before, name), _code(after, name)) for name in self.hashes}
         codes: dict[str, tuple[CodeType, CodeType]] = {}
-        for statement in self._statements:
-            before = statement.compile(self.source, self.path)
-            after = statement.compile(self.patched, filename, patched=True)
-            codes |= {name: (_code(before, name), _code(after, name)) for name in statement.qualnames}
+        try:
+            for statement in self._statements:
+                before = statement.compile(self.source, self.path)
+                after = statement.compile(self.patched, filename, patched=True)
+                codes |= {name: (_code(before, name), _code(after, name)) for name in statement.qualnames}
+        except SyntaxError:  # imports that are written in a way that is not foreseen
+            return self.compile(whole=True)
         return codes
 
     def diff(self) -> str:
@@ -186,12 +189,14 @@ class _Statement:
         last = self.last + (self.shift + self.growth if patched else 0)
         lines = source.encode().split(b"\n")[first - 1 : last]
         # What is imported by a module is called in another way (Python 3.11), so the imports stand in the line before.
-        imports = "; ".join(" ".join(re.sub(r"#.*", "", each).split()) for each in _IMPORTS.findall(source))
+        imports = "; ".join(" ".join(re.sub(r"#.*|\\\n", " ", each).split()) for each in _IMPORTS.findall(source))
         text = b"\n" * (first - 2) + (imports.encode() + b"\n" if first > 1 else b"") + b"\n".join(lines) + b"\n"
         return compile(text, path, "exec", flags=self.flags, dont_inherit=True)
 
 
-_IMPORTS = re.compile(r"^(?:import [^\n]*|from (?!__future__)\S+ import (?:\([^)]*\)|[^\n(]*))", re.MULTILINE)
+_IMPORTS = re.compile(
+    r"^(?:import (?:\\\n|[^\n\\])*|from (?!__future__)\S+ import (?:\([^)]*\)|(?:\\\n|[^\n(\\])*))", re.MULTILINE
+)
 
 
 def _statements(source: str, qualnames: list[str], splices: list[Splice]) -> tuple[_Statement, ...]:

@@ -178,7 +178,7 @@ def _forward(
         else:
             if excluded is not None:
                 weights.masked_fill_(excluded, -math.inf)
-            highest = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(query.dtype).min)
+            highest = weights.amax(-1, keepdim=True)  # -inf, and the row NaN, where no score is higher
             _exp_(weights.sub_(highest))
         if excluded is not None:
             weights.masked_fill_(excluded, 0)
@@ -202,10 +202,10 @@ def _are_small(problem: Problem, b: float) -> bool:
     Then nothing need be subtracted from a tile, in neither pass. No score is larger than the norms of its query and of
     its key make it.
     """
+    if not problem.query.shape[:2].numel() or not problem.key.shape[1]:
+        return True  # there is none
     if problem.mask is not None and problem.mask.dtype != torch.bool:
         return False
-    if not problem.query.numel() or not problem.key.numel():
-        return True
     largest = problem.query.norm(dim=-1).amax() * problem.key.norm(dim=-1).amax()
     return largest.item() * abs(problem.scale) <= BOUND and abs(b) <= BOUND
 

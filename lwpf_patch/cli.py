@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import site
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -207,14 +208,23 @@ def _run(options: argparse.Namespace) -> int:
     if not options.module and not Path(target[0]).exists():
         raise SettingsError(f"there is no script {target[0]!r} in {Path.cwd()}; write -m before the name of a module")
     _require_hook()
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    arguments = [*flags, *(["-m"] if options.module else []), *target]
+    arguments = [*_flags_of_interpreter(), *(["-m"] if options.module else []), *target]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
 def _hook_files() -> list[Path]:
-    return [path for folder in sys.path if (path := Path(folder) / HOOK).is_file()]
+    """Return where the start-up hook lies and is read: not in a folder that is on the path by PYTHONPATH alone."""
+    found = [path for folder in sys.path if (path := Path(folder) / HOOK).is_file()]
+    variable = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
+    unread = {os.path.realpath(folder) for folder in variable.split(os.pathsep) if folder}
+    unread -= {os.path.realpath(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    return [path for path in found if os.path.realpath(path.parent) not in unread]
+
+
+def _flags_of_interpreter() -> list[str]:
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return flags
 
 
 def _require_hook() -> None:
@@ -226,8 +236,8 @@ def _require_hook() -> None:
     if sys.flags.no_site or not _hook_files():
         raise SettingsError(
             f"the start-up hook {HOOK} is in no site-packages folder of {sys.executable}, so the script would run "
-            "unpatched: install the package with pip (a checkout on PYTHONPATH is not enough), do not use python -S, "
-            "or call lwpf_patch.apply() in the script"
+            "unpatched: install the package with pip (a checkout or a site-packages folder on PYTHONPATH is not "
+            "enough), do not use python -S, or call lwpf_patch.apply() in the script"
         )
 
 
@@ -299,11 +309,11 @@ def _status(options: argparse.Namespace) -> int:
             print(f"\n{name}: cannot be patched: {host['problem']}")
             continue
         print(f"\n{name} {host['version']}: these would be patched")
-        for site in host["sites"]:
+        for each in host["sites"]:
             known = (
-                f"known, as in {site['known']}" if site["known"] else "not tested with this version; its shape is known"
+                f"known, as in {each['known']}" if each["known"] else "not tested with this version; its shape is known"
             )
-            print(f"  {site['name']:<45} {known}")
+            print(f"  {each['name']:<45} {known}")
         for shim in host["shims"]:
             print(f"  shim: {shim['name']} ({'needed' if shim['needed'] else 'not needed here'}): {shim['why']}")
     return 0
@@ -349,7 +359,9 @@ def _doctor(options: argparse.Namespace) -> int:
             print(f"{name}: {error}")
             continue
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")} | {PATCH_VARIABLE: name}
-        child = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
+        child = subprocess.run(
+            [sys.executable, *_flags_of_interpreter(), "-c", _PROBE], env=environment, capture_output=True, text=True
+        )
         fires = child.stdout.strip() == name
         healthy = healthy and fires
         effect = "takes effect" if fires else "has NO effect"

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,31 @@ def test_doctor(python, tmp_path):
     assert "timm: LWPF_PATCH=timm takes effect in a new interpreter" in out.stdout
 
 
+@pytest.mark.parametrize("way", ["-S", "PYTHONPATH"])
+def test_where_the_hook_is_not_read(tmp_path, way):
+    """`doctor` says so, and `run` refuses, where site-packages are on the path but no interpreter reads their hooks."""
+    (tmp_path / "train.py").write_text("print('went on')")
+    venv.create(tmp_path / "bare", symlinks=True)
+    interpreter = [sys.executable, "-S"] if way == "-S" else [str(tmp_path / "bare" / "bin" / "python")]
+    folders = [str(ROOT), *(folder for folder in sys.path if folder.endswith("site-packages"))]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+
+    def lwpf(*arguments):
+        command = [*interpreter, "-m", "lwpf_patch", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    doctor = lwpf("doctor")
+    assert doctor.returncode == 1
+    assert "timm: LWPF_PATCH=timm has NO effect in a new interpreter" in doctor.stdout
+    assert "takes effect" not in doctor.stdout
+    assert "The hook lwpf_patch.pth does not run" in doctor.stdout
+    run = lwpf("run", "train.py")
+    assert run.returncode != 0
+    assert "went on" not in run.stdout
+    assert "the script would run unpatched" in run.stderr
+
+
 def test_help_and_version(capsys):
     for arguments in (["--help"], ["run", "--help"], ["status", "--help"], ["diff", "--help"], ["doctor", "--help"]):
         with pytest.raises(SystemExit) as stop:
@@ -195,6 +221,7 @@ def test_on_a_terminal_that_knows_ascii_alone(python, tmp_path):
     (package / "layers" / "attention.py").write_text(source, encoding="utf-8")
     code = """
 import sys
+import venv
 sys.path.insert(0, "fake")
 from lwpf_patch import cli
 for command in ([], ["run"], ["status"], ["diff"], ["doctor"]):

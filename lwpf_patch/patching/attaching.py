@@ -161,8 +161,10 @@ class Makers:
         """Give an instance what its sites need; see :meth:`Attachments.attach`."""
         for owned in self._of(instance):
             owned.attachments.attach(instance, owned.site, replace, owners)
-        for cls in self._early.keys() & type(instance).__mro__ if self._early else ():
-            self._early[cls].append(weakref.ref(instance))
+        if self._early:
+            with _classes_lock:
+                for cls in self._early.keys() & type(instance).__mro__:
+                    self._early[cls].append(weakref.ref(instance))
 
     def prepare(self, instance: Any, replace: bool = True, owners: Owners | None = None) -> list[Callable[[], object]]:
         """Return the steps that attach to an instance; see :meth:`Attachments.prepare`."""
@@ -219,7 +221,9 @@ class Makers:
             for cls in unplaced:
                 self._look_for_borrowed(cls)
                 self._wrap(cls)
-            known = [instance for each in early.values() for ref in each or () if (instance := ref()) is not None]
+            made = [instance for each in early.values() for ref in each or () if (instance := ref()) is not None]
+            # The constructor of a subclass may have called that of its base, and both are wrapped.
+            known = list({id(instance): instance for instance in made}.values())
             return known if len(self._owned) == before else None
 
     def look_for_classes(self) -> list[CodeType]:

@@ -17,7 +17,7 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import reporting
-from ..hosting.attachments import Attachment, Order, Step, disown, is_free, is_trained
+from ..hosting.attachments import Attachment, Order, Step, disown, is_trained
 from ..hosting.rewritten import RewrittenHost, Site
 from ..settings import Settings
 from . import frames, importing
@@ -88,9 +88,7 @@ class Attachments:
                 self.prototypes.get(each.name), plain, replace,
             )  # fmt: skip
             steps += each.prepare(module, order)
-            if each.name == "func_d" and is_free(module, each.name, replace):
-                steps.append(partial(self._note, module))
-        return steps
+        return [*steps, partial(self._note, module)]
 
     def _who_asks(self, attachment: Attachment) -> Settings | None:
         if attachment.is_asked(self.settings):
@@ -296,7 +294,7 @@ class Makers:
                 _unwatch_classes(self)
             return gone
 
-    def forget(self) -> None:
+    def unwatch(self) -> None:
         """Look out for nothing any more."""
         with _classes_lock:
             early, self._early, self._unplaced, self._expected = list(self._early), {}, {}, frozenset()

@@ -280,7 +280,7 @@ def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replac
                 site.take_out()
         gone = makers.drop({site.function for site in dropped})
         if new is None:
-            makers.forget()
+            makers.unwatch()
         if before or after:
             forget_compiled()
     leaving: frozenset[str] = frozenset()  # parts that are asked for no longer
@@ -326,7 +326,7 @@ def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSit
         before = {site.function for site in old.sites} if old is not None else set()
         new.makers.drop({site.function for site in located} - before)
         if old is None:
-            new.makers.forget()
+            new.makers.unwatch()
         for shim in reversed(new.shims):
             if old is None or not any(each is shim for each in old.shims):
                 shim.undo()

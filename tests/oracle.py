@@ -49,13 +49,14 @@ class _Row:
     scores: Tensor
 
 
-def assert_equal(got: Tensor, wanted: Tensor, *others: Tensor) -> None:
+def assert_equal(got: Tensor, wanted: Tensor, *others: Tensor, allowed: float = 0.0) -> None:
     """Asserts that float64 figures are the same to 1e-12, of the largest among them where that is above 1.
 
-    Others are figures that were computed along with them, and whose rounding is in them too.
+    Others are figures that were computed along with them, and whose rounding is in them too. Where the computation
+    multiplies its rounding, allowed is the error that this may give.
     """
     largest = (float(figures.detach().abs().max()) for figures in (wanted, *others) if figures.numel())
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 * max([1.0, *largest]))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=max([1e-12, allowed, *(1e-12 * each for each in largest)]))
 
 
 def attention(

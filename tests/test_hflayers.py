@@ -96,8 +96,23 @@ def _compare(core: HopfieldCore, call: dict, **oracle_options) -> None:
     cotangent = torch.randn_like(ours[0])
     got = torch.autograd.grad(ours[0], leaves, cotangent, materialize_grads=True)
     wanted = torch.autograd.grad(expected[0], leaves, cotangent, materialize_grads=True)
+    allowed = _moved_by_rounding(core, inputs, cotangent, wanted, leaves, call, oracle_options)
     for ours_grad, oracle_grad in zip(got, wanted, strict=True):
-        oracle.assert_equal(ours_grad, oracle_grad, *wanted)
+        oracle.assert_equal(ours_grad, oracle_grad, *wanted, allowed=allowed)
+
+
+def _moved_by_rounding(core, inputs, cotangent, wanted, leaves, call, oracle_options) -> float:
+    """How far the oracle's gradients may move by rounding where there are several iterations.
+
+    Each iteration multiplies the rounding of the ones before, by a factor that
+    depends on the patterns; a step rounds some hundred times.
+    """
+    if "update_steps_max" not in call:
+        return 0.0
+    rounded = [(each.detach() * (1 + 2**-52 * torch.randint_like(each, -1, 2))).requires_grad_() for each in inputs]
+    outputs = hopfield_core(core, *rounded, **call, **oracle_options)[0]
+    moved = torch.autograd.grad(outputs, [*rounded, *leaves[len(rounded) :]], cotangent, materialize_grads=True)
+    return 200 * max(float((a - b).abs().max()) for a, b in zip(moved, wanted, strict=True) if a.numel())
 
 
 @pytest.mark.parametrize("case", CASES)

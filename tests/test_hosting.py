@@ -15,7 +15,7 @@ from oracle import Forgetting
 
 import lwpf_patch
 from lwpf_patch import SettingsError
-from lwpf_patch.hosting import FuncDAttachment, RegisteredHost, RewrittenHost, Site
+from lwpf_patch.hosting import FuncDAttachment, RegisteredHost, Replacement, RewrittenHost, Shim, Site
 from lwpf_patch.hosts import HOSTS
 
 WINDOWS = """
@@ -88,9 +88,10 @@ def test_keys_that_a_mask_of_a_hundred_hides(library, name, func_d):
     hidden = torch.rand(4, 5) < 0.4
     mask = torch.zeros(4, 5, dtype=torch.float64).masked_fill(hidden, -100.0)
     forgetting = Forgetting("relu") if func_d == "relu" else Forgetting("pfu", "dmedian", "mu")
-    oracle.assert_equal(
-        module(q, k, v, mask), oracle.attention(q, k, v, func_d=forgetting, attn_mask=~hidden, scale=1.0)
-    )
+    expected = oracle.attention(q, k, v, func_d=forgetting, attn_mask=~hidden, scale=1.0)
+    oracle.assert_equal(module(q, k, v, mask), expected)
+    subclass = type("Subclass", (torch.Tensor,), {})  # whose __torch_function__ gets the whole call
+    oracle.assert_equal(module(q.as_subclass(subclass), k, v, mask).as_subclass(torch.Tensor), expected)
     scripted = torch.jit.script(module)
     torch.testing.assert_close(scripted(q, k, v, mask), module(q, k, v, mask))
 
@@ -98,13 +99,7 @@ def test_keys_that_a_mask_of_a_hundred_hides(library, name, func_d):
 def test_a_host_with_an_interface(library, caplog):
     """Registered at its import, replaced, named in the status, and gone after the revert."""
     library("interface", INTERFACE)
-
-    def register(module, func_d):
-        before = module.ATTENTION["sdpa"]
-        module.ATTENTION["sdpa"] = func_d.scaled_dot_product_attention
-        return lambda: module.ATTENTION.update(sdpa=before)
-
-    host = RegisteredHost("interface", "pip install interface", places=("interface.attention",), register=register)
+    host = _interface()
     lwpf_patch.register_host(host)
     lwpf_patch.register_host(host)
     assert lwpf_patch.status()["hosts"]["interface"] == {"installed": True, "version": "unknown", "state": "off"}
@@ -135,6 +130,75 @@ def test_a_host_with_an_interface(library, caplog):
     assert lwpf_patch.status()["hosts"]["interface"]["state"] == "off"
 
 
+def _interface(register=None, **options) -> RegisteredHost:
+    """A host whose interface is the dictionary of INTERFACE."""
+
+    def usual(module, func_d):
+        before = module.ATTENTION["sdpa"]
+        module.ATTENTION["sdpa"] = func_d.scaled_dot_product_attention
+        return lambda: module.ATTENTION.update(sdpa=before)
+
+    return RegisteredHost(
+        "interface", "pip install interface", places=("interface.attention",), register=register or usual, **options
+    )
+
+
+def test_other_settings_that_an_interface_refuses(library):
+    """What was registered before is registered again, and the host is as patched as it was."""
+    library("interface", INTERFACE)
+    module = importlib.import_module("interface.attention")
+    usual = _interface().register
+
+    def register(module, func_d):
+        if repr(func_d) != "ReLU()":
+            raise ZeroDivisionError
+        return usual(module, func_d)
+
+    lwpf_patch.register_host(_interface(register))
+    lwpf_patch.apply("interface", func_d="relu")
+    with pytest.raises(ZeroDivisionError):
+        lwpf_patch.apply("interface", func_d="pfu")
+    status = lwpf_patch.status()["hosts"]["interface"]
+    assert (status["state"], status["settings"]["func_d"]) == ("patched", "relu")
+    q = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    oracle.assert_equal(module.attend(q, q, q), oracle.attention(q, q, q, func_d=Forgetting("relu")))
+    lwpf_patch.revert()
+    assert {"sdpa": torch.nn.functional.scaled_dot_product_attention} == module.ATTENTION
+
+
+def test_an_interface_has_no_noise_but_where_training_is_said(library):
+    """Nothing tells its func_d of eval(): a function of a library is no module of a model."""
+    library("interface", INTERFACE)
+    lwpf_patch.register_host(_interface())
+    lwpf_patch.apply("interface", func_d="pfu:mu=0,sigma=1")
+    module = importlib.import_module("interface.attention")
+    q = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    oracle.assert_equal(module.attend(q, q, q), oracle.attention(q, q, q, func_d=Forgetting("pfu", 0.0, "mu")))
+    func_d = module.ATTENTION["sdpa"].__self__
+    noisy = [lwpf_patch.lwpf_attention(q, q, q, func_d=func_d, training=True) for _ in range(2)]
+    assert not torch.equal(*noisy)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interface_that_needs_a_shim(library, when):
+    library("interface", INTERFACE)
+
+    def replacements(module):
+        return [Replacement(module, "MENDED", True)]
+
+    shim = Shim("mended", "it is broken", ("interface.attention",), broken=lambda: True, replacements=replacements)
+    lwpf_patch.register_host(_interface(shims=(shim,)))
+    if when == "after":
+        importlib.import_module("interface.attention")
+    lwpf_patch.apply("interface")
+    module = importlib.import_module("interface.attention")
+    lwpf_patch.apply("interface", func_d="pfu")
+    assert module.MENDED
+    assert [each["state"] for each in lwpf_patch.status()["hosts"]["interface"]["shims"]] == ["applied"]
+    lwpf_patch.revert()
+    assert not hasattr(module, "MENDED")
+
+
 def test_what_cannot_be_registered():
     with pytest.raises(SettingsError, match=r"register_host\('timm'\): it is not a lwpf_patch.hosting.Host"):
         lwpf_patch.register_host("timm")
@@ -144,7 +208,7 @@ def test_what_cannot_be_registered():
 
 def test_the_hosts_in_the_box_use_nothing_that_is_not_public():
     """Of the package they import what a host of one's own can import, and the hashes recorded for them."""
-    public = {"errors", "hosting", "reporting", "hosts"}
+    public = {"errors", "hosting"}
     for name in ("timm", "hflayers", "deeprc"):
         path = Path(sys.modules[f"lwpf_patch.hosts.{name}"].__file__)
         for node in ast.walk(ast.parse(path.read_text())):

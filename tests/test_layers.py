@@ -155,3 +155,15 @@ def test_a_module_of_ones_own_in_a_layer():
     assert "(func_d): CustomFuncD" in repr(module)
     with pytest.raises(TypeError):
         module.func_d = "relu"
+
+
+def test_a_wrapper_around_what_a_layer_owns():
+    """Such as that of activation checkpointing, which is put around every module of a model by default."""
+    wrappers = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    lwpf_patch.apply("timm", masking="paper")
+    model = vit()
+    x = images()
+    expected = model(x)
+    wrappers.apply_activation_checkpointing(model)
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()

@@ -1048,3 +1048,37 @@ def test_onednn_is_not_used_where_it_multiplies_something_else(monkeypatch):
     multiply = cpu_products.linear
     monkeypatch.setattr(cpu_products, "linear", lambda left, right: multiply(left.contiguous() + 1e-2, right))
     assert not cpu_products._linear_multiplies()
+
+
+@pytest.mark.parametrize("func_d", ["relu", "pfu:mu=-inf", "pfu:mu=-inf,bias=0", "pfu:mu=0.1"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_rows_whose_scores_overflow_are_what_they_are_in_eager(func_d, hidden, kept):
+    """A score that is -inf by overflow is no key that a mask hides: with nothing above it the row is NaN."""
+    key, value = torch.ones(2, 5, 4), torch.randn(2, 5, 3)
+    query = torch.randn(2, 6, 4)
+    query[0, 1], query[1, 2] = -2e38, 2e38
+    mask = torch.rand(6, 5) < 0.7 if hidden else None
+    if hidden:
+        mask[3] = False  # and one row has no key
+    results = []
+    for backend in ("eager", "cpu"):
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        out = lwpf_attention(*inputs, mask, scale=1.0, func_d=func_d, training=False, backend=backend)
+        finite = out.detach().isfinite().all(-1)
+        grads = torch.autograd.grad(out[finite].sum(), inputs)
+        results.append((out, grads[0][finite]))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("func_d", ["relu", "pfu:mu=1,bias=100", "pfu"])
+def test_no_key_or_no_feature(func_d, kept):
+    """With a mask of each kind; without features all scores are 0, whatever a forgotten one becomes."""
+    for keys, features in ((0, 4), (5, 0), (0, 0)):
+        query, key, value = torch.randn(2, 3, features), torch.randn(2, keys, features), torch.randn(2, keys, 4)
+        for mask in (None, torch.zeros(3, keys), torch.ones(3, keys, dtype=torch.bool)):
+            outs = [
+                lwpf_attention(query, key, value, mask, func_d=func_d, training=False, backend=backend)
+                for backend in ("eager", "cpu")
+            ]
+            torch.testing.assert_close(*outs, equal_nan=True)

@@ -379,3 +379,23 @@ print(state["state"], len(state["sites"]))
 """
         out = python(code=code + USE_HFLAYERS, PYTHONPATH=str(folder))
         assert out.stdout.splitlines() == ["patched 2", f"{folder / 'hflayers'} ReLU()"]
+
+
+def test_apply_while_torch_is_being_imported(python):
+    """Its module class is not there yet; classes that come later are seen all the same, or looked for."""
+    code = """
+import importlib.abc, sys
+
+class Early(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn.parameter":  # imported by torch.nn.modules.module before its class is defined
+            sys.meta_path.remove(self)
+            import lwpf_patch
+            lwpf_patch.apply("timm")
+
+sys.meta_path.insert(0, Early())
+import torch
+from timm.layers.attention import Attention
+print(Attention(8, num_heads=2).func_d)
+"""
+    assert python(code=code).stdout.strip() == "ReLU()"

@@ -209,3 +209,14 @@ def test_the_setting(python):
     out = python("-m", "lwpf_patch", "run", "--unpickle", "yes", "script.py", check=False)
     assert (out.returncode, out.stdout) == (2, "")
     assert "unknown way to unpickle 'yes' (from --unpickle)" in out.stderr
+
+
+def test_what_a_process_loads_and_saves_again(python, tmp_path):
+    """It is checked again by the next one, also where nothing but the model had its host patched."""
+    first = "import lwpf_patch, pickle, torch\nfrom timm.layers.attention import Attention\n"
+    python(code=first + "lwpf_patch.apply('timm')\npickle.dump(Attention(8, 2), open('model', 'wb'))\n")
+    again = "import os, pickle\nos.environ['LWPF_UNPICKLE'] = 'patch'\n"
+    python(code=again + "pickle.dump(pickle.load(open('model', 'rb')), open('again', 'wb'))\n")
+    out = python(code="import pickle\npickle.load(open('again', 'rb'))\n", check=False)
+    assert out.returncode != 0
+    assert "Here timm is not patched, and it would compute plain" in out.stderr

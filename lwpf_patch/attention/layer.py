@@ -25,16 +25,7 @@ class HostFuncD(OwnedFuncD):
     """The forgetting function of one attention layer of a host; see :class:`OwnedFuncD` for what it holds."""
 
     def forward(self, scores: Tensor, training: bool | None = None, dim: int = -1) -> tuple[Tensor, Tensor]:
-        """Forget part of the scores; what stands around a softmax over keys that is written out.
-
-        Args:
-            scores: (..., L, S), with masks already added.
-            training: Whether to draw noise; None: as ``self.training`` says.
-            dim: The dimension of the keys, over which the softmax runs.
-
-        Returns:
-            D(scores), and the mask D'(scores) that multiplies the softmax.
-        """
+        """Forget part of the scores, as this layer's settings say; see :meth:`lwpf_patch.FuncD.forward`."""
         if not torch.jit.is_scripting():
             if has_torch_function_unary(scores):
                 return _dispatch_scores(self, scores, training, dim)
@@ -42,19 +33,8 @@ class HostFuncD(OwnedFuncD):
         if not self.rule.forgets:
             return scores, torch.ones((), dtype=torch.bool, device=scores.device)
         noisy = self.training if training is None else training
-        excluded = None if self.masking == "paper" else scores <= self._highest_hidden(scores)
+        excluded = None if self.masking == "paper" else scores <= self.highest_hidden(scores)
         return self.rule.forget_rows(scores, excluded, noisy, self.masking, dim)
-
-    def _highest_hidden(self, scores: Tensor) -> float:
-        """Return the value at and below which a mask hides a key."""
-        sentinel = self.mask_sentinel
-        return eager.lowest(scores.dtype) if sentinel is None else 0.5 * sentinel
-
-    def _with_infinity(self, attn_mask: Tensor | None) -> Tensor | None:
-        """Write -inf for the host's own number into a mask, as every backend reads it."""
-        if attn_mask is None or self.mask_sentinel is None or attn_mask.dtype == torch.bool or self.masking == "paper":
-            return attn_mask
-        return attn_mask.masked_fill(attn_mask <= self._highest_hidden(attn_mask), float("-inf"))
 
     def scaled_dot_product_attention(
         self,
@@ -74,7 +54,7 @@ class HostFuncD(OwnedFuncD):
         if not torch.jit.is_scripting():
             if has_torch_function((query, key, value)):
                 return _dispatch_attention(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-            attn_mask = self._with_infinity(attn_mask) if self.rule.forgets else attn_mask
+            attn_mask = self.with_infinity(attn_mask)
             call = Call(
                 query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 self.training, self.masking,
@@ -86,7 +66,7 @@ class HostFuncD(OwnedFuncD):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         dtype = query.dtype
-        attn_mask = self._with_infinity(attn_mask)
+        attn_mask = self.with_infinity(attn_mask)
         query, key, value = eager.prepare(query, key, value, enable_gqa)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
         forgotten, mask = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)

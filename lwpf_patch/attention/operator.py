@@ -82,6 +82,7 @@ def lwpf_attention(
         backend = check_name("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
     rule = rule_of(func_d, "lwpf_attention(func_d=...)")
     owned = func_d if isinstance(func_d, OwnedFuncD) else None
+    attn_mask = owned.with_infinity(attn_mask) if owned else attn_mask
     call = Call(
         query, key, value, rule, attn_mask, dropout_p, is_causal, scale, enable_gqa, _training(func_d, training),
         masking or (owned.masking if owned else DEFAULTS["masking"]), parse_sep(sep, "lwpf_attention(sep=...)"),

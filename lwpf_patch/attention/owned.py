@@ -5,10 +5,12 @@ Typing is spelled as torch.jit.script reads it.
 
 from typing import Any, Optional
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..attached import Attached
+from ..backends import eager_form as eager
 from ..forgetting import FuncD, make_func_d
 from ..options import check_name
 from ..settings import BACKENDS, DEFAULTS, MASKINGS
@@ -65,6 +67,19 @@ class OwnedFuncD(Attached, nn.Module):
             value = check_name(name, value, f"func_d.{name} = ...", _ALLOWED[name])
         super().__setattr__(name, value)
 
+    def highest_hidden(self, scores: Tensor) -> float:
+        """Return the value at and below which a mask hides a key, in the dtype of some scores or a mask."""
+        sentinel = self.mask_sentinel
+        return eager.lowest(scores.dtype) if sentinel is None else 0.5 * sentinel
+
+    def with_infinity(self, attn_mask: Optional[Tensor]) -> Optional[Tensor]:
+        """Return a mask with -inf in place of the host's own number, as every backend reads it."""
+        if attn_mask is None or self.mask_sentinel is None or attn_mask.dtype == torch.bool:
+            return attn_mask
+        if self.masking == "paper" or not self.rule.forgets:  # which compute with the mask as it is
+            return attn_mask
+        return attn_mask.masked_fill(attn_mask <= self.highest_hidden(attn_mask), float("-inf"))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _keep_settings_of_layers()
@@ -101,6 +116,8 @@ _hook: Any = None
 def _on_assignment(module: nn.Module, name: str, assigned: Optional[nn.Module]) -> Optional[nn.Module]:
     layer = module._modules.get(name) if name == "func_d" else None
     if assigned is None or not isinstance(layer, OwnedFuncD) or isinstance(assigned, OwnedFuncD):
+        return None
+    if any(part is layer for part in assigned.modules()):  # a wrapper around it, such as that of checkpointing
         return None
     layer.rule = make_func_d(assigned, f"{type(module).__name__}.func_d = ...")
     layer.by_hand = True

@@ -184,7 +184,9 @@ def _forward(
         else:
             if excluded is not None:
                 weights.masked_fill_(excluded, -math.inf)
-            highest = weights.amax(-1, keepdim=True).clamp_(min=max(log_n, torch.finfo(query.dtype).min))
+            highest = weights.amax(-1, keepdim=True)  # -inf, and the row NaN, where no score is higher
+            if n:
+                highest.clamp_(min=log_n)
             _exp_(weights.sub_(highest))
         if excluded is not None:
             weights.masked_fill_(excluded, 0)

@@ -87,7 +87,7 @@ def _forward(
         if excluded is not None:
             normalised.masked_fill_(excluded, 0)  # and a row with no key left, which is NaN, gives 0
         kept = keep(normalised, scores, a, out=scores)
-        if not b < math.inf:  # a row is NaN where it forgets something, and the weights that are kept must tell
+        if not abs(b) < math.inf:  # a row may be NaN by what it forgets, and the weights that are kept must tell
             kept += 0 * normalised.sum(-1, keepdim=True)
         if mu is None:
             rho[tile.batch, tile.rows] = (1 if n == 0 else normalised.sum(-1)) - kept.sum(-1)

@@ -5,6 +5,7 @@ Describe a library by a :class:`RewrittenHost` (its sites, what their modules ge
 :func:`lwpf_patch.register_host`.
 """
 
+from ..reporting import info, warn
 from ..rewriting import Edit, Function, Splice, forget_around_softmax, map_query
 from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, Order
 from .contract import Host, RegisteredHost, SiteStatus
@@ -28,6 +29,8 @@ __all__ = [
     "SiteStatus",
     "Splice",
     "forget_around_softmax",
+    "info",
     "map_query",
     "multiply_rows",
+    "warn",
 ]

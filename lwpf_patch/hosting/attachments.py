@@ -168,7 +168,7 @@ class FuncDAttachment(Attachment):
         return _forget_nothing if prototype is None else prototype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureMapAttachment(Attachment):
     """The feature map of U-Hop, :class:`lwpf_patch.uhop.HostFeatureMap`.
 
@@ -181,7 +181,7 @@ class FeatureMapAttachment(Attachment):
 
     name = "feature_map"
     edit: Edit | None = map_query
-    shape: Callable[[Any], tuple[int | None, int]] = lambda module: (None, 0)
+    shape: Callable[[Any], tuple[int | None, int]]
     folding: Folding | None = None
     advice: str = ""
 
@@ -327,7 +327,7 @@ def refuse_to_ignore(feature_map: Any, owner: str) -> None:
 
 
 def is_trained(feature_map: Any) -> bool:
-    """Returns whether a feature map is another one than the identity."""
+    """Return whether a feature map is another one than the identity."""
     weight = getattr(feature_map, "weight", None)
     return weight is not None and not weight.is_meta and bool(weight.any())
 

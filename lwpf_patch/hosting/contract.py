@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
@@ -55,25 +55,22 @@ class Host(ABC):
         install: How to install it, a command.
         distribution: The name of what pip installs, if it is not the package's.
         shims: What it needs to run in a current environment.
-        names_in_call: Gives the names of the model that one of its functions is making, from the function's name and
-            its local variables; none for any other function.
-        names_of_model: Gives the names that it has for a model that exists.
     """
 
     name: str
     install: str
     distribution: str = ""
     shims: tuple[Shim, ...] = ()
-    names_in_call: Callable[[str, Mapping[str, Any]], Iterable[str]] | None = None
-    names_of_model: Callable[[Any], Iterable[str]] | None = None
 
     @abstractmethod
-    def modules(self) -> list[str]:
-        """Return the names of the modules that it is patched in, whose imports are watched."""
-
     def places_of_attention(self) -> list[str]:
-        """Return the names of the modules that have the attention, without those that need a shim alone."""
-        return self.modules()
+        """Return the names of the modules that it is patched in, without those that need a shim alone."""
+
+    def modules(self) -> list[str]:
+        """Return the names of the modules whose imports are watched: those, and what needs shims."""
+        return list(
+            dict.fromkeys([*self.places_of_attention(), *(name for shim in self.shims for name in shim.modules)])
+        )
 
     @abstractmethod
     def check(self, settings: Settings) -> None:
@@ -188,21 +185,23 @@ def make_host_func_d(host: str, settings: Settings) -> HostFuncD:
     return HostFuncD(rule, host, settings.masking, settings.backend)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RegisteredHost(Host):
     """A library with an interface by which attention is registered, such as a dictionary of functions.
 
     Attributes:
         places: The names of the modules that have the interface.
         register: Called with such a module, once it has been imported, and the func_d: its
-            ``scaled_dot_product_attention`` computes attention with partial forgetting. Registers that with the
-            library, and returns what undoes it.
+            ``scaled_dot_product_attention`` computes attention with partial forgetting, without PFU's noise, since
+            no model tells it of ``train()``. Where the library says whether it trains, call
+            :func:`lwpf_patch.lwpf_attention` with this func_d and ``training=``. Registers that with the library, and
+            returns what undoes it.
     """
 
-    places: tuple[str, ...] = ()
-    register: Callable[[ModuleType, HostFuncD], Callable[[], None]] = lambda module, func_d: lambda: None
+    places: tuple[str, ...]
+    register: Callable[[ModuleType, HostFuncD], Callable[[], None]]
 
-    def modules(self) -> list[str]:
+    def places_of_attention(self) -> list[str]:
         """Return the names of the modules that have the interface."""
         return list(self.places)
 
@@ -218,7 +217,7 @@ class RegisteredHost(Host):
 
     def prototypes(self, settings: Settings) -> dict[str, Any]:
         """Return the func_d; see :meth:`Host.prototypes`."""
-        return {"func_d": make_host_func_d(self.name, settings)}
+        return {"func_d": make_host_func_d(self.name, settings).eval()}
 
     def describe_sites(self, settings: Settings) -> list[SiteStatus]:
         """Return the modules that have the interface; see :meth:`Host.describe_sites`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -74,16 +74,16 @@ class RewrittenHost(Host):
         sites: Its sites. Those of the same qualified name are alternatives: where versions of the host have it.
         required: Qualified names that some site must provide in every version.
         inseparable: Whether its sites work only together, so that none can be left out.
+        names_in_call: Gives the names of the model that one of its functions is making, from the function's name and
+            its local variables; none for any other function.
+        names_of_model: Gives the names that it has for a model that exists.
     """
 
     sites: tuple[Site, ...] = ()
     required: tuple[str, ...] = ()
     inseparable: bool = False
-
-    def modules(self) -> list[str]:
-        """Return the names of the modules that hold sites, or that need shims."""
-        modules = [site.module for site in self.sites] + [name for shim in self.shims for name in shim.modules]
-        return list(dict.fromkeys(modules))
+    names_in_call: Callable[[str, Mapping[str, Any]], Iterable[str]] | None = None
+    names_of_model: Callable[[Any], Iterable[str]] | None = None
 
     def places_of_attention(self) -> list[str]:
         """Return the names of the modules that hold sites."""
@@ -124,14 +124,8 @@ class RewrittenHost(Host):
             SettingsError: A pattern matches no site, or no site is left.
         """
         names = [site.name for site in self.sites]
-        for option in ("include", "exclude"):
-            for pattern in getattr(settings, option):
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    raise SettingsError(
-                        f"{option} pattern {pattern!r} (from {settings.origin(option)}) matches no site of "
-                        f"{self.name}; its sites are {', '.join(names)}"
-                    )
-        left = tuple(site for site in self.sites_with_a_part(settings) if is_included(settings, site.name))
+        included = names_included(settings, names, f"site of {self.name}; its sites are {', '.join(names)}")
+        left = tuple(site for site in self.sites_with_a_part(settings) if site.name in included)
         if not left:
             raise SettingsError(
                 f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} "
@@ -251,7 +245,23 @@ def multiply_rows(rows: Any, matrix: Any) -> None:
     rows.copy_((matrix @ rows.to(matrix).reshape(heads, width, -1)).reshape(rows.shape))
 
 
-def is_included(settings: Settings, name: str) -> bool:
-    """Return whether ``include`` and ``exclude`` leave a name in."""
-    included = any(fnmatchcase(name, pattern) for pattern in settings.include)
-    return included and not any(fnmatchcase(name, pattern) for pattern in settings.exclude)
+def names_included(settings: Settings, names: Iterable[str], of_what: str) -> list[str]:
+    """Return the names that ``include`` and ``exclude`` leave.
+
+    Args:
+        settings: The settings.
+        names: All names.
+        of_what: What they are names of, for the error message.
+
+    Raises:
+        SettingsError: A pattern matches none.
+    """
+    names = list(names)
+    for option in ("include", "exclude"):
+        for pattern in getattr(settings, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SettingsError(
+                    f"{option} pattern {pattern!r} (from {settings.origin(option)}) matches no {of_what}"
+                )
+    included = [name for name in names if any(fnmatchcase(name, pattern) for pattern in settings.include)]
+    return [name for name in included if not any(fnmatchcase(name, pattern) for pattern in settings.exclude)]

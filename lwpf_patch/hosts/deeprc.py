@@ -10,7 +10,6 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-from .. import reporting
 from ..errors import RewriteError
 from ..hosting import (
     FeatureMapAttachment,
@@ -22,6 +21,8 @@ from ..hosting import (
     Shim,
     Site,
     Splice,
+    info,
+    warn,
 )
 from . import known
 
@@ -141,7 +142,7 @@ def _answer_yes(question: str = "") -> str:
     try:
         return input(question)
     except EOFError:
-        reporting.info(f"answered yes, since standard input is at its end: {question}")
+        info(f"answered yes, since standard input is at its end: {question}")
         offered = re.search(r"\((\w+)/\w+\)\s*$", question)
         return offered[1] if offered else "y"
 
@@ -218,7 +219,7 @@ class _DeadBags:
         self.dead = self.dead + (output[1] != 0).any().logical_not()  # stays on the device until it is looked at
         if self.bags % _BAGS_BETWEEN_LOOKS == 0 and (dead := int(self.dead)) >= _WORTH_A_WARNING * self.bags:
             self.warned = True
-            reporting.warn(
+            warn(
                 f"deeprc: {func_d} forgot every score in {dead} of the first {self.bags} bags "
                 f"({dead / self.bags:.0%}). Such a bag gives 0 and no gradient to the attention; if all are so, "
                 "training cannot leave this state. "

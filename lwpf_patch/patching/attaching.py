@@ -17,7 +17,7 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import reporting
-from ..hosting.attachments import Attachment, Order, Step, disown, is_free, is_trained
+from ..hosting.attachments import Attachment, Order, Step, disown, is_trained
 from ..hosting.rewritten import RewrittenHost, Site
 from ..settings import Settings
 from . import frames, importing
@@ -88,9 +88,7 @@ class Attachments:
                 self.prototypes.get(each.name), plain, replace,
             )  # fmt: skip
             steps += each.prepare(module, order)
-            if each.name == "func_d" and is_free(module, each.name, replace):
-                steps.append(partial(self._note, module))
-        return steps
+        return [*steps, partial(self._note, module)]
 
     def _who_asks(self, attachment: Attachment) -> Settings | None:
         if attachment.is_asked(self.settings):
@@ -161,8 +159,10 @@ class Makers:
         """Give an instance what its sites need; see :meth:`Attachments.attach`."""
         for owned in self._of(instance):
             owned.attachments.attach(instance, owned.site, replace, owners)
-        for cls in self._early.keys() & type(instance).__mro__ if self._early else ():
-            self._early[cls].append(weakref.ref(instance))
+        if self._early:
+            with _classes_lock:
+                for cls in self._early.keys() & type(instance).__mro__:
+                    self._early[cls].append(weakref.ref(instance))
 
     def prepare(self, instance: Any, replace: bool = True, owners: Owners | None = None) -> list[Callable[[], object]]:
         """Return the steps that attach to an instance; see :meth:`Attachments.prepare`."""
@@ -219,7 +219,9 @@ class Makers:
             for cls in unplaced:
                 self._look_for_borrowed(cls)
                 self._wrap(cls)
-            known = [instance for each in early.values() for ref in each or () if (instance := ref()) is not None]
+            made = [instance for each in early.values() for ref in each or () if (instance := ref()) is not None]
+            # The constructor of a subclass may have called that of its base, and both are wrapped.
+            known = list({id(instance): instance for instance in made}.values())
             return known if len(self._owned) == before else None
 
     def look_for_classes(self) -> list[CodeType]:
@@ -292,7 +294,7 @@ class Makers:
                 _unwatch_classes(self)
             return gone
 
-    def forget(self) -> None:
+    def unwatch(self) -> None:
         """Look out for nothing any more."""
         with _classes_lock:
             early, self._early, self._unplaced, self._expected = list(self._early), {}, {}, frozenset()

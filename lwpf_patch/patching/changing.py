@@ -37,7 +37,8 @@ def request(name: str, settings: Settings) -> None:
     """
     host = HOSTS[name]
     host.check(settings)
-    if not isinstance(settings.func_d, FuncDSpec) or "torch" in sys.modules:
+    torch = sys.modules.get("torch")
+    if not isinstance(settings.func_d, FuncDSpec) or (torch is not None and not importing.is_initializing(torch)):
         host.prototypes(settings)  # raises for a wrong func_d
     with TRANSITIONS:
         before = PATCHED.get(name)
@@ -118,33 +119,54 @@ def change(host: Host, settings: Settings | None) -> None:
 def _change_registered(host: RegisteredHost, settings: Settings | None) -> None:
     """Take a host with an interface from the state that it is in to another one; see :func:`change`."""
     with LOCK:
-        old = PATCHED.pop(host.name, None)
-        for undo in reversed(list(old.registered.values()) if old is not None else []):
-            undo()
-        if settings is None:
+        old = PATCHED.get(host.name)
+        if settings is not None and old is None:
+            _watch_imports(host)
+    if settings is not None and (stuck := importing.wait_for(host.modules())):
+        with LOCK:
             _unwatch_if_idle()
-            return
-        new = PATCHED[host.name] = PatchedHost(host, settings)
-        _watch_imports(host)
-    if stuck := importing.wait_for(host.modules()):
         raise LwpfError(_in_the_middle(host, stuck[0]))
     with LOCK:
-        try:
-            for module in _loaded(host).values():
-                _register(new, module)
-        except BaseException:
-            _change_registered(host, None)
-            raise
-    if host.name in sys.modules:
-        _announce(new)
+        if old is not None:
+            _unregister(old)
+        if settings is not None:
+            try:
+                _register_everywhere(PatchedHost(host, settings))
+            except BaseException:
+                if old is not None:
+                    _register_everywhere(PatchedHost(host, old.settings))
+                raise
+        _unwatch_if_idle()
+    if settings is not None and host.name in sys.modules:
+        _announce(PATCHED[host.name])
+
+
+def _register_everywhere(new: PatchedHost) -> None:
+    """Have a host patched, in all of its modules that are imported or in none."""
+    PATCHED[new.host.name] = new
+    try:
+        for module in _loaded(new.host).values():
+            _register(new, module)
+    except BaseException:
+        _unregister(new)
+        raise
+
+
+def _unregister(applied: PatchedHost) -> None:
+    del PATCHED[applied.host.name]
+    for undo in reversed(applied.registered.values()):
+        undo()
+    for shim in reversed(applied.shims):
+        shim.undo()
 
 
 def _register(applied: PatchedHost, module: ModuleType) -> None:
+    """Patch a module of a host with an interface; one that was reloaded has a new interface, and is patched again."""
     assert isinstance(applied.host, RegisteredHost)
-    if module.__name__ in applied.registered:  # it was reloaded: its interface is a new one
-        applied.registered.pop(module.__name__)
-    func_d = applied.host.prototypes(applied.settings)["func_d"]
-    applied.registered[module.__name__] = applied.host.register(module, func_d)
+    _shim(applied, module)
+    if module.__name__ in applied.host.places_of_attention():
+        func_d = applied.host.prototypes(applied.settings)["func_d"]
+        applied.registered[module.__name__] = applied.host.register(module, func_d)
 
 
 def _watch_imports(host: Host) -> None:
@@ -156,7 +178,7 @@ def _watch_imports(host: Host) -> None:
 
 def _expect_classes(applied: PatchedHost) -> None:
     """Look out for the classes of a host that are about to be defined, so that their instances need not be found."""
-    if isinstance(applied.host, RewrittenHost) and importing.MODULE_OF_MODULES in sys.modules:
+    if isinstance(applied.host, RewrittenHost) and hasattr(sys.modules.get(importing.MODULE_OF_MODULES), "Module"):
         sites = applied.host.chosen_sites(applied.settings)
         applied.makers.expect((site.module, site.owner) for site in sites if site.owner)
 
@@ -259,7 +281,7 @@ def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replac
                 site.take_out()
         gone = makers.drop({site.function for site in dropped})
         if new is None:
-            makers.forget()
+            makers.unwatch()
         if before or after:
             forget_compiled()
     leaving: frozenset[str] = frozenset()  # parts that are asked for no longer
@@ -305,7 +327,7 @@ def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSit
         before = {site.function for site in old.sites} if old is not None else set()
         new.makers.drop({site.function for site in located} - before)
         if old is None:
-            new.makers.forget()
+            new.makers.unwatch()
         for shim in reversed(new.shims):
             if old is None or not any(each is shim for each in old.shims):
                 shim.undo()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from fnmatch import fnmatchcase
 from types import FunctionType
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from ..errors import ConflictError, SettingsError, shown
 from ..hosting import RewrittenHost, Site
 from ..hosting.attachments import Order, is_trained
+from ..hosting.rewritten import names_included
 from ..hosts import HOSTS
 from ..settings import Patterns, Settings
 from ..specs import FuncDLike, UHopLike
@@ -164,19 +164,7 @@ def _parts(module: nn.Module, host: RewrittenHost, site: Site, settings: Setting
 
 
 def _choose(found: dict[str, Any], settings: Settings) -> list[str]:
-    for option in ("include", "exclude"):
-        for pattern in getattr(settings, option):
-            if not any(fnmatchcase(name, pattern) for name in found):
-                raise SettingsError(
-                    f"{option} pattern {pattern!r} (from patch_model()) matches no attention module of the model; they "
-                    f"are {', '.join(found)}"
-                )
-    chosen = [
-        name
-        for name in found
-        if any(fnmatchcase(name, pattern) for pattern in settings.include)
-        and not any(fnmatchcase(name, pattern) for pattern in settings.exclude)
-    ]
+    chosen = names_included(settings, found, f"attention module of the model; they are {', '.join(found)}")
     if not chosen:
         raise SettingsError("patch_model: include and exclude leave no attention module to be patched")
     return chosen

@@ -221,5 +221,15 @@ def _shim_state(applied: PatchedHost, shim: Shim) -> str:
     return "waiting for its import" if shim.is_needed() else "not needed"
 
 
-attached.set_state_of = unpickling.set_state
+def set_state(part: Any, contents: Any) -> None:
+    """Set the state of an attached part that is unpickled, and see that its host is patched; named in every pickle.
+
+    Raises:
+        LwpfError: As for :func:`lwpf_patch.patching.unpickling.require_patch`.
+    """
+    part.__setstate__(contents)
+    unpickling.require_patch(part)
+
+
+attached.set_state_of = set_state
 atexit.register(exit_report.report, PATCHED)

@@ -61,7 +61,7 @@ class _Suspect:
     """
 
     def __init__(self, host: str, model: nn.Module, modules: list[nn.Module]) -> None:
-        names = list(HOSTS[host].names_of_model(model)) if HOSTS[host].names_of_model else []  # type: ignore[misc]
+        names = list(_names_by_host(model, host))
         cls = type(model).__name__
         self.host, self.pattern = host, names[0] if names else cls
         self.description = f"{cls} ({names[0]})" if names else cls
@@ -184,10 +184,14 @@ def _is_called_teacher(around: list[nn.Module], plain: list[nn.Module]) -> bool:
     return any("teacher" in name.lower() for name in names)
 
 
+def _names_by_host(model: nn.Module, host: str) -> Iterable[str]:
+    names = getattr(HOSTS[host], "names_of_model", None)  # of a host that is rewritten
+    return () if names is None else names(model)
+
+
 def _model_among(plain: list[nn.Module], host: str) -> nn.Module:
     """Return the model among a module and what is around it: that which the host has named, or else the outermost."""
-    names = HOSTS[host].names_of_model
-    named = [each for each in plain if names is not None and names(each)]
+    named = [each for each in plain if list(_names_by_host(each, host))]
     return (named or [each for each in plain if type(each).__name__ not in _WRAPPERS][::-1] or plain)[0]
 
 

@@ -15,16 +15,6 @@ from ..settings import UNPICKLE
 from . import changing, state
 
 
-def set_state(part: Any, contents: Any) -> None:
-    """Set the state of an attached part that is unpickled, and see that its host is patched.
-
-    Raises:
-        LwpfError: As for :func:`require_patch`.
-    """
-    part.__setstate__(contents)
-    require_patch(part)
-
-
 def require_patch(part: Any) -> None:
     """See that the host of a func_d or a feature map that was just unpickled is patched.
 

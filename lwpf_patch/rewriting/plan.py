@@ -1,7 +1,8 @@
 """Rewriting: find the anchors in a function's source, splice the edits in, compile, show the difference.
 
-The whole module is spliced and compiled, so that ``super()``, closures and defaults survive; only the code objects of
-the functions that were edited are taken from it. Splicing by position keeps formatting and comments.
+A function is compiled with the statement of its module that holds it, such as a class, or with the whole module where
+that gives other code, so that ``super()``, closures and defaults survive; only the code objects of the functions that
+were edited are taken. Splicing by position keeps formatting and comments.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import transforms
 from .errors import SettingsError
-from .specs import Sep
 
 
 def softmax_n(scores: Tensor, n: float) -> Tensor:
@@ -34,9 +33,17 @@ def softmax_n(scores: Tensor, n: float) -> Tensor:
     return further.softmax(-1)[..., :-1]
 
 
-def normalise(scores: Tensor, sep: Sep) -> Tensor:
-    """Normalise scores (..., S) over their last dimension; see :func:`softmax_n` and :func:`entmax`."""
-    return softmax_n(scores, sep.n) if sep.n > 0.0 else entmax(scores, sep.alpha)
+def normalise(scores: Tensor, alpha: float, n: float) -> Tensor:
+    """Normalise scores (..., S) over their last dimension; see :func:`softmax_n` and :func:`entmax`.
+
+    Args:
+        scores: (..., S).
+        alpha: Of alpha-entmax; 1 is the softmax.
+        n: What is added to the denominator of the softmax; 0 where alpha is above 1.
+    """
+    if n > 0.0:
+        return softmax_n(scores, n)
+    return scores.softmax(-1) if alpha == 1.0 else entmax(scores, alpha)
 
 
 @torch.jit.unused  # a scripted model has the softmax and softmax_n only
@@ -48,7 +55,7 @@ def entmax(scores: Tensor, alpha: float) -> Tensor:
 
     Args:
         scores: (..., S), float32 or float64. A key whose score is -inf has weight 0 and gradient 0.
-        alpha: From 1, the softmax, to 2, the sparsemax. Other values than 1, 1.5 and 2 are found by bisection, and
+        alpha: Above 1, the softmax, to 2, the sparsemax. Other values than 1.5 and 2 are found by bisection, and
             lose digits near 1: about 1 / (alpha - 1) times the rounding error of the dtype.
 
     Returns:
@@ -63,8 +70,7 @@ def entmax(scores: Tensor, alpha: float) -> Tensor:
     hidden, empty = scores == -torch.inf, top == -torch.inf
     broken = top.isnan() | (top == torch.inf)
     scores = (scores - top).masked_fill(empty | broken, 0.0)
-    weights = scores.softmax(-1) if alpha == 1.0 else _entmax(scores, alpha)
-    return weights.masked_fill(hidden, 0.0).masked_fill(broken, torch.nan)
+    return _entmax(scores, alpha).masked_fill(hidden, 0.0).masked_fill(broken, torch.nan)
 
 
 def _entmax(scores: Tensor, alpha: float) -> Tensor:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
 from .attached import Attached
 from .errors import SettingsError, shown, unknown_value
 from .options import FLAGS, check_name, read_flag, texts
-from .specs import FUNC_D_OPTIONS, FuncDSpec, UHop, parse_uhop, read_func_d
+from .specs import FUNC_D_OPTIONS, SEPS, FuncDSpec, Sep, UHop, parse_sep, parse_uhop, read_func_d, require_entmax
 
 MASKINGS = ("exclude", "paper")
 BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
 #: What holds where neither the user nor the func_d says anything else.
-DEFAULTS = {"masking": "exclude", "backend": "auto"}
+DEFAULTS: dict[str, Any] = {"sep": Sep(), "masking": "exclude", "backend": "auto"}
 #: What becomes of a model that was pickled with its host patched, where that is not patched.
 UNPICKLINGS = ("error", "patch")
 #: Variables with our prefix that mean something elsewhere (the test suite).
@@ -85,6 +85,14 @@ def _func_d(value: Any, origin: str) -> FuncDSpec | Callable[..., Any] | None:
     return None if value is None else read_func_d(value, origin)
 
 
+def _sep(value: Any, origin: str) -> Sep | None:
+    if value is None:
+        return None
+    sep = parse_sep(value, origin)
+    require_entmax(sep, origin)
+    return sep
+
+
 def _word(name: str, allowed: tuple[str, ...], value: Any, origin: str) -> str | None:
     return None if value is None else check_name(name, value, origin, allowed)
 
@@ -136,6 +144,7 @@ class SettingsStatus(TypedDict):
     """Settings as plain data: what ``status()`` and ``lwpf status --json`` tell."""
 
     func_d: str
+    sep: str
     masking: str
     backend: str
     uhop: str | None
@@ -155,6 +164,7 @@ class Settings:
 
     Attributes:
         func_d: The forgetting function: what its text says, or an object.
+        sep: The normalisation of the scores.
         masking: ``"exclude"`` keeps keys hidden by a mask out of everything; ``"paper"`` is the official recipe.
         backend: Which implementation of the operator computes.
         uhop: U-Hop's Stage I; None: no U-Hop.
@@ -172,7 +182,15 @@ class Settings:
             _func_d,
             "FUNC_D",
             f"forgetting function: {', '.join(FUNC_D_OPTIONS)}, with options as in pfu:mu=dmedian,bias=mu,sigma=0.01 "
-            "(default: relu, or none with U-Hop)",
+            "(default: relu, or none with U-Hop or a sep)",
+        )
+    )
+    sep: Sep = field(
+        metadata=_declaration(
+            _sep,
+            "SEP",
+            f"normalisation of the scores: {', '.join(SEPS)}, or alpha from 1 (softmax) to 2 (sparsemax); "
+            "softmax_n:n=1 adds n to the denominator of the softmax (default: softmax)",
         )
     )
     masking: str = field(
@@ -244,12 +262,13 @@ class Settings:
     def _settle(self) -> None:
         """Put in what was left open, which other settings decide."""
         func_d: Any = self.func_d
-        own: dict[str, str] = {}
+        own: dict[str, Any] = {}
         if isinstance(func_d, Attached) and hasattr(func_d, "rule"):  # that of an attention layer
             own = {name: getattr(func_d, name) for name in DEFAULTS}
             object.__setattr__(self, "func_d", func_d.rule)
-        if func_d is None:
-            object.__setattr__(self, "func_d", FuncDSpec("relu" if self.uhop is None else "none"))
+        if func_d is None:  # U-Hop's paper and those of other normalisations forget nothing
+            alone = self.uhop is None and self.sep in (None, DEFAULTS["sep"])
+            object.__setattr__(self, "func_d", FuncDSpec("relu" if alone else "none"))
         for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, own.get(name, default))
@@ -265,6 +284,20 @@ class Settings:
         return cast(SettingsStatus, {setting.name: _plain(getattr(self, setting.name)) for setting in SETTINGS})
 
 
+def in_words(settings: Mapping[str, Any], *unsaid: str) -> str:
+    """Put settings into words: those that are always of interest, and those that are no defaults.
+
+    Args:
+        settings: What :meth:`Settings.describe` returned.
+        *unsaid: Names of settings to leave out.
+    """
+    usual, given = ({**each} for each in (Settings().describe(), settings))
+    always = ("func_d", "masking", "backend")
+    shown = {name: given[name] for name in usual if name in always or given[name] != usual[name]}
+    texts = {name: ",".join(value) if isinstance(value, list) else value for name, value in shown.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items() if name not in unsaid)
+
+
 #: All settings, in the order in which they are shown.
 SETTINGS: tuple[Setting, ...] = tuple(
     each.metadata["setting"]._replace(name=each.name) for each in fields(Settings) if "setting" in each.metadata
@@ -274,10 +307,10 @@ VARIABLES: tuple[Setting, ...] = (PATCH, *SETTINGS, UNPICKLE)
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, FuncDSpec | Sep | UHop):
+        return str(value)
     if isinstance(value, tuple):
         return list(value)
-    if isinstance(value, FuncDSpec | UHop):
-        return str(value)
     return value if value is None or isinstance(value, str | bool) else repr(value)
 
 

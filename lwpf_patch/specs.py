@@ -6,6 +6,7 @@ is loaded; :mod:`lwpf_patch.forgetting` makes the module that a :class:`FuncDSpe
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -360,11 +361,22 @@ class Sep(NamedTuple):
     alpha: float = 1.0
     n: float = 0.0
 
+    def __str__(self) -> str:
+        if self.n > 0.0:
+            return f"softmax_n:n={write_value(self.n)}"
+        named = {sep: name for name, sep in SEPS.items()}
+        return named.get(self, write_value(self.alpha))
+
 
 #: The normalisations that have a name.
 SEPS = {"softmax": Sep(), "entmax15": Sep(1.5), "sparsemax": Sep(2.0), "softmax_n": Sep(n=1.0)}
 #: The options of each that has any.
-SEP_OPTIONS = {"softmax_n": {"n": Option(minimum=0)}}
+SEP_OPTIONS = {
+    "softmax_n": {"n": Option(minimum=0, default="1", help="what is added to the denominator of the softmax")}
+}
+
+#: What users may give as sep.
+SepLike: TypeAlias = str | float | Sep
 
 
 def parse_sep(sep: Any, origin: str = "sep") -> Sep:
@@ -372,7 +384,7 @@ def parse_sep(sep: Any, origin: str = "sep") -> Sep:
 
     Args:
         sep: ``"softmax"``, ``"entmax15"``, ``"sparsemax"``, alpha itself, from 1 (softmax) to 2 (sparsemax), or
-            ``"softmax_n:n=1"``, where n is 1 if it is left out.
+            ``"softmax_n:n=1"``, where n is 1 if it is left out; or a :class:`Sep`.
         origin: Where it came from, for the error messages.
 
     Returns:
@@ -381,6 +393,8 @@ def parse_sep(sep: Any, origin: str = "sep") -> Sep:
     Raises:
         SettingsError: It is none of these.
     """
+    if isinstance(sep, Sep):
+        return sep
     name, colon, rest = sep.partition(":") if isinstance(sep, str) else ("", "", "")
     name = name.strip()
     if name in SEPS and colon:
@@ -396,6 +410,19 @@ def parse_sep(sep: Any, origin: str = "sep") -> Sep:
             f"sep {shown(sep)} (from {origin}): alpha must be a number from 1 (softmax) to 2 (sparsemax)"
         )
     return Sep(alpha)
+
+
+def require_entmax(sep: Sep, origin: str) -> None:
+    """Check that the package that computes a normalisation is installed, without importing it.
+
+    Raises:
+        SettingsError: It is not.
+    """
+    if sep.alpha != 1.0 and importlib.util.find_spec("entmax") is None:
+        raise SettingsError(
+            f"sep {sep} (from {origin}): sparsemax and entmax need the package entmax, which is not installed: "
+            "pip install 'lwpf_patch[entmax]'"
+        )
 
 
 def _sep_options(name: str, rest: str, text: str, origin: str) -> dict[str, Any]:

@@ -132,9 +132,7 @@ def attention(
     outputs = []
     for number, row in enumerate(rows):
         forgotten, indicator = forget(func_d, row.scores, threshold, forgotten_value, masking)
-        weights = softmax_n(forgotten, n)
-        if alpha != 1.0 and row.keys:
-            weights = entmax(forgotten, alpha)
+        weights = normalised(forgotten, alpha, n)
         if keeps is not None:
             keep = keeps[row.batch][number % n_query].tolist()
             # No division when nothing is kept, so that p = 1 gives 0 and not 0 * inf.
@@ -155,6 +153,8 @@ def timm_attention(
     dropout_keep: Tensor | None = None,
     masking: str = "exclude",
     excluded_below: float | None = None,
+    alpha: float = 1.0,
+    n: float = 0.0,
 ) -> Tensor:
     """What timm's Attention or AttentionRope gives for x, with `attention` in its middle.
 
@@ -168,6 +168,8 @@ def timm_attention(
         dropout_keep: Shape (B, heads, N, N); its rate is that of module.attn_drop. None is no dropout.
         masking: As in `attention`.
         excluded_below: As in `attention`.
+        alpha: As in `attention`.
+        n: As in `attention`.
 
     Returns:
         Shape (B, N, dim of the output).
@@ -201,6 +203,8 @@ def timm_attention(
         dropout_p=0.0 if dropout_keep is None else module.attn_drop.p,
         masking=masking,
         excluded_below=excluded_below,
+        alpha=alpha,
+        n=n,
     )
     mixed = torch.cat(mixed.unbind(1), dim=-1)
     mixed = _apply(module, "norm", mixed)
@@ -326,6 +330,11 @@ def separation_loss(patterns: Tensor, t: float, kind: str) -> Tensor:
     if kind == "maximum":
         return exponents.amax()
     return exponents.logsumexp(0) - math.log(len(exponents))
+
+
+def normalised(scores: Tensor, alpha: float, n: float) -> Tensor:
+    """The weights of one row (S,) of scores: those of `softmax_n`, or with another alpha than 1 those of `entmax`."""
+    return softmax_n(scores, n) if alpha == 1.0 or not len(scores) else entmax(scores, alpha)
 
 
 def softmax_n(scores: Tensor, n: float) -> Tensor:

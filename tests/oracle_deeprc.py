@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from oracle import Forgetting, forget, resolve_threshold
+from oracle import Forgetting, forget, normalised, resolve_threshold
 from torch import Tensor, nn
 
 
@@ -24,6 +24,8 @@ def deeprc_forward(
     *,
     func_d: Forgetting,
     eps_per_bag: Sequence[float] | None = None,
+    alpha: float = 1.0,
+    n: float = 0.0,
 ) -> Tensor:
     """What DeepRC.forward gives if the attention activations of each bag are partially forgotten.
 
@@ -34,6 +36,8 @@ def deeprc_forward(
         n_sequences_per_bag: Shape (bags,).
         func_d: What is forgotten; dmedian is that of a bag. Its own eps has to be 0.
         eps_per_bag: The noise of each bag; None is no noise.
+        alpha: The normalisation is that of `oracle.entmax`; 1 is the softmax.
+        n: Added to the denominator of the softmax.
 
     Returns:
         The predictions, shape (bags, outputs), in the type that the output network gives.
@@ -59,8 +63,7 @@ def deeprc_forward(
         func_d = dataclasses.replace(func_d, eps=eps)
         threshold, forgotten_value = resolve_threshold(func_d, [scores])
         forgotten, indicator = forget(func_d, scores, threshold, forgotten_value)
-        exponentials = (forgotten - (forgotten.detach().max() if size else 0.0)).exp()
-        weights = exponentials / exponentials.sum() * indicator
+        weights = normalised(forgotten, alpha, n) * indicator
         bags.append((weights[:, None] * features).sum(0))
     # The type in which DeepRC hands them to the output network.
     return module.output_nn(torch.stack(bags).to(torch.promote_types(embedded.dtype, activations.dtype)))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from oracle import Forgetting, dots, forget, resolve_threshold
+from oracle import Forgetting, dots, forget, normalised, resolve_threshold
 from torch import Tensor, nn
 
 #: Weight and bias of an affine map.
@@ -62,6 +62,8 @@ def hopfield_core(
     masking: str = "exclude",
     eps_per_step: Sequence[float] | None = None,
     feature_map: Tensor | None = None,
+    alpha: float = 1.0,
+    n: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What a HopfieldCore gives whose scores are partially forgotten in every update iteration.
 
@@ -84,6 +86,8 @@ def hopfield_core(
         masking: "exclude" takes hidden keys out; "paper" puts them in as scores of -inf, as the official code does.
         eps_per_step: The noise of each iteration, which may be more than are made; None is no noise.
         feature_map: The matrices of U-Hop's Φ, shape (heads, width, width), that map query and key in each scoring.
+        alpha: The normalisation of each iteration is that of `oracle.entmax`; 1 is the softmax.
+        n: Added to the denominator of the softmax of each iteration.
 
     Returns:
         The output, the weights averaged over the heads (after dropout and D'), xi (before both), the projected values.
@@ -116,7 +120,7 @@ def hopfield_core(
             head.state = _scaled(head.state, scaling, n_head, head.number if side_by_side else None)
 
         eps = 0.0 if eps_per_step is None else float(eps_per_step[step])
-        _iterate(heads, dataclasses.replace(func_d, eps=eps), active, masking, feature_map)
+        _iterate(heads, dataclasses.replace(func_d, eps=eps), active, masking, feature_map, alpha, n)
 
         for number in range(n_head):
             goes_on = limits[number] < 0 or step < limits[number]
@@ -157,7 +161,13 @@ def hopfield_core(
 
 
 def _iterate(
-    heads: list[_Head], func_d: Forgetting, active: list[bool], masking: str, feature_map: Tensor | None
+    heads: list[_Head],
+    func_d: Forgetting,
+    active: list[bool],
+    masking: str,
+    feature_map: Tensor | None,
+    alpha: float,
+    n: float,
 ) -> None:
     """Scores all heads, sets the indicator of all and xi of the active ones."""
     # The scores of all rows come first: dmedian needs all of them before any row can go on.
@@ -191,12 +201,11 @@ def _iterate(
         n_key = row.head.key.shape[0]
         if row.keys:
             forgotten, indicator = forget(func_d, row.scores, threshold, forgotten_value)
-            exponentials = (forgotten - forgotten.detach().max()).exp()
-            xi = _spread(exponentials / exponentials.sum(), row.keys, n_key, 0.0)
+            xi = _spread(normalised(forgotten, alpha, n), row.keys, n_key, 0.0)
             indicator = _spread(indicator, row.keys, n_key, 0.0)
         else:
             # Nothing to choose from: the next state has to be finite, so D is 0 everywhere. D' takes it all out again.
-            xi, indicator = row.scores.new_full((n_key,), 1.0 / n_key), row.scores.new_zeros(n_key)
+            xi, indicator = row.scores.new_full((n_key,), 1.0 / (n + n_key)), row.scores.new_zeros(n_key)
         xis[id(row.head)].append(xi)
         indicators[id(row.head)].append(indicator)
     for head in heads:

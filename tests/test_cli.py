@@ -157,7 +157,7 @@ def test_status(python):
     shown = python("-m", "lwpf_patch", "status", LWPF_PATCH="timm")
     plain = shown.stdout
     assert shown.stderr == ""
-    assert "patch timm; func-d relu, masking exclude" in plain
+    assert "patch timm; func_d relu, masking exclude" in plain
     assert f"lwpf_patch {lwpf_patch.__version__}, Python {sys.version.split()[0]}" in plain
     assert "LWPF_PATCH=timm" in plain
     assert "timm.layers.attention.AttentionRope" in plain

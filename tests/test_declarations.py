@@ -14,7 +14,7 @@ import lwpf_patch
 from lwpf_patch import PFU, ReLU, UHop
 from lwpf_patch.options import Option
 from lwpf_patch.settings import PATCH, SETTINGS, UNPICKLE, VARIABLES, Settings, SettingsStatus, from_environment
-from lwpf_patch.specs import FUNC_D_OPTIONS, UHOP_OPTIONS
+from lwpf_patch.specs import FUNC_D_OPTIONS, SEP_OPTIONS, UHOP_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -25,6 +25,7 @@ UPDATE = os.environ.get("TESTS_UPDATE_DOCS", "0") == "1"
 SAMPLES = {
     "patch": ("timm", None),
     "func_d": (" pfu : mu = 0.5 , empty=plain", "pfu:mu=0.5,empty_rows=keep"),
+    "sep": (" softmax_n : n = 2", "softmax_n:n=2"),
     "masking": ("paper", "paper"),
     "backend": ("eager", "eager"),
     "uhop": ("every=7", str(UHop(every=7))),
@@ -62,7 +63,8 @@ def test_every_option_of_run_reaches_the_script(python, tmp_path):
         " {name: value for name, value in os.environ.items() if name.startswith('LWPF_')}]))\n"
     )
     options = [part for setting in VARIABLES for part in (setting.flag, SAMPLES[setting.name][0])]
-    others = {"LWPF_PATCH": "hflayers", "LWPF_UNPICKLE": "error", "LWPF_FUNC_D": "relu", "LWPF_MASKING": "exclude",
+    others = {"LWPF_PATCH": "hflayers", "LWPF_UNPICKLE": "error", "LWPF_FUNC_D": "relu", "LWPF_SEP": "softmax",
+              "LWPF_MASKING": "exclude",
               "LWPF_BACKEND": "auto", "LWPF_UHOP": "off", "LWPF_INCLUDE": "*", "LWPF_EXCLUDE_MODELS": "c",
               "LWPF_COMPAT": "1"}  # fmt: skip
     out = python("-m", "lwpf_patch", "run", *options, "script.py", **others)
@@ -124,6 +126,7 @@ TABLES = {
     "Where they can be given": (["`apply`", "`patch_model`", "variable", "`lwpf run`", "values", ""], where()),
     "Options of `relu`": (["option", "values", "default", ""], options(FUNC_D_OPTIONS["relu"])),
     "Options of `pfu`": (["option", "values", "default", ""], options(FUNC_D_OPTIONS["pfu"])),
+    "Options of `softmax_n`": (["option", "values", "default", ""], options(SEP_OPTIONS["softmax_n"])),
     "Options of `uhop`": (["option", "values", "default", ""], options(UHOP_OPTIONS)),
 }
 

@@ -20,6 +20,7 @@ import oracle  # noqa: E402
 from deeprc.architectures import AttentionNetwork, DeepRC, OutputNetwork, SequenceEmbeddingCNN  # noqa: E402
 from oracle import Forgetting  # noqa: E402
 from oracle_deeprc import deeprc_forward  # noqa: E402
+from seps import SEPS  # noqa: E402
 
 import lwpf_patch  # noqa: E402
 from lwpf_patch.hosts import deeprc as host  # noqa: E402
@@ -80,6 +81,21 @@ class _StayIn64(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.network(*args, **kwargs).as_subclass(_In64)
+
+
+@pytest.mark.parametrize("func_d", ["none", *FUNC_DS])
+@pytest.mark.parametrize("sep", SEPS)
+def test_every_bag_is_normalised(sep, func_d):
+    lwpf_patch.apply("deeprc", func_d=func_d, sep=sep)
+    model, inputs = _model().double().eval(), _bags(torch.float64)
+    model.sequence_embedding = _StayIn64(model.sequence_embedding)
+    ours = model(*inputs)
+    expected = deeprc_forward(model, *inputs, func_d=FUNC_DS.get(func_d, Forgetting("none")), **SEPS[sep])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    got = torch.autograd.grad(ours.sum(), model.parameters(), retain_graph=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected.sum(), model.parameters(), materialize_grads=True)
+    for ours_grad, oracle_grad in zip(got, wanted, strict=True):
+        oracle.assert_equal(ours_grad, oracle_grad)
 
 
 @pytest.mark.parametrize("masking", ["exclude", "paper"])

@@ -19,6 +19,7 @@ from hflayers.activation import HopfieldCore  # noqa: E402
 from hflayers.transformer import HopfieldDecoderLayer, HopfieldEncoderLayer  # noqa: E402
 from oracle import Forgetting  # noqa: E402
 from oracle_hflayers import hopfield_core  # noqa: E402
+from seps import SEPS  # noqa: E402
 
 import lwpf_patch  # noqa: E402
 
@@ -416,3 +417,35 @@ def test_the_function_called_past_the_modules_is_an_error_with_uhop():
             *patterns, E, 2, core.in_proj_weight, core.in_proj_bias, None, None, False, 0.0,
             core.out_proj.weight, core.out_proj.bias,
         )  # fmt: skip
+
+
+# --- normalisations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["plain", "three steps", "steps of each head", "scaling of each head", "static key"])
+@pytest.mark.parametrize("func_d", ["none", *FUNC_DS])
+@pytest.mark.parametrize("sep", SEPS)
+def test_every_iteration_is_normalised(sep, func_d, case):
+    lwpf_patch.apply("hflayers", func_d=func_d, sep=sep)
+    making, calling = CASES[case]
+    _compare(_core(**making), calling, func_d=FUNC_DS.get(func_d, Forgetting("none")), **SEPS[sep])
+
+
+@pytest.mark.parametrize("mask", ["padding", "boolean", "additive with -inf, and padding"])
+@pytest.mark.parametrize("func_d", ["none", "relu"])
+@pytest.mark.parametrize("sep", SEPS)
+def test_a_normalisation_under_masks(sep, func_d, mask):
+    lwpf_patch.apply("hflayers", func_d=func_d, sep=sep)
+    call = _masks()[mask] | dict(update_steps_max=2)
+    _compare(_core(), call, func_d=FUNC_DS.get(func_d, Forgetting("none")), **SEPS[sep])
+
+
+@pytest.mark.parametrize("sep", SEPS)
+def test_a_normalisation_with_feature_maps(sep):
+    core = _core()
+    lwpf_patch.patch_model(core, sep=sep, uhop="on")
+    torch.nn.init.normal_(core.feature_map.weight, std=0.3)
+    core.feature_map.steps.fill_(1)
+    core.feature_map.take_settings(core.feature_map.settings)
+    matrices = torch.eye(core.head_dim, dtype=torch.float64) + core.feature_map.weight
+    _compare(core, dict(update_steps_max=2), func_d=Forgetting("none"), feature_map=matrices, **SEPS[sep])

@@ -14,6 +14,7 @@ import pytest
 from conftest import require_host
 
 import lwpf_patch
+from lwpf_patch.settings import PATCH, VARIABLES
 
 USE = """
 import timm, torch
@@ -29,6 +30,20 @@ def test_the_package_alone_imports_no_torch(python):
         "-c", "import sys, lwpf_patch; lwpf_patch.apply('timm'); lwpf_patch.status(); print('torch' in sys.modules)"
     )
     assert out.stdout.strip() == "False"
+
+
+def test_no_setting_has_torch_loaded_at_start_up(python):
+    """A variable is read by every interpreter that is started, most of which do not train."""
+    given = {"SEP": "entmax15", "UHOP": "on", "MASKING": "paper", "BACKEND": "cpu", "INCLUDE": "*Attention",
+             "EXCLUDE": "*Rope", "EXCLUDE_MODELS": "teacher", "COMPAT": "off", "FUNC_D": "pfu:mu=0.5",
+             "UNPICKLE": "patch"}  # fmt: skip
+    assert {f"LWPF_{name}" for name in given} == {each.variable for each in VARIABLES} - {PATCH.variable}
+    heavy = ("torch", "entmax", "timm", "wrapt", "numpy")
+    out = python(
+        "-c", f"import sys; print([name for name in {heavy} if name in sys.modules], 'lwpf_patch' in sys.modules)",
+        LWPF_PATCH="timm", **{f"LWPF_{name}": text for name, text in given.items()},
+    )  # fmt: skip
+    assert out.stdout.strip() == "[] True"
 
 
 def test_unset_nothing_of_ours_is_loaded(python):
@@ -229,6 +244,7 @@ def version(name, _version=metadata.version):
 metadata.version = version
 sys.modules.update(numpy=None, pandas=None)
 import lwpf_patch
+from lwpf_patch.settings import PATCH, VARIABLES
 lwpf_patch.apply("deeprc")
 print([shim["state"] for shim in lwpf_patch.status()["hosts"]["deeprc"]["shims"]])
 """

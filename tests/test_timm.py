@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 
 import oracle
 import pytest
 import torch
 from oracle import Forgetting
+from seps import SEPS
 from timm.layers import Attention, AttentionRope
 from torch import nn
 from vits import FUNC_DS, MODELS, images, set_fused, vit
@@ -413,3 +415,165 @@ def test_naflexvit_masks_with_a_finite_sentinel():
         patch_valid=torch.cat([valid, torch.zeros(1, 5, dtype=torch.bool)], 1),
     )
     torch.testing.assert_close(longer, short, rtol=1e-4, atol=1e-5)
+
+
+# --- normalisations ---------------------------------------------------------------------------------------------------
+
+every_sep = pytest.mark.parametrize("sep", SEPS)
+
+
+@both_branches
+@pytest.mark.parametrize("mask", ["none", "boolean with an empty row", "additive with finfo.min", "causal"])
+@pytest.mark.parametrize("func_d", [None, *FUNC_DS])
+@every_sep
+def test_every_normalisation_equals_the_oracle(sep, func_d, mask, fused):
+    lwpf_patch.apply("timm", func_d=func_d, sep=sep)
+    module = Attention(12, num_heads=3, qkv_bias=True).double()
+    x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    # Without a func_d nothing is forgotten.
+    compare(module, x, _masks(2, 7)[mask], fused, func_d=FUNC_DS.get(func_d, Forgetting("none")), **SEPS[sep])
+
+
+@both_branches
+@every_sep
+def test_a_normalisation_with_rotary_embedding_and_dropout(sep, fused):
+    lwpf_patch.apply("timm", func_d="relu", sep=sep)
+    module = AttentionRope(12, num_heads=3, attn_drop=0.3).double().train()
+    x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    compare(module, x, {}, fused, func_d=FUNC_DS["relu"], **SEPS[sep])
+
+
+@both_branches
+@every_sep
+def test_a_normalisation_with_feature_maps(sep, fused):
+    """They are folded, as the tests of folding compare with a float64 product, and the folded layer is the oracle's."""
+    lwpf_patch.apply("timm", sep=sep, uhop="on")
+    module = Attention(12, num_heads=3, qkv_bias=True).double().eval()
+    set_fused(module, fused)
+    nn.init.normal_(module.feature_map.weight, std=0.3)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    mapped = module(x)
+    lwpf_patch.fold(module)
+    torch.testing.assert_close(module(x), mapped)
+    oracle.assert_equal(module(x), oracle.timm_attention(module, x, func_d=Forgetting("none"), **SEPS[sep]))
+
+
+@both_branches
+@pytest.mark.parametrize("transform", TRANSFORMATIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("sep", ["softmax_n:n=3", "entmax15"])
+def test_a_transformed_model_keeps_its_normalisation(sep, transform, fused):
+    if sep == "entmax15" and transform in (scripted, scripted_and_saved):
+        lwpf_patch.apply("timm", sep=sep)
+        with pytest.raises(lwpf_patch.SettingsError, match=r"sep entmax15: torch\.jit\.script cannot compile"):
+            transform(vit().eval(), images())
+        return
+    lwpf_patch.apply("timm", func_d="relu", sep=sep)
+    model, x = vit().eval(), images()
+    set_fused(model, fused)
+    expected = model(x)
+    with lwpf_patch.patched("timm", func_d="relu"):
+        assert not torch.allclose(expected, model(x), atol=1e-4)
+    torch.testing.assert_close(transform(model, x)(x), expected)
+
+
+@both_branches
+@pytest.mark.parametrize("sep", ["softmax_n:n=3", "entmax15"])
+def test_feature_extractors_keep_the_normalisation(sep, fused):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    lwpf_patch.apply("timm", func_d="pfu:sigma=0", sep=sep)
+    model, x = vit().eval(), images()
+    set_fused(model, fused)
+    found = create_feature_extractor(model, {"blocks.1": "out"})(x)["out"]
+    torch.testing.assert_close(model.forward_head(model.norm(found)), model(x))
+
+
+@both_branches
+@pytest.mark.parametrize("mode", ["autocast", "pure"])
+@every_sep
+def test_a_normalisation_in_bfloat16(sep, mode, fused):
+    """The weights are those of float32, rounded."""
+    lwpf_patch.apply("timm", sep=sep)
+    model, x = vit().float().eval(), images(dtype=torch.float32)
+    set_fused(model, fused)
+    wide = model(x)
+    if mode == "pure":
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        narrow = model(x)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), wide, rtol=0.1, atol=0.1 * float(wide.detach().abs().max()))
+
+
+def test_a_normalisation_can_be_set_for_one_layer():
+    lwpf_patch.apply("timm", func_d="relu")
+    model, x = vit().eval(), images()
+    usual = model(x)
+    func_d = model.blocks[1].attn.func_d
+    func_d.sep = "softmax_n:n=2"
+    assert "sep=softmax_n:n=2" in repr(model.blocks[1].attn)
+    assert "sep" not in repr(model.blocks[0].attn)
+    assert not torch.allclose(model(x), usual)
+    model.blocks[1].attn.func_d = lwpf_patch.PFU(mu=0.1)
+    assert model.blocks[1].attn.func_d.sep == (1.0, 2.0)
+    model.blocks[1].attn.func_d = lwpf_patch.ReLU()
+    func_d.sep = "softmax"
+    assert torch.equal(model(x), usual)
+    with pytest.raises(lwpf_patch.SettingsError, match=r"'softmax_m'.*func_d\.sep = "):
+        func_d.sep = "softmax_m"
+
+
+def test_the_operator_takes_the_normalisation_of_a_layer():
+    lwpf_patch.apply("timm", func_d="relu", sep="sparsemax")
+    func_d = vit().blocks[0].attn.func_d
+    query, key, value = torch.randn(3, 2, 5, 8).unbind(0)
+    wanted = lwpf_patch.lwpf_attention(query, key, value, func_d="relu", sep="sparsemax")
+    assert torch.equal(lwpf_patch.lwpf_attention(query, key, value, func_d=func_d), wanted)
+    usual = lwpf_patch.lwpf_attention(query, key, value, func_d="relu")
+    assert torch.equal(lwpf_patch.lwpf_attention(query, key, value, func_d=func_d, sep="softmax"), usual)
+
+
+def test_patch_model_with_a_normalisation():
+    model, x = vit().eval(), images()
+    plain = model(x)
+    lwpf_patch.patch_model(model, sep="sparsemax")
+    with lwpf_patch.patched("timm", sep="sparsemax"):
+        wanted = copy.deepcopy(model)(x)
+    assert torch.equal(model(x), wanted)
+    assert not torch.allclose(wanted, plain)
+    lwpf_patch.unpatch_model(model)
+    assert torch.equal(model(x), plain)
+
+
+SCRIPT = """
+import timm, torch
+import lwpf_patch
+torch.manual_seed(0)
+model = timm.create_model("test_vit", num_classes=3)
+print(lwpf_patch.status()["hosts"]["timm"]["settings"]["sep"], model.blocks[0].attn.func_d)
+print(model(torch.randn(1, 3, 160, 160)).tolist())
+"""
+
+
+def test_every_way_in_takes_a_normalisation(python, tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    plain = python("train.py", LWPF_PATCH="timm", LWPF_FUNC_D="none")
+    by_variable = python("train.py", LWPF_PATCH="timm", LWPF_SEP=" softmax_n : n = 5 ")
+    assert by_variable.stdout.startswith("softmax_n:n=5 NoForgetting(sep=softmax_n:n=5)")
+    assert "func_d none, sep softmax_n:n=5, masking exclude" in by_variable.stderr
+    assert by_variable.stdout.splitlines()[1] != plain.stdout.splitlines()[1]
+    by_command = python("-m", "lwpf_patch", "run", "--sep", "softmax_n:n=5", "train.py")
+    assert by_command.stdout == by_variable.stdout
+    by_apply = python(code="import lwpf_patch\nlwpf_patch.apply('timm', sep='softmax_n:n=5')\n" + SCRIPT)
+    assert by_apply.stdout == by_variable.stdout
+    wrong = python("train.py", LWPF_PATCH="timm", LWPF_SEP="sparse", check=False)
+    assert "'sparse' (from LWPF_SEP)" in wrong.stderr
+    assert not wrong.stdout
+
+
+def test_a_normalisation_whose_package_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "entmax", None)
+    with pytest.raises(lwpf_patch.SettingsError, match=r"sep sparsemax \(from apply\(sep=...\)\).*pip install"):
+        lwpf_patch.apply("timm", sep="sparsemax")
+    assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
+    lwpf_patch.apply("timm", sep="softmax_n")

@@ -13,9 +13,11 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from .. import tracing
+from .. import normalising, tracing
 from ..backends import Call
 from ..backends import eager_form as eager
+from ..errors import SettingsError
+from ..specs import Sep
 from .computing import attend, mark_used
 from .operator import lwpf_attention, partial_forgetting
 from .owned import OwnedFuncD
@@ -30,11 +32,31 @@ class HostFuncD(OwnedFuncD):
             if has_torch_function_unary(scores):
                 return _dispatch_scores(self, scores, training, dim)
             mark_used(self.host)
-        if not self.rule.forgets:
+        if self.is_plain():
             return scores, torch.ones((), dtype=torch.bool, device=scores.device)
         noisy = self.training if training is None else training
         excluded = None if self.masking == "paper" else scores <= self.highest_hidden(scores)
         return self.rule.forget_rows(scores, excluded, noisy, self.masking, dim)
+
+    def normalise(self, scores: Tensor, dim: int = -1) -> Tensor:
+        """Normalise scores over their keys, in place of a softmax that is written out.
+
+        Args:
+            scores: (..., S), or the keys in another dimension; what :meth:`forward` returned.
+            dim: The dimension of the keys.
+
+        Returns:
+            The weights, of the scores' shape and dtype.
+        """
+        alpha, n = self.sep
+        if alpha == 1.0 and n == 0.0:
+            return scores.softmax(dim)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - torch.jit.script looks for it alone
+            if isinstance(scores, fx.Proxy):
+                return tracing.call_method(self, HostFuncD.normalise.__name__, (scores,), {"dim": dim})
+        half = scores.dtype == torch.float16 or scores.dtype == torch.bfloat16
+        computed = normalising.normalise((scores.float() if half else scores).transpose(dim, -1), alpha, n)
+        return computed.transpose(dim, -1).to(scores.dtype)
 
     def scaled_dot_product_attention(
         self,
@@ -57,11 +79,11 @@ class HostFuncD(OwnedFuncD):
             attn_mask = self.with_infinity(attn_mask)
             call = Call(
                 query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                self.training, self.masking,
+                self.training, self.masking, Sep(*self.sep),
             )  # fmt: skip
             return attend(call, self.backend, self.host)
         # What the backends "plain" and "eager" do, as torch.jit.script reads it.
-        if not self.rule.forgets:
+        if self.is_plain():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -70,9 +92,14 @@ class HostFuncD(OwnedFuncD):
         query, key, value = eager.prepare(query, key, value, enable_gqa)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
         forgotten, mask = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)
-        return eager.retrieve(forgotten, mask, value, dropout_p, 1.0, 0.0).to(dtype)
+        return eager.retrieve(forgotten, mask, value, dropout_p, self.sep[0], self.sep[1]).to(dtype)
 
     def __prepare_scriptable__(self) -> "HostFuncD":
+        if self.sep[0] != 1.0:
+            raise SettingsError(
+                f"sep {Sep(*self.sep)}: torch.jit.script cannot compile sparsemax and entmax; use torch.compile, "
+                "torch.export, or a func_d whose sep is 'softmax' or 'softmax_n'"
+            )
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
         mark_used(self.host)
         return self

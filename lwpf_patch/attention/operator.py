@@ -11,7 +11,7 @@ from ..backends import Call
 from ..forgetting import FuncD
 from ..options import check_name
 from ..settings import BACKENDS, DEFAULTS, MASKINGS
-from ..specs import FuncDLike, parse_sep
+from ..specs import FuncDLike, Sep, SepLike, parse_sep
 from .computing import attend
 from .owned import OwnedFuncD, rule_of
 
@@ -30,7 +30,7 @@ def lwpf_attention(
     masking: str | None = None,
     backend: str | None = None,
     enable_gqa: bool = False,
-    sep: str | float = "softmax",
+    sep: SepLike | None = None,
 ) -> Tensor:
     """Attention with partial forgetting (Ota et al., AISTATS 2023), with the signature of SDPA.
 
@@ -56,10 +56,10 @@ def lwpf_attention(
         masking: ``"exclude"`` or ``"paper"``; None: the func_d's own, which is ``"exclude"`` by default.
         backend: Which implementation computes; None: the func_d's own, which is ``"auto"`` by default.
         enable_gqa: Whether several query heads share a key and value head, as in SDPA.
-        sep: The normalisation: ``"softmax"``; ``"softmax_n:n=1"``, which adds n, a number of at least 0 (1 if it is
-            left out), to the denominator of the softmax; or of U-Hop (Wu et al., ICML 2024) ``"sparsemax"``,
-            ``"entmax15"``, or alpha from 1 to 2. Those of U-Hop need the package ``entmax`` and the backend
-            ``"eager"``, which ``"auto"`` takes then.
+        sep: The normalisation; None: the func_d's own, which is ``"softmax"`` by default. ``"softmax_n:n=1"`` adds n, a
+            number of at least 0 (1 if it is left out), to the denominator of the softmax. Of U-Hop (Wu et al., ICML
+            2024) are ``"sparsemax"``, ``"entmax15"``, and alpha from 1 to 2, which need the package ``entmax`` and the
+            backend ``"eager"``, which ``"auto"`` takes then.
 
     Returns:
         The output, (..., L, Ev), of the query's dtype.
@@ -83,11 +83,13 @@ def lwpf_attention(
     rule = rule_of(func_d, "lwpf_attention(func_d=...)")
     owned = func_d if isinstance(func_d, OwnedFuncD) else None
     attn_mask = owned.with_infinity(attn_mask) if owned else attn_mask
+    own: dict[str, Any] = {name: getattr(owned, name) for name in DEFAULTS} if owned else DEFAULTS
+    normalisation = Sep(*own["sep"]) if sep is None else parse_sep(sep, "lwpf_attention(sep=...)")
     call = Call(
         query, key, value, rule, attn_mask, dropout_p, is_causal, scale, enable_gqa, _training(func_d, training),
-        masking or (owned.masking if owned else DEFAULTS["masking"]), parse_sep(sep, "lwpf_attention(sep=...)"),
+        masking or own["masking"], normalisation,
     )  # fmt: skip
-    return attend(call, backend or (owned.backend if owned else DEFAULTS["backend"]), owned.host if owned else "")
+    return attend(call, backend or own["backend"], owned.host if owned else "")
 
 
 def partial_forgetting(

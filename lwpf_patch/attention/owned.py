@@ -3,7 +3,7 @@
 Typing is spelled as torch.jit.script reads it.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..backends import eager_form as eager
 from ..forgetting import FuncD, make_func_d
 from ..options import check_name
 from ..settings import BACKENDS, DEFAULTS, MASKINGS
-from ..specs import FuncDLike
+from ..specs import FuncDLike, parse_sep
 
 _ALLOWED = {"masking": MASKINGS, "backend": BACKENDS}
 
@@ -29,6 +29,7 @@ class OwnedFuncD(Attached, nn.Module):
         host: The host's name; empty: none, so that no report counts its use.
         masking: As for :func:`lwpf_patch.apply`.
         backend: As for :func:`lwpf_patch.apply`.
+        sep: As for :func:`lwpf_patch.apply`.
 
     Attributes:
         rule: The forgetting function.
@@ -36,6 +37,8 @@ class OwnedFuncD(Attached, nn.Module):
             no part in the denominator or the median, and a row with no key left gives 0. ``"paper"``: the official
             recipe to the letter, which lets hidden keys back into the denominator.
         backend: Which backend computes.
+        sep: The normalisation of the scores: alpha of alpha-entmax, and n of softmax_n; set it as for
+            :func:`lwpf_patch.apply`.
         mask_sentinel: The number that a mask of the host adds to the scores of hidden keys, where it is neither -inf
             nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
         by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
@@ -44,15 +47,19 @@ class OwnedFuncD(Attached, nn.Module):
 
     masking: str
     backend: str
+    sep: Tuple[float, float]
     by_hand: bool
     mask_sentinel: Optional[float]
 
-    def __init__(self, rule: Any, host: str = "", masking: str = "exclude", backend: str = "auto") -> None:
+    def __init__(
+        self, rule: Any, host: str = "", masking: str = "exclude", backend: str = "auto", sep: Any = "softmax"
+    ) -> None:
         super().__init__()
         self.rule: FuncD = rule_of(rule, "HostFuncD(...)")
         self.host = host
         self.masking = masking
         self.backend = backend
+        self.sep = sep
         self.by_hand = False
         self.mask_sentinel = None
         _keep_settings_of_layers()
@@ -61,8 +68,10 @@ class OwnedFuncD(Attached, nn.Module):
         """Set an attribute.
 
         Raises:
-            SettingsError: A masking or backend that there is not.
+            SettingsError: A masking, backend or sep that there is not.
         """
+        if name == "sep":
+            value = parse_sep(value, "func_d.sep = ...")
         if name in _ALLOWED:
             value = check_name(name, value, f"func_d.{name} = ...", _ALLOWED[name])
         super().__setattr__(name, value)
@@ -76,9 +85,13 @@ class OwnedFuncD(Attached, nn.Module):
         """Return a mask with -inf in place of the host's own number, as every backend reads it."""
         if attn_mask is None or self.mask_sentinel is None or attn_mask.dtype == torch.bool:
             return attn_mask
-        if self.masking == "paper" or not self.rule.forgets:  # which compute with the mask as it is
+        if self.masking == "paper" or self.is_plain():  # which compute with the mask as it is
             return attn_mask
         return attn_mask.masked_fill(attn_mask <= self.highest_hidden(attn_mask), float("-inf"))
+
+    def is_plain(self) -> bool:
+        """Return whether attention is computed as it is without this package."""
+        return not self.rule.forgets and self.sep[0] == 1.0 and self.sep[1] == 0.0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -185,12 +185,7 @@ def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, a
     Returns:
         The output, (B, L, Ev).
     """
-    if n > 0.0:
-        weights = normalising.softmax_n(forgotten, n)
-    elif alpha == 1.0:
-        weights = forgotten.softmax(dim=-1)
-    else:
-        weights = normalising.entmax(forgotten, alpha)
+    weights = normalising.normalise(forgotten, alpha, n)
     if dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, dropout_p, True)
     weights = mask * weights

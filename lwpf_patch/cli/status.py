@@ -14,7 +14,7 @@ from ..errors import HostNotInstalledError, LwpfError
 from ..hosting import Host
 from ..hosts import HOSTS
 from ..patching.schema import HostDescription, ShimStatus, describe_shim
-from ..settings import Settings, describe_backend, from_environment
+from ..settings import Settings, describe_backend, from_environment, in_words
 from .hook import BESIDE, hook_files
 
 
@@ -119,7 +119,7 @@ def _status(options: argparse.Namespace) -> int:
     if "problem" in request:
         print(f"request:       WRONG: {request['problem']}")
     elif request:
-        print(f"request:       patch {', '.join(request['hosts'])}; {_words(request)}")
+        print(f"request:       patch {', '.join(request['hosts'])}; {in_words(request)}")
     print(f"backend:       {status['backend']}")
     for name, host in status["hosts"].items():
         if not host["patchable"]:
@@ -134,12 +134,3 @@ def _status(options: argparse.Namespace) -> int:
         for shim in host["shims"]:
             print(f"  shim: {shim['name']} ({'needed' if shim['needed'] else 'not needed here'}): {shim['why']}")
     return 0
-
-
-def _words(request: dict[str, Any]) -> str:
-    """Put the settings of a request into words: those that are always of interest, and those that are no defaults."""
-    usual: dict[str, Any] = {**Settings().describe()}
-    always = ("func_d", "masking", "backend")
-    shown = {name: request[name] for name in usual if name in always or request[name] != usual[name]}
-    lists = {name: ",".join(value) if isinstance(value, list) else value for name, value in shown.items()}
-    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in lists.items())

@@ -165,7 +165,7 @@ class FuncDAttachment(Attachment):
 
     def in_function(self, prototype: Any, is_asked: bool) -> Callable[..., Any]:
         """Return the func_d of all; what forgets nothing where the host is not patched."""
-        return _forget_nothing if prototype is None else prototype
+        return _ForgetNothing() if prototype is None else prototype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +273,14 @@ class Folding:
     example: Callable[[Any], tuple[Any, ...]]
 
 
-def _forget_nothing(scores: Any, training: bool) -> tuple[Any, int]:
-    return scores, 1
+class _ForgetNothing:
+    """What a function of a host that is not patched gets for a func_d."""
+
+    def __call__(self, scores: Any, training: bool) -> tuple[Any, int]:
+        return scores, 1
+
+    def normalise(self, scores: Any, dim: int = -1) -> Any:
+        return scores.softmax(dim)
 
 
 def _map_nothing(query: Any, key: Any) -> Any:

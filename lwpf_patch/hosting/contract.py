@@ -182,7 +182,7 @@ def make_host_func_d(host: str, settings: Settings) -> HostFuncD:
     from ..attention import HostFuncD, rule_of
 
     rule = copy.deepcopy(rule_of(settings.func_d, settings.origin("func_d")))
-    return HostFuncD(rule, host, settings.masking, settings.backend)
+    return HostFuncD(rule, host, settings.masking, settings.backend, settings.sep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class RegisteredHost(Host):
         return list(self.places)
 
     def check(self, settings: Settings) -> None:
-        """Check that no more is asked for than func_d, masking and backend; see :meth:`Host.check`."""
+        """Check that no more is asked for than func_d, sep, masking and backend; see :meth:`Host.check`."""
         given = {"uhop": settings.uhop is not None, "include": settings.include != ("*",),
                  "exclude": settings.exclude != (), "exclude_models": settings.exclude_models != ()}  # fmt: skip
         for option in (option for option, is_given in given.items() if is_given):

@@ -28,7 +28,7 @@ from . import known
 
 
 def forget_in_bags(function: Function) -> list[Splice]:
-    """The paper's two lines around the softmax over the sequences of a bag.
+    """The paper's two lines around the softmax over the sequences of a bag, which becomes ``self.func_d.normalise``.
 
     Anchors: ``attention_weights = torch.softmax(attention_weights, dim=0)`` and, later in the same block, the product
     of the embedded sequences with the weights.
@@ -42,8 +42,11 @@ def forget_in_bags(function: Function) -> list[Splice]:
         softmax = lines.get(f"{name} = torch.softmax({name}, dim=0)")
         weighing = lines.get(f"emb_seqs_after_attention = emb_seqs * {name}")
         if softmax is not None and weighing is not None and softmax.lineno < weighing.lineno:
+            assert isinstance(softmax, ast.Assign)
+            assert isinstance(softmax.value, ast.Call)
             return [
                 function.line_before(softmax, f"{name}, xi_mask = self.func_d({name}, dim=0)"),
+                function.new_callee(softmax.value, "self.func_d.normalise"),
                 function.line_before(weighing, f"{name} = xi_mask * {name}"),
             ]
     raise RewriteError(f"{function.where}: no softmax of {name} over dim=0 whose result weighs emb_seqs")

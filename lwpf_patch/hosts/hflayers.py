@@ -29,6 +29,8 @@ _SCORES = "attn_output_weights"
 def forget_in_update_loop(function: Function) -> list[Splice]:
     """The paper's two lines in the loop and behind it, and a parameter that brings func_d in; with U-Hop, its map too.
 
+    The softmax of each iteration becomes ``func_d.normalise``.
+
     Anchors: ``if xi is None:``, both arms of which hold the softmax of the scores; the product of the dropped-out
     weights with the values; the call of itself through ``handle_torch_function``; and, for the feature map, the product
     of q and k. The map stands in that product alone: the state that the loop keeps is a pattern of the original space.
@@ -39,6 +41,7 @@ def forget_in_update_loop(function: Function) -> list[Splice]:
         *_passed(function, "handle_torch_function", names),
         *_mapped_query(function),
         function.line_before(_softmax(function), f"{_SCORES}, xi_mask = func_d({_SCORES}, training)"),
+        *(function.new_callee(call, "func_d.normalise") for call in function.calls("softmax")),
         function.line_before(_retrieval(function), f"{_SCORES} = xi_mask * {_SCORES}"),
     ]
 

@@ -17,7 +17,7 @@ from ..errors import ConflictError, HostNotInstalledError, LwpfError
 from ..hosting import Host, RegisteredHost, RewrittenHost, Site
 from ..hosting.shims import AppliedShim
 from ..hosts import HOSTS
-from ..settings import Settings
+from ..settings import Settings, in_words
 from ..specs import FuncDSpec
 from . import exit_report, frames, importing
 from .attaching import Makers, detach, living
@@ -380,11 +380,10 @@ def _announce(applied: PatchedHost, just_imported: str = "") -> None:
         return
     applied.complete = True
     settings = applied.settings.describe()
-    uhop = f", uhop {settings['uhop']}" if settings["uhop"] else ""
     left_out = f", but not in {', '.join(settings['exclude_models'])}" if settings["exclude_models"] else ""
     reporting.info(
-        f"{applied.host.described()}: {', '.join(places)} patched; func_d {settings['func_d']}, "
-        f"masking {settings['masking']}, backend {settings['backend']}{uhop}{left_out}"
+        f"{applied.host.described()}: {', '.join(places)} patched; "
+        f"{in_words(settings, 'include', 'exclude', 'exclude_models', 'compat')}{left_out}"
     )
 
 
@@ -465,7 +464,7 @@ def _attach(
     # What another thread has begun to construct since it was watched is not whole yet, and comes with it by itself.
     begun = {id(each["instance"]) for each in frames.variables(frames.in_flight([applied.makers.code]))}
     whole = [instance for instance in instances if id(instance) not in begun]
-    owners = Owners() if applied.settings.exclude_models else None
+    owners = Owners() if whole and applied.settings.exclude_models else None
     steps = [step for instance in whole for step in applied.makers.prepare(instance, replace, owners)]
     for step in steps:
         step()

@@ -16,7 +16,7 @@ from ..hosting.attachments import Order, is_trained
 from ..hosting.rewritten import names_included
 from ..hosts import HOSTS
 from ..settings import Patterns, Settings
-from ..specs import FuncDLike, UHopLike
+from ..specs import FuncDLike, SepLike, UHopLike
 from . import changing
 from .attaching import warn_of_loss
 from .swapping import describe, locate
@@ -26,6 +26,7 @@ def patch_model(
     model: nn.Module,
     *,
     func_d: FuncDLike | None = None,
+    sep: SepLike | None = None,
     masking: str | None = None,
     backend: str | None = None,
     uhop: UHopLike | None = None,
@@ -40,6 +41,7 @@ def patch_model(
     Args:
         model: The model.
         func_d: As for :func:`lwpf_patch.apply`.
+        sep: As for :func:`lwpf_patch.apply`.
         masking: As for :func:`lwpf_patch.apply`.
         backend: As for :func:`lwpf_patch.apply`.
         uhop: As for :func:`lwpf_patch.apply`. Make the optimizer afterwards: it has to know the new parameters.
@@ -57,7 +59,14 @@ def patch_model(
     _check_model(model, "patch_model")
     origin = "patch_model({}=...)".format
     settings = Settings(
-        func_d=func_d, masking=masking, backend=backend, uhop=uhop, include=include, exclude=exclude, origin=origin
+        func_d=func_d,
+        sep=sep,
+        masking=masking,
+        backend=backend,
+        uhop=uhop,
+        include=include,
+        exclude=exclude,
+        origin=origin,
     )
     sites = {name: site_of(type(module)) for name, module in model.named_modules()}
     found = {

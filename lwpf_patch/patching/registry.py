@@ -15,7 +15,7 @@ from ..hosting import Host
 from ..hosting.shims import Shim
 from ..hosts import HOSTS
 from ..settings import HostNames, Patterns, Settings, check_hosts
-from ..specs import FuncDLike, UHopLike
+from ..specs import FuncDLike, SepLike, UHopLike
 from . import exit_report, unpickling
 from .attaching import living
 from .changing import change, request
@@ -31,6 +31,7 @@ def apply(
     host: HostNames,
     *,
     func_d: FuncDLike | None = None,
+    sep: SepLike | None = None,
     masking: str | None = None,
     backend: str | None = None,
     uhop: UHopLike | None = None,
@@ -49,7 +50,9 @@ def apply(
         host: A host's name, such as ``"timm"``, or several: a list, or text with commas. All are patched, or none.
         func_d: The forgetting function: text such as ``"relu"`` or ``"pfu:mu=dmedian,bias=mu,sigma=0.01"``, a
             :class:`lwpf_patch.FuncD`, or a callable that maps scores to ``(D(s), D'(s))``. Each attention module gets a
-            copy of its own. Default: ``"relu"``, or ``"none"`` with ``uhop``.
+            copy of its own. Default: ``"relu"``, or ``"none"`` with ``uhop`` or ``sep``.
+        sep: The normalisation of the scores: ``"softmax"``, ``"softmax_n:n=1"``, ``"sparsemax"``, ``"entmax15"``, or
+            alpha from 1 to 2; see :func:`lwpf_patch.lwpf_attention`. None: as the func_d says, or ``"softmax"``.
         masking: ``"exclude"`` keeps keys that a mask hides out of everything; ``"paper"`` is the official recipe, which
             lets them back into the denominator. None: as the func_d says, if it is that of another attention layer
             (``model.blocks[0].attn.func_d``), and else ``"exclude"``.
@@ -64,14 +67,15 @@ def apply(
         compat: Whether to mend what a current environment breaks in a host; ``lwpf status`` lists these shims.
 
     Raises:
-        SettingsError: An unknown host, func_d, masking, backend or option of uhop, or a pattern that matches no site.
+        SettingsError: An unknown host, func_d, sep, masking, backend or option of uhop; a package that one of them
+            needs is not installed; or a pattern matches no site.
         HostNotInstalledError: The host is not installed.
         RewriteError: A function of the host has a shape that is not known.
         ConflictError: Someone else has patched a function that would be patched.
     """
     names = check_hosts(host, "apply()", HOSTS)
     settings = Settings(
-        func_d=func_d, masking=masking, backend=backend, uhop=uhop, include=include, exclude=exclude,
+        func_d=func_d, sep=sep, masking=masking, backend=backend, uhop=uhop, include=include, exclude=exclude,
         exclude_models=exclude_models, compat=compat,
     )  # fmt: skip
     for name in names:  # all of them can be met before any of them is

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LwpfError
 from ..hosting.attachments import refuse_to_ignore
-from ..settings import UNPICKLE
+from ..settings import UNPICKLE, in_words
 from . import changing, state
 
 
@@ -38,9 +38,7 @@ def require_patch(part: Any) -> None:
 
 
 def _message(part: Any, unpatched: bool) -> str:
-    settings = part.request.describe()
-    uhop = f", uhop={settings['uhop']}" if settings["uhop"] else ""
-    how = f"func_d={settings['func_d']}, masking={settings['masking']}, backend={settings['backend']}{uhop}"
+    how = in_words(part.request.describe())
     if not unpatched:
         return (
             f"this model was pickled with {part.host} patched ({how}). Here {part.host} is patched as well, but "

@@ -18,8 +18,8 @@ def forget_around_softmax(function: Function) -> list[Splice]:
         RewriteError: There is none, or some of it has another shape: nothing is patched by halves.
     """
     splices = [*sdpa_calls(function), *softmax_lines(function)]
-    # One splice for each SDPA call, two for each softmax: anything else would patch one branch and not the other.
-    anchors = len(function.calls(SDPA)) + 2 * len(function.calls(SOFTMAX))
+    # One splice for each SDPA call, three for each softmax: anything else would patch one branch and not the other.
+    anchors = len(function.calls(SDPA)) + 3 * len(function.calls(SOFTMAX))
     if not anchors:
         raise RewriteError(f"{function.where} has no softmax over keys")
     if len(splices) != anchors:
@@ -62,14 +62,13 @@ def _scored(node: ast.AST) -> tuple[str, str] | None:
 
 def sdpa_calls(function: Function) -> list[Splice]:
     """``F.scaled_dot_product_attention(...)`` becomes ``self.func_d.scaled_dot_product_attention(...)``."""
-    return [
-        Splice(function.start(call.func), function.end(call.func), f"self.func_d.{SDPA}")
-        for call in function.calls(SDPA)
-    ]
+    return [function.new_callee(call, f"self.func_d.{SDPA}") for call in function.calls(SDPA)]
 
 
 def softmax_lines(function: Function) -> list[Splice]:
     """The paper's two lines around a softmax that is written out: before it, and before its result meets the values.
+
+    The softmax itself becomes ``self.func_d.normalise``, which is the softmax where no other ``sep`` is asked for.
 
     Anchors: ``attn = attn.softmax(dim=-1)`` and, later in the same block with nothing but dropout in between, a
     statement that holds ``attn @ v``.
@@ -79,9 +78,12 @@ def softmax_lines(function: Function) -> list[Splice]:
         for index, statement in enumerate(block):
             name = _softmax_of(statement)
             if name is not None:
+                assert isinstance(statement, ast.Assign)
                 use = _use_of_weights(function, block[index + 1 :], name)
                 mask = next(n for n in ("mask", "forget_mask", "func_d_mask") if n not in function.names())
                 splices.append(function.line_before(statement, f"{name}, {mask} = self.func_d({name})"))
+                call = statement.value
+                splices.append(Splice(function.start(call), function.end(call), f"self.func_d.normalise({name})"))
                 splices.append(function.line_before(use, f"{name} = {mask} * {name}"))
     return splices
 

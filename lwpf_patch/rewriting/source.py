@@ -64,6 +64,10 @@ class Function:
         end = max(self.end(node) for node in [*call.args, *(keyword.value for keyword in call.keywords)])
         return Splice(end, end, f", {text}")
 
+    def new_callee(self, call: ast.Call, text: str) -> Splice:
+        """Return the splice that has a call call something else, with the same arguments."""
+        return Splice(self.start(call.func), self.end(call.func), text)
+
     def new_keyword_parameter(self, text: str) -> Splice:
         """Returns the splice that adds a parameter, by keyword only, to the function.
 

@@ -65,7 +65,7 @@ def retrieve(
     keys = memory if feature_map is None else feature_map(memory)
     for _ in range(steps):
         mapped = state if feature_map is None else feature_map(state)
-        state = normalise(beta * (mapped @ keys.mT), normalisation) @ memory
+        state = normalise(beta * (mapped @ keys.mT), *normalisation) @ memory
     return state.reshape(query.shape).to(query.dtype)
 
 

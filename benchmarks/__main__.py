@@ -21,7 +21,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Runs the benchmark that the command line names."""
+    """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="NAME", dest="benchmark")
     for name, module in BENCHMARKS.items():

@@ -50,7 +50,7 @@ class Variant:
     backend: str = ""
 
     def runnable(self) -> Callable[..., Any]:
-        """Returns the function, compiled if it is to be."""
+        """Return the function, compiled if it is to be."""
         import torch
 
         if not self.compiled:
@@ -60,7 +60,7 @@ class Variant:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
+    """Add the options of this benchmark."""
     reporting.add_measuring_arguments(parser, REPEATS)
     dtypes = ("float32", "bfloat16", "float16", "float64")
     parser.add_argument("--dtype", choices=dtypes, help=reporting.defaults(DTYPES))
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def variants(backend: str = "auto") -> dict[str, Variant]:
-    """Returns all that is compared, by name.
+    """Return all that is compared, by name.
 
     Args:
         backend: Of our operator.
@@ -143,7 +143,7 @@ def variants(backend: str = "auto") -> dict[str, Variant]:
 
 
 def available(device: str, backend: str = "auto") -> tuple[dict[str, Variant], dict[str, str]]:
-    """Returns the variants that a device has, and those that it lacks with the reason.
+    """Return the variants that a device has, and those that it lacks with the reason.
 
     A variant is lacking if it computes in no dtype at all; one that cannot do what is measured is not, it fails.
 
@@ -243,7 +243,7 @@ def _why_no_flex_attention() -> str:
 
 
 def make_inputs(options: argparse.Namespace, shape: str) -> tuple[list[Any], Any]:
-    """Draws query, key and value, and a gradient of the output."""
+    """Draw query, key and value, and a gradient of the output."""
     import torch
 
     sizes = tuple(int(part) for part in shape.split(","))
@@ -287,7 +287,7 @@ def _measure(options: argparse.Namespace, shape: str, chosen: dict[str, Variant]
 
 
 def _backend_of(variant: Variant, inputs: list[Any]) -> str:
-    """Returns the backend of our operator that computes a variant, empty for what is not ours."""
+    """Return the backend of our operator that computes a variant, empty for what is not ours."""
     from lwpf_patch import SettingsError, backends
     from lwpf_patch.forgetting import make_func_d
 
@@ -300,7 +300,7 @@ def _backend_of(variant: Variant, inputs: list[Any]) -> str:
 
 
 def _plot(rows: list[Row], figure: Any, base: str) -> None:
-    """Draws time and memory over the length; a row of panels for each width of a head."""
+    """Draw time and memory over the length; a row of panels for each width of a head."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):

@@ -48,7 +48,7 @@ class Subject:
     passes: dict[str, Callable[[], Any]]
 
     def whole(self) -> None:
-        """Runs all of it."""
+        """Run all of it."""
         self.backward(self.forward())
 
 
@@ -61,7 +61,7 @@ class _Timing:
     failure: str = ""
 
     def clock(self, stopwatch: _Stopwatch, work: Callable[[], Any], device: str) -> tuple[float, float] | None:
-        """Measures once; None if it fails, or has failed before."""
+        """Measure once; None if it fails, or has failed before."""
         if self.failure:
             return None
         clocked, self.failure = _attempt(functools.partial(stopwatch.clock, work, self.pause), device)
@@ -71,7 +71,7 @@ class _Timing:
 
 
 def settle(options: argparse.Namespace, repeats: dict[str, int]) -> None:
-    """Settles what depends on the machine.
+    """Settle what depends on the machine.
 
     Args:
         options: The command line, which is changed.
@@ -86,7 +86,7 @@ def settle(options: argparse.Namespace, repeats: dict[str, int]) -> None:
 
 
 def chosen(options: argparse.Namespace, base: str, known: dict[str, Any]) -> dict[str, Any]:
-    """Returns the variants that were asked for.
+    """Return the variants that were asked for.
 
     Args:
         options: The command line.
@@ -103,7 +103,7 @@ def chosen(options: argparse.Namespace, base: str, known: dict[str, Any]) -> dic
 
 
 def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str, *overrides: str) -> list[Row]:
-    """Measures all subjects.
+    """Measure all subjects.
 
     Args:
         options: The command line.
@@ -143,7 +143,7 @@ def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str
 
 
 def memory(subject: Subject, device: str) -> dict[str, int]:
-    """Measures the memory of a subject that ran before, beyond what is there when it starts.
+    """Measure the memory of a subject that ran before, beyond what is there when it starts.
 
     Args:
         subject: The subject.
@@ -169,13 +169,13 @@ def memory(subject: Subject, device: str) -> dict[str, int]:
 
 
 def print_memory(subject: Subject, device: str) -> None:
-    """What the child does that measures one subject."""
+    """Measure one subject, as the child process does."""
     subject.whole()  # libraries and compilers have what they need
     print(json.dumps(memory(subject, device)))
 
 
 def lines_of(rows: list[Row], passes: dict[str, str], device: str) -> tuple[list[str], list[list[str]]]:
-    """Returns the headings and cells of a table of what `compare` measured.
+    """Return the headings and cells of a table of what `compare` measured.
 
     Args:
         rows: The results.
@@ -200,7 +200,7 @@ def lines_of(rows: list[Row], passes: dict[str, str], device: str) -> tuple[list
 
 
 def failures_of(rows: list[Row]) -> list[str]:
-    """Returns a line for each thing that failed."""
+    """Return a line for each thing that failed."""
     return [f"{row['variant']}, {what}: {why}" for row in rows for what, why in row["failures"].items()]
 
 
@@ -234,7 +234,7 @@ def _times_in_turn(subjects: dict[str, Subject], repeats: int, device: str) -> d
 
 
 def _attempt(measure: Callable[[], Any], device: str) -> tuple[Any, str]:
-    """Returns what was measured and empty text, or None and why it could not be."""
+    """Return what was measured and empty text, or None and why it could not be."""
     try:
         return measure(), ""
     except Exception as error:
@@ -248,7 +248,7 @@ def _attempt(measure: Callable[[], Any], device: str) -> tuple[Any, str]:
 
 class _Stopwatch:
     def clock(self, work: Callable[[], Any], pause: float) -> tuple[float, float]:
-        """Returns the seconds that some work takes, and those that the host spends on it."""
+        """Return the seconds that some work takes, and those that the host spends on it."""
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start
@@ -277,7 +277,7 @@ class _CudaStopwatch(_Stopwatch):
 def _memory_of(
     options: argparse.Namespace, name: str, subject: Subject, overrides: tuple[str, ...]
 ) -> tuple[dict[str, int] | None, str]:
-    """Returns what `memory` measures and empty text, or None and why it could not be measured."""
+    """Return what `memory` measures and empty text, or None and why it could not be measured."""
     say(f"{name}: memory")
     if options.device == "cuda":
         return _attempt(functools.partial(memory, subject, options.device), options.device)
@@ -293,6 +293,6 @@ def _memory_of(
 
 
 def _resident(which: str) -> int:
-    """Returns the bytes of this process that are in memory (VmRSS), or were at most (VmHWM)."""
+    """Return the bytes of this process that are in memory (VmRSS), or were at most (VmHWM)."""
     (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(f"{which}:"))
     return int(line.split()[1]) * 1024

@@ -27,7 +27,7 @@ _QUARTILES = ("q1", "median", "q3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that every benchmark has."""
+    """Add the options that every benchmark has."""
     parser.add_argument("--quick", action="store_true", help="smoke test: tiny and soon over; its figures mean nothing")
     parser.add_argument(
         "--output",
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, repeats: dict[str, int]) -> None:
-    """Adds the options of the benchmarks that compute.
+    """Add the options of the benchmarks that compute.
 
     Args:
         parser: Where to.
@@ -58,24 +58,24 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, repeats: dict[str, 
 
 
 def defaults(values: dict[str, Any]) -> str:
-    """Returns text that says what the default of each device is."""
+    """Return text that says what the default of each device is."""
     return "default: " + ", ".join(f"{value} on {device}" for device, value in values.items())
 
 
 def say(text: str) -> None:
-    """Tells people on stderr how far things are, and what is left out."""
+    """Tell people on stderr how far things are, and what is left out."""
     print(f"benchmarks: {text}", file=sys.stderr, flush=True)
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """Returns the lower quartile, the median and the upper quartile; of one value, three times that."""
+    """Return the lower quartile, the median and the upper quartile; of one value, three times that."""
     if len(values) == 1:
         return [values[0]] * 3
     return statistics.quantiles(values, n=4, method="inclusive")  # never beyond what was measured
 
 
 def spread(figures: Sequence[float] | None, factor: float = 1, decimals: int = 2) -> str:
-    """Returns a median with its quartiles as text, a dash if there are none."""
+    """Return a median with its quartiles as text, a dash if there are none."""
     if not figures:
         return "-"
     low, median, high = (f"{factor * figure:.{decimals}f}" for figure in figures)
@@ -83,7 +83,7 @@ def spread(figures: Sequence[float] | None, factor: float = 1, decimals: int = 2
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Returns lines of cells as text in columns, the first one to the left and the others to the right."""
+    """Return lines of cells as text in columns, the first one to the left and the others to the right."""
     cells = [headings, *lines]
     widths = [max(len(line[column]) for line in cells) for column in range(len(headings))]
     texts = []
@@ -94,7 +94,7 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Describes what the benchmark ran on."""
+    """Describe what the benchmark ran on."""
     described: dict[str, Any] = {
         "device": _processor(),
         "processor": _processor(),
@@ -112,7 +112,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what takes part, as far as it is there."""
+    """Return the versions of what takes part, as far as it is there."""
     import lwpf_patch
 
     # From a checkout on PYTHONPATH there are no metadata of ours.
@@ -143,7 +143,7 @@ def write(
     plot: Callable[[list[Row], Any], None] | None = None,
     **more: Any,
 ) -> None:
-    """Writes the results, if they are to be written.
+    """Write the results, if they are to be written.
 
     Args:
         options: The command line.

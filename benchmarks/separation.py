@@ -18,7 +18,7 @@ DIRECT = "pdist"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--patterns", type=int, help="M (default: 2000; 100 with --quick)")
     parser.add_argument("--dim", type=int, default=784, help="d (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own)")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures and prints."""
+    """Measure and print."""
     import torch
 
     if options.threads:
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _losses(options: argparse.Namespace) -> list[Row]:
-    """Times the forms of the loss, forward and backward."""
+    """Time the forms of the loss, forward and backward."""
     import torch
     from torch import Tensor
     from torch.nn import functional as F
@@ -75,7 +75,7 @@ def _losses(options: argparse.Namespace) -> list[Row]:
 
 
 def _stage_one(options: argparse.Namespace) -> list[Row]:
-    """Times Stage I of all layers of a model, and its ordinary training step, in turn."""
+    """Time Stage I of all layers of a model, and its ordinary training step, in turn."""
     import timm
     import torch
     from timm.data import resolve_data_config

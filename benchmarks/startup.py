@@ -92,13 +92,13 @@ assert sys.argv[3] == "plain" or len(lwpf_patch.status()["hosts"]["generated"]["
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--sites", type=int, help="sites of the generated host (default: 60; 5 with --quick)")
     parser.add_argument("--starts", type=int, help="interpreters started of each kind (default: 40; 3 with --quick)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures and prints."""
+    """Measure and print."""
     options.starts = options.starts or (3 if options.quick else 40)
     plain = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
     variants = {"start, no variable set": plain, "start, LWPF_PATCH=timm": {**plain, "LWPF_PATCH": "timm"}}

@@ -39,7 +39,7 @@ REPEATS = {"cpu": 2, "cuda": 20}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
+    """Add the options of this benchmark."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu: in Triton's interpreter, to see that all works")
     parser.add_argument("--repeats", type=int, help=f"repeats of each candidate ({reporting.defaults(REPEATS)})")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
@@ -120,7 +120,7 @@ def _subject(
 
 
 def _with_tile(kernel: str, tile: tuple[int, ...] | None, work: Callable[[], Any]) -> Callable[[], Any]:
-    """Returns the work, done with another tile for a kernel."""
+    """Return the work, done with another tile for a kernel."""
     from lwpf_patch.backends import triton as backend
 
     own = backend.tile_of

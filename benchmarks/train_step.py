@@ -41,7 +41,7 @@ PASSES = {"step": "training step"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
+    """Add the options of this benchmark."""
     reporting.add_measuring_arguments(parser, REPEATS)
     parser.add_argument("--model", help=f"a model of timm's ({reporting.defaults(MODELS)})")
     parser.add_argument("--batch", type=int, help=f"images in a batch ({reporting.defaults(BATCHES)})")
@@ -91,7 +91,7 @@ def _original(options: argparse.Namespace) -> Any:
 
 
 def _subject(options: argparse.Namespace, original: Any, settings: dict[str, Any] | None) -> tuple[Subject, int]:
-    """Makes a variant, and counts its patched modules."""
+    """Make a variant, and count its patched modules."""
     import torch
     from timm.data import resolve_data_config
     from torch.nn import functional as F
@@ -123,7 +123,7 @@ def _subject(options: argparse.Namespace, original: Any, settings: dict[str, Any
 
 
 def _plot(rows: list[Row], figure: Any) -> None:
-    """Draws a bar for each variant: its time and its memory against the plain model's."""
+    """Draw a bar for each variant: its time and its memory against the plain model's."""
     figures = {"step_ratio": "Time", "peak_ratio": "Peak memory", "activation_ratio": "Activation memory"}
     figures = {key: title for key, title in figures.items() if any(key in row for row in rows)}
     figure.set_size_inches(4 * len(figures) + 1, 0.5 * len(rows) + 1.8)

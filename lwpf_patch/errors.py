@@ -43,7 +43,7 @@ class UnsupportedError(LwpfError):
 
 
 def unknown_value(what: str, value: object, origin: str, allowed: Iterable[str]) -> SettingsError:
-    """Builds the error for a name that is not in a list of names.
+    """Build the error for a name that is not in a list of names.
 
     Args:
         what: What the name stands for, such as ``"func_d"``.

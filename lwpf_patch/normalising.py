@@ -121,12 +121,12 @@ def _fast_entmax(scores: Tensor, alpha: float) -> Tensor:
 
 
 def _iterations(scores: Tensor) -> int:
-    """Returns how many binary digits of the threshold to find; it lies within 1 below the highest score."""
+    """Return how many binary digits of the threshold to find; it lies within 1 below the highest score."""
     return 60 if scores.dtype == torch.float64 else 30
 
 
 def _plain_entmax(scores: Tensor, alpha: float) -> Tensor:
-    """Computes alpha-entmax by operators that can be transformed, and differentiated three times.
+    """Compute alpha-entmax by operators that can be transformed, and differentiated three times.
 
     ``max(0, (alpha - 1) s - tau) ** (1 / (alpha - 1))``, where tau has the weights sum to 1. It is found by halving,
     and refined by two steps of Newton's, through which its derivatives flow: each doubles the number of right ones.

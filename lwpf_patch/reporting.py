@@ -30,7 +30,7 @@ class _StderrUnlessConfigured(_StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Lets it be: there is no stderr, or it is closed, and nothing said here is worth a script."""
+        """Let it be: there is no stderr, or it is closed, and nothing said here is worth a script."""
 
 
 if not logger.handlers:
@@ -47,7 +47,7 @@ def is_main_process() -> bool:
 
 
 def is_helper_process() -> bool:
-    """Returns whether another program started this interpreter for its own ends: a worker, a launcher, a compiler."""
+    """Return whether another program started this interpreter for its own ends: a worker, a launcher, a compiler."""
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is not None and multiprocessing.parent_process() is not None:
         return True
@@ -81,13 +81,13 @@ def _say(level: int, message: str) -> None:
 
 
 def mark_used(host: str) -> bool:
-    """Notes that a patched forward of a host was called, compiled or traced."""
+    """Note that a patched forward of a host was called, compiled or traced."""
     _used.add(host)
     return True
 
 
 def note_backend(host: str, backend: str, why: str) -> bool:
-    """Notes which backend computes the attention of a host, and says so when it is a new one, or for a new reason."""
+    """Note which backend computes the attention of a host, and say so when it is a new one, or for a new reason."""
     if host and (host, backend, why) not in _backends:
         _backends.add((host, backend, why))
         info(f"{host}: attention is computed by backend {backend}: {why}")
@@ -102,7 +102,7 @@ def note_replaced(host: str, saved: str, func_d: str) -> None:
 
 
 def backends_of(host: str) -> dict[str, list[str]]:
-    """Returns the backends that have computed attention of a host, each with the reasons for it."""
+    """Return the backends that have computed attention of a host, each with the reasons for it."""
     found: dict[str, list[str]] = {}
     for name, backend, why in sorted(_backends):
         if name == host:
@@ -111,12 +111,12 @@ def backends_of(host: str) -> dict[str, list[str]]:
 
 
 def was_used(host: str) -> bool:
-    """Returns whether a patched forward of a host was called since it was last asked to forget."""
+    """Return whether a patched forward of a host was called since :func:`reset_use`."""
     return host in _used
 
 
-def forget_use(host: str) -> None:
-    """Starts anew for a host."""
+def reset_use(host: str) -> None:
+    """Start anew for a host."""
     _used.discard(host)
     _replaced.difference_update([noted for noted in _replaced if noted[0] == host])
     _backends.difference_update([noted for noted in _backends if noted[0] == host])

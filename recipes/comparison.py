@@ -58,7 +58,7 @@ class Variant:
     uhop: str | None = None
 
     def wrapper(self, host: str) -> list[str]:
-        """Returns what comes between Python and the script to patch a host."""
+        """Return what comes between Python and the script to patch a host."""
         given = {"--func-d": self.func_d, "--uhop": self.uhop}
         options = [text for option, value in given.items() if value is not None for text in (option, value)]
         return ["-m", "lwpf_patch", "run", "--patch", host, *options] if options else []
@@ -88,7 +88,7 @@ class Metric:
     higher_is_better: bool = True
 
     def of(self, run: Run, step: str) -> float:
-        """Returns the figure of a run, in the unit it is shown in."""
+        """Return the figure of a run, in the unit it is shown in."""
         value = run[self.key] if self.key in run else run[f"{step}s"][-1][self.key]
         return 100 * value if self.percent else value
 
@@ -114,7 +114,7 @@ class Curve:
     log: bool = False
 
     def of(self, run: Run, step: str) -> list[float]:
-        """Returns the figures of a run's epochs, in the unit they are shown in."""
+        """Return the figures of a run's epochs, in the unit they are shown in."""
         return [(100 if self.percent else 1) * entry[self.key] for entry in run[f"{step}s"]]
 
 
@@ -156,15 +156,15 @@ class Recipe:
     variants: tuple[Variant, ...] = VARIANTS
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the options of this recipe alone; `command` finds them in its options."""
+        """Add the options of this recipe alone; `command` finds them in its options."""
 
     def prepare(self, options: argparse.Namespace, shared: Path) -> None:
-        """Lays out what all runs need, before the first one, in the folder that holds their working directories."""
+        """Lay out what all runs need, before the first one, in the folder that holds their working directories."""
 
     def run(
         self, options: argparse.Namespace, variant: Variant, seed: int, folder: Path, quiet: bool
     ) -> tuple[Run, list[str]]:
-        """Trains one variant with one seed.
+        """Train one variant with one seed.
 
         Args:
             options: As in `command`.
@@ -182,7 +182,7 @@ class Recipe:
         return self.read(folder, stdout), messages
 
     def command(self, options: argparse.Namespace, seed: int, folder: Path, quiet: bool) -> list[str]:
-        """Returns what Python is to run: a script or "-m" and a module, and the arguments.
+        """Return what Python is to run: a script or "-m" and a module, and the arguments.
 
         Args:
             options: The comparison's own; epochs and seeds are settled.
@@ -194,7 +194,7 @@ class Recipe:
         return [str(self.script), *arguments, f"--output={folder / 'run.json'}", *["--no-progress"] * quiet]
 
     def read(self, folder: Path, stdout: str) -> Run:
-        """Returns what a run that has ended says.
+        """Return what a run that has ended says.
 
         Args:
             folder: The run's working directory.
@@ -205,7 +205,7 @@ class Recipe:
         return run
 
     def summarise(self, runs: Runs) -> dict[str, dict[str, Any]]:
-        """Returns, for each variant, what its runs say."""
+        """Return, for each variant, what its runs say."""
         summary: dict[str, dict[str, Any]] = {}
         for variant, repeats in runs.items():
             seconds = [run["seconds"] for run in repeats]
@@ -223,7 +223,7 @@ class Recipe:
         return summary
 
     def table(self, summary: dict[str, dict[str, Any]]) -> str:
-        """Returns the summary as text."""
+        """Return the summary as text."""
         headings = {metric.key: metric.name + ", %" * metric.percent for metric in self.metrics}
         widths = {key: max(18, len(heading) + 2) for key, heading in headings.items()}
         columns = "".join(f"{heading:>{widths[key]}}" for key, heading in headings.items())
@@ -243,11 +243,11 @@ class Recipe:
         return "\n".join(lines)
 
     def verdicts(self, options: argparse.Namespace, runs: Runs, summary: dict[str, dict[str, Any]]) -> list[str]:
-        """Returns the sentences below the table: of each variant, whether it differs from plain attention."""
+        """Return the sentences below the table: of each variant, whether it differs from plain attention."""
         return [self.verdict(runs, variant, self.metrics[0]) for variant in runs if variant != PLAIN]
 
     def verdict(self, runs: Runs, variant: str, metric: Metric, against: str = PLAIN) -> str:
-        """Says whether a variant differs from another one, in one metric, by more than seeds do.
+        """Say whether a variant differs from another one, in one metric, by more than seeds do.
 
         What seeds do is either the confidence interval of the difference, seed by seed, or the larger of the two ranges
         from lowest to highest seed: deliberately strict, because with so few runs the standard deviations are guesses
@@ -287,11 +287,11 @@ class Recipe:
         return f"{sentence}, which is more than {chance}: {conclusion}"
 
     def heading(self, options: argparse.Namespace) -> str:
-        """Returns the title of the plot."""
+        """Return the title of the plot."""
         return self.title.format_map(vars(options))
 
     def plot(self, options: argparse.Namespace, runs: Runs) -> Figure:
-        """Draws the learning curves: for each variant the mean over the seeds, in a band."""
+        """Draw the learning curves: for each variant the mean over the seeds, in a band."""
         figure = Figure(figsize=(5.5 * len(self.curves), 4.6), layout="constrained")
         panels = figure.subplots(1, len(self.curves), squeeze=False)[0]
         for axes, curve in zip(panels, self.curves, strict=True):
@@ -321,12 +321,12 @@ class Recipe:
 
 
 def main(recipe: Recipe) -> None:
-    """Compares as the command line says."""
+    """Compare as the command line says."""
     compare(recipe, parse_arguments(recipe))
 
 
 def compare(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Compares, and says where the figures are."""
+    """Compare, and say where the figures are."""
     start = time.perf_counter()
     runs = run_all(recipe, options)
     total_seconds = time.perf_counter() - start
@@ -353,7 +353,7 @@ def compare(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def parse_arguments(recipe: Recipe) -> argparse.Namespace:
-    """Reads the command line; what depends on --quick is settled here."""
+    """Read the command line; what depends on --quick is settled here."""
     parser = argparse.ArgumentParser(description=recipe.description)
     steps, (usual, quick) = f"{recipe.step}s", recipe.steps
     parser.add_argument(
@@ -392,7 +392,7 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """Reads a whole number of at least 1."""
+    """Read a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -400,7 +400,7 @@ def positive(text: str) -> int:
 
 
 def run_all(recipe: Recipe, options: argparse.Namespace) -> Runs:
-    """Trains every variant with every seed.
+    """Train every variant with every seed.
 
     Returns:
         What the runs say.
@@ -437,7 +437,7 @@ def run_all(recipe: Recipe, options: argparse.Namespace) -> Runs:
 def train(
     host: str, variant: Variant, arguments: list[str], folder: Path, quiet: bool, environment: Mapping[str, str] = {}
 ) -> tuple[str, str]:
-    """Trains in an interpreter of its own.
+    """Train in an interpreter of its own.
 
     Args:
         host: The library that is patched.
@@ -475,7 +475,7 @@ def train(
 
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the 95 % confidence interval of the mean, after Student; of a single value, the value alone."""
+    """Return the 95 % confidence interval of the mean, after Student; of a single value, the value alone."""
     mean = statistics.mean(values)
     if len(values) == 1:
         return mean, mean
@@ -486,7 +486,7 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
 def draw_curve(
     axes: Axes, variant: Variant, positions: list[int], values: Iterable[list[float]], confident: bool, log: bool
 ) -> None:
-    """Draws one variant's line and band.
+    """Draw one variant's line and band.
 
     Args:
         axes: Where.

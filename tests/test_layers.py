@@ -36,7 +36,7 @@ def test_another_function_in_a_layer_keeps_its_settings(way):
     shared = lwpf_patch.PFU(mu=0.2)
     for block in model.blocks:
         block.attn.func_d = shared
-    reporting.forget_use("timm")
+    reporting.reset_use("timm")
     model.eval()(images())
     assert len(seen) == len(model.blocks)  # the monitor of a host is such a hook
     assert reporting.was_used("timm")

@@ -38,7 +38,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: "kept" in way)
     if "by heads" in way:  # as oneDNN multiplies, which knows float32 only
         monkeypatch.setattr(cpu, "_onednn_suits", lambda dtype: True)
-        monkeypatch.setattr(tiles, "MANY", 0)
+        monkeypatch.setattr(tiles, "SCORES_FOR_ONEDNN", 0)
         monkeypatch.setattr(cpu_products, "linear", lambda left, right: left @ right.t())
     return name
 
@@ -780,22 +780,22 @@ def test_the_median_is_exact(kind, mask_name, kept):
         elif mask_name == "additive":
             mask = torch.randn(1, 1, length, keys, dtype=query.dtype).round()
             mask = mask.masked_fill(torch.rand(mask.shape) < 0.3, -INF)
-        problem = tiles.Problem(query, key, 0.5, mask, 1, False, 1 << 11, 1, False)
+        tiled = tiles.TiledScores(query, key, 0.5, mask, 1, False, 1 << 11, 1, False)
         scores = []
-        for tile in problem.tiles():  # their very values: another product of matrices would round differently
-            part, excluded = problem.scores(tile)
+        for tile in tiled.tiles():  # their very values: another product of matrices would round differently
+            part, excluded = tiled.scores(tile)
             scores.append(part.flatten() if excluded is None else part[~excluded.expand_as(part)])
         scores = torch.cat(scores)
         if len(scores) == 0:
             continue
         if kept:
             made = query.new_empty(batch, length, keys)
-            for tile in problem.tiles():
-                problem.scores(tile, out=made)
-            problem = problem._replace(made=made)
+            for tile in tiled.tiles():
+                tiled.scores(tile, out=made)
+            tiled = tiled._replace(made=made)
         ties = torch.zeros(cpu_median.TIES + 1, dtype=torch.int64)
         expected = sorted(scores.tolist())[(len(scores) - 1) // 2]
-        assert cpu_median.median(problem, ties, problem.scratch()) == expected
+        assert cpu_median.median(tiled, ties, tiled.scratch()) == expected
         assert ties[0] == (scores == expected).sum()
 
 

@@ -95,7 +95,7 @@ def lwpf_attention(
 def partial_forgetting(
     scores: Tensor, *, func_d: FuncDLike, training: bool | None = None, dim: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """The first of the paper's two lines: ``attn, mask = func_d(attn)``, before a softmax that is written out.
+    """Forget part of the scores, before a softmax that is written out: the paper's ``attn, mask = func_d(attn)``.
 
     Args:
         scores: (..., L, S), with masks already added.

@@ -12,7 +12,7 @@ from .eager_form import factor_of_scores, lowest
 
 
 def batch_shape(*shapes: torch.Size) -> torch.Size:
-    """Broadcasts batch dimensions."""
+    """Broadcast batch dimensions."""
     if all(shape == shapes[0] for shape in shapes):  # torch's function takes its time
         return shapes[0]
     return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
@@ -25,7 +25,7 @@ def representable_factor(query: Tensor, scale: float | None, dtype: torch.dtype)
 
 
 def flat_mask(attn_mask: Tensor, lead: Sequence[int]) -> Tensor:
-    """Brings a mask to four dimensions, each of its full extent or 1.
+    """Bring a mask to four dimensions, each of its full extent or 1.
 
     Args:
         attn_mask: Broadcastable to (..., L, S).
@@ -51,7 +51,7 @@ def flat_mask(attn_mask: Tensor, lead: Sequence[int]) -> Tensor:
 
 
 def widen_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Converts an additive mask so that what excludes a key in its own dtype does so in another."""
+    """Convert an additive mask so that what excludes a key in its own dtype does so in another."""
     if mask.dtype in (torch.bool, dtype):
         return mask
     return mask.to(dtype).masked_fill(mask <= lowest(mask.dtype), -math.inf)

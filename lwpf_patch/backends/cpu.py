@@ -34,8 +34,8 @@ from .cpu_primitives import keep, raise_to
 from .cpu_products import add_product, product
 from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, gradients_again, numbers
 from .eager_form import repeat_heads
-from .operators import Operator
-from .tiles import Problem
+from .operators import DirectOperator
+from .tiles import TiledScores
 
 #: From so many scores on, "auto" takes this backend. Below, its calls cost more than they save.
 MANY_SCORES = 1 << 19
@@ -159,23 +159,23 @@ def _forward(
     eps: Tensor,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output; L and rho of each row; the threshold with and without noise; and the ties.
+    """Return the output; L and rho of each row; the threshold with and without noise; and the ties.
 
     The ties are the number of scores that are equal to the median, and the positions of some of them.
     """
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
+    tiled = TiledScores(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     ties = torch.zeros(TIES + 1, dtype=torch.int64)
-    scratch = problem.scratch()
-    centre = torch.full((), median(problem, ties, scratch) if mu is None else mu, dtype=query.dtype)
+    scratch = tiled.scratch()
+    centre = torch.full((), median(tiled, ties, scratch) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
     a, b = numbers(threshold, bias)
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     log_sum = query.new_empty(query.shape[:2])
     rho = query.new_zeros(query.shape[:2])
-    small = _are_small(problem, b, n)
+    small = _are_small(tiled, b, n)
     log_n = math.log(n) if n > 0 else -math.inf
-    for tile in problem.tiles():
-        scores, excluded = problem.scores(tile)
+    for tile in tiled.tiles():
+        scores, excluded = tiled.scores(tile)
         if excluded is not None:
             scores.masked_fill_(excluded, a)  # not above the threshold, so not kept
         weights = raise_to(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
@@ -200,29 +200,29 @@ def _forward(
             rho[tile.batch, tile.rows] = 1 - ((kept.sum(-1, keepdim=True) + added) / total).squeeze(-1)
         if dropout_p > 0:
             kept *= dropout(kept, dropout_p, seed, tile)
-        product(kept, value[tile.batch, : tile.keys], problem.uses_onednn, out=out[tile.batch, tile.rows]).div_(total)
+        product(kept, value[tile.batch, : tile.keys], tiled.uses_onednn, out=out[tile.batch, tile.rows]).div_(total)
         log_total = total.log_() if small else total.log_().add_(highest)
         log_sum[tile.batch, tile.rows] = log_total.squeeze(-1)
     return out, log_sum, rho, threshold, centre, ties
 
 
-def _are_small(problem: Problem, b: float, n: float) -> bool:
-    """Returns whether the exponentials of all scores and of b may be taken as they are, and n be added to them.
+def _are_small(tiled: TiledScores, b: float, n: float) -> bool:
+    """Return whether the exponentials of all scores and of b may be taken as they are, and n be added to them.
 
     Then nothing need be subtracted from a tile, in neither pass. No score is larger than the norms of its query and of
     its key make it.
     """
-    if not problem.query.shape[:2].numel() or not problem.key.shape[1]:
+    if not tiled.query.shape[:2].numel() or not tiled.key.shape[1]:
         return True  # there is none
-    if problem.mask is not None and problem.mask.dtype != torch.bool:
+    if tiled.mask is not None and tiled.mask.dtype != torch.bool:
         return False
-    largest = problem.query.norm(dim=-1).amax() * problem.key.norm(dim=-1).amax()
+    largest = tiled.query.norm(dim=-1).amax() * tiled.key.norm(dim=-1).amax()
     # With a and b of -inf, no score is forgotten.
-    return largest.item() * abs(problem.scale) <= BOUND and (abs(b) <= BOUND or b == -math.inf) and n <= math.exp(BOUND)
+    return largest.item() * abs(tiled.scale) <= BOUND and (abs(b) <= BOUND or b == -math.inf) and n <= math.exp(BOUND)
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """Takes the exponentials in place, none of them denormal: that takes a processor up to 200 times as long."""
+    """Take the exponentials in place, none of them denormal: that takes a processor up to 200 times as long."""
     return x.clamp_(min=-87.0 if x.dtype == torch.float32 else -700.0).exp_()
 
 
@@ -262,23 +262,23 @@ def _backward(
     n: float,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
+    """Return the gradients of query, key, value and, if it is wanted, of the mask."""
+    tiled = TiledScores(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     a = threshold.item()
     if math.isnan(a) or (bias is None and a == math.inf):
         a = -math.inf  # all weights are NaN, and stay it
     new = torch.empty_like if query.shape[1] else torch.zeros_like  # without a query, no tile writes them
     grad_query, grad_key, grad_value = new(query), new(key), new(value)
-    key_sum, value_sum = KeySum(grad_key, problem), KeySum(grad_value, problem)
+    key_sum, value_sum = KeySum(grad_key, tiled), KeySum(grad_value, tiled)
     grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
     delta = (grad * out).sum(-1, keepdim=True)
-    small = _are_small(problem, a if bias is None else bias, n)
+    small = _are_small(tiled, a if bias is None else bias, n)
     if small:  # exp(s - L) = exp(s) exp(-L), and exp(-L) can multiply rows of features in place of scores
         row = (-log_sum).exp_()[..., None]
         grad, row_delta = grad * row, delta * row
-    scratch = problem.scratch()
-    for tile in problem.tiles():
-        scores, excluded = problem.scores(tile)
+    scratch = tiled.scratch()
+    for tile in tiled.tiles():
+        scores, excluded = tiled.scores(tile)
         if excluded is not None:
             scores.masked_fill_(excluded, a)
         weights = scratch[: scores.numel()].view(scores.shape)
@@ -288,8 +288,8 @@ def _backward(
             _exp_(torch.sub(scores, log_sum[tile.batch, tile.rows, None], out=weights))
         weights = keep(weights, scores, a, out=weights)
         tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
-        reusable = None if problem.uses_onednn else scores
-        inner = product(tile_grad, value[tile.batch, tile_keys].mT, problem.uses_onednn, out=reusable)
+        reusable = None if tiled.uses_onednn else scores
+        inner = product(tile_grad, value[tile.batch, tile_keys].mT, tiled.uses_onednn, out=reusable)
         if dropout_p > 0:
             dropped = dropout(weights, dropout_p, seed, tile)
             inner *= dropped
@@ -299,15 +299,15 @@ def _backward(
         value_sum.add(tile, used, tile_grad)
         inner.sub_((row_delta if small else delta)[tile.batch, tile.rows]).mul_(weights)
         add_product(
-            grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], problem.uses_onednn, True, scale
+            grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], tiled.uses_onednn, True, scale
         )
         key_sum.add(tile, inner, query[tile.batch, tile.rows], scale)
         if grad_mask.numel():
-            add_to_mask(grad_mask, problem, tile, inner)
+            add_to_mask(grad_mask, tiled, tile, inner)
     if mu is None and bias is None:
         # The forgotten scores become the threshold, and pass their gradient on to it; the comparison has none.
         share = -(rho * delta.squeeze(-1)).sum() / ties[0].clamp(min=1)
-        add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
+        add_to_ties(tiled, centre, ties, share, grad_query, grad_key, grad_mask)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -340,6 +340,6 @@ def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[An
     return *grads[:3], None, grad_mask, *[None] * 11
 
 
-operator = Operator(
+operator = DirectOperator(
     (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients, gradients_again
 )

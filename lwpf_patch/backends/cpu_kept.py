@@ -24,12 +24,12 @@ from .cpu_median import TIES, median
 from .cpu_primitives import keep, raise_to, softmax, softmax_backward
 from .cpu_products import add_product, product
 from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, gradients_again, numbers
-from .operators import Operator
-from .tiles import Problem
+from .operators import DirectOperator
+from .tiles import TiledScores
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Returns whether the scores take no more memory than query, key, value and output together."""
+    """Return whether the scores take no more memory than query, key, value and output together."""
     length, keys = query.shape[1], key.shape[1]
     return length * keys <= (length + keys) * (query.shape[2] + value.shape[2])
 
@@ -52,27 +52,27 @@ def _forward(
     eps: Tensor,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output; the weights; rho of each row; the threshold with and without noise; and the ties.
+    """Return the output; the weights; rho of each row; the threshold with and without noise; and the ties.
 
     The arguments, rho and the ties are those of ``cpu_attention``.
     """
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
+    tiled = TiledScores(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     # With is_causal no tile reaches the last keys of the first rows.
     new = query.new_zeros if is_causal else query.new_empty
     weights = new(query.shape[0], query.shape[1], key.shape[1])
     ties = torch.zeros(TIES + 1, dtype=torch.int64)
-    scratch = problem.scratch()
+    scratch = tiled.scratch()
     if mu is None:
-        for tile in problem.tiles():
-            problem.scores(tile, out=weights)
-        problem = problem._replace(made=weights)
-    centre = torch.full((), median(problem, ties, scratch) if mu is None else mu, dtype=query.dtype)
+        for tile in tiled.tiles():
+            tiled.scores(tile, out=weights)
+        tiled = tiled._replace(made=weights)
+    centre = torch.full((), median(tiled, ties, scratch) if mu is None else mu, dtype=query.dtype)
     threshold = centre + eps
     a, b = numbers(threshold, bias)
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     rho = query.new_zeros(query.shape[:2])
-    for tile in problem.tiles():
-        scores, excluded = problem.scores(tile, out=weights if mu is not None else None)
+    for tile in tiled.tiles():
+        scores, excluded = tiled.scores(tile, out=weights if mu is not None else None)
         if excluded is not None:
             scores.masked_fill_(excluded, -math.inf)  # not above the threshold, so not kept
         # Unless b is above a, D(s) may take the place of s: what is above the threshold stays it, and nothing else is.
@@ -93,7 +93,7 @@ def _forward(
             rho[tile.batch, tile.rows] = (1 if n == 0 else normalised.sum(-1)) - kept.sum(-1)
         if dropout_p > 0:
             kept = kept * dropout(kept, dropout_p, seed, tile)
-        product(kept, value[tile.batch, : tile.keys], problem.uses_onednn, out=out[tile.batch, tile.rows])
+        product(kept, value[tile.batch, : tile.keys], tiled.uses_onednn, out=out[tile.batch, tile.rows])
     return out, weights, rho, threshold, centre, ties
 
 
@@ -141,18 +141,18 @@ def _backward(
     median_has_gradient: bool,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
-    problem = Problem(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
+    """Return the gradients of query, key, value and, if it is wanted, of the mask."""
+    tiled = TiledScores(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
     new = torch.empty_like if query.shape[1] else torch.zeros_like  # without a query, no tile writes them
     grad_query, grad_key, grad_value = new(query), new(key), new(value)
-    key_sum, value_sum = KeySum(grad_key, problem), KeySum(grad_value, problem)
+    key_sum, value_sum = KeySum(grad_key, tiled), KeySum(grad_value, tiled)
     grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
-    scratch = problem.scratch()
-    for tile in problem.tiles():
+    scratch = tiled.scratch()
+    for tile in tiled.tiles():
         kept = weights[tile.batch, tile.rows, : tile.keys]
         tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
         inner = scratch[: kept.numel()].view(kept.shape)
-        product(tile_grad, value[tile.batch, tile_keys].mT, problem.uses_onednn, out=inner)
+        product(tile_grad, value[tile.batch, tile_keys].mT, tiled.uses_onednn, out=inner)
         used = kept
         if dropout_p > 0:
             dropped = dropout(kept, dropout_p, seed, tile)
@@ -162,14 +162,14 @@ def _backward(
         if tile.keys:
             softmax_backward(inner, kept, out=inner)
         add_product(
-            grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], problem.uses_onednn, True, scale
+            grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], tiled.uses_onednn, True, scale
         )
         key_sum.add(tile, inner, query[tile.batch, tile.rows], scale)
         if grad_mask.numel():
-            add_to_mask(grad_mask, problem, tile, inner)
+            add_to_mask(grad_mask, tiled, tile, inner)
     if median_has_gradient:
         share = -(rho * (grad * out).sum(-1)).sum() / ties[0].clamp(min=1)
-        add_to_ties(problem, centre, ties, share, grad_query, grad_key, grad_mask)
+        add_to_ties(tiled, centre, ties, share, grad_query, grad_key, grad_mask)
     return grad_query, grad_key, grad_value, grad_mask
 
 
@@ -207,6 +207,6 @@ def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[An
     return *grads[:3], None, grad_mask, *[None] * 11
 
 
-operator = Operator(
+operator = DirectOperator(
     (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients, gradients_again
 )

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .cpu_primitives import keep, keep_inside
 from .eager_form import lowest
-from .tiles import Problem, Tile
+from .tiles import Tile, TiledScores
 
 #: As many positions of scores that are equal to the median are noted; the backward pass looks for more by itself.
 TIES = 64
 #: So many numbers are searched without another sample.
-FEW = 1 << 15
+WITHOUT_ANOTHER_SAMPLE = 1 << 15
 #: Size of the sample, as a power of the number of scores. Where they are not made yet, each takes a product of its own.
 SAMPLED, SAMPLED_OF_MADE = 0.6, 0.65
 #: Width of the bracket to either side, in roots of the sample's size: 3.5 standard deviations of the median's rank, so
@@ -46,14 +46,14 @@ class _Collected(NamedTuple):
     chosen: Tensor
     size: int
 
-    def positions(self, problem: Problem, which: Tensor) -> Tensor:
-        """Returns the flat positions of some of the values among all scores, (B H, L, S)."""
+    def positions(self, tiled: TiledScores, which: Tensor) -> Tensor:
+        """Return the flat positions of some of the values among all scores, (B H, L, S)."""
         chosen = self.chosen[which]
         place = self.words[chosen // self.size] * self.size + chosen % self.size
         tile, rows = self.tile, self.tile.rows.stop - self.tile.rows.start
         row, column = place // tile.keys, place % tile.keys
-        row = (tile.batch.start + row // rows) * problem.query.shape[1] + tile.rows.start + row % rows
-        return row * problem.key.shape[1] + column
+        row = (tile.batch.start + row // rows) * tiled.query.shape[1] + tile.rows.start + row % rows
+        return row * tiled.key.shape[1] + column
 
 
 class _Count(NamedTuple):
@@ -65,25 +65,25 @@ class _Count(NamedTuple):
     collected: list[_Collected]
 
 
-def median(problem: Problem, ties: Tensor, scratch: Tensor) -> float:
-    """Finds the median, the lower of two middle values.
+def median(tiled: TiledScores, ties: Tensor, scratch: Tensor) -> float:
+    """Find the median, the lower of two middle values.
 
     Args:
-        problem: What makes the scores.
+        tiled: What makes the scores.
         ties: (TIES + 1): gets the number of scores that are equal to the median, and the flat positions of these among
             (B H, L, S); -1 in place of the first position where they are not known.
-        scratch: The problem's.
+        scratch: The tiled's.
 
     Returns:
         The median; 0 if every score is excluded, NaN if one that counts is NaN.
     """
-    if not problem.query.shape[:2].numel() * problem.key.shape[1]:
+    if not tiled.query.shape[:2].numel() * tiled.key.shape[1]:
         return 0.0
-    sample, finite = _sample(problem), _are_numbers(problem)
+    sample, finite = _sample(tiled), _are_numbers(tiled)
     for attempt in itertools.count():
         margin = MARGIN * math.sqrt(len(sample)) * 4**attempt
         low, high, flat = _bracket(sample, (len(sample) - 1) // 2, margin)
-        found = _count(problem, low, high, scratch, not flat, finite)
+        found = _count(tiled, low, high, scratch, not flat, finite)
         if found is None:
             return math.nan
         if found.valid == 0:
@@ -97,35 +97,35 @@ def median(problem: Problem, ties: Tensor, scratch: Tensor) -> float:
             ties[0], ties[1] = found.within, -1
             return sample.kthvalue((len(sample) + 1) // 2).values.item()
         value = _kth_value(torch.cat([part.values for part in found.collected]), rank)
-        equal = torch.cat([part.positions(problem, part.values == value) for part in found.collected])
+        equal = torch.cat([part.positions(tiled, part.values == value) for part in found.collected])
         ties[0] = len(equal)
         ties[1 : 1 + min(len(equal), TIES)] = equal[:TIES]
         return value
     return math.copysign(math.inf, rank)
 
 
-def _are_numbers(problem: Problem) -> bool:
-    """Returns whether no score can be NaN: whether those without a mask are finite, and the mask holds none."""
-    largest = problem.query.norm(dim=-1).amax() * problem.key.norm(dim=-1).amax() * max(1.0, abs(problem.scale))
-    if not largest.item() < torch.finfo(problem.query.dtype).max:
+def _are_numbers(tiled: TiledScores) -> bool:
+    """Return whether no score can be NaN: whether those without a mask are finite, and the mask holds none."""
+    largest = tiled.query.norm(dim=-1).amax() * tiled.key.norm(dim=-1).amax() * max(1.0, abs(tiled.scale))
+    if not largest.item() < torch.finfo(tiled.query.dtype).max:
         return False
-    mask = problem.mask
+    mask = tiled.mask
     return mask is None or mask.dtype == torch.bool or not mask.isnan().any()
 
 
 def _count(
-    problem: Problem, low: float, high: float, scratch: Tensor, collect: bool, are_numbers: bool
+    tiled: TiledScores, low: float, high: float, scratch: Tensor, collect: bool, are_numbers: bool
 ) -> _Count | None:
-    """Counts the scores below and strictly within a bracket, and collects those within if that is wanted.
+    """Count the scores below and strictly within a bracket, and collect those within if that is wanted.
 
     Returns:
         What was counted; None if a score that counts is NaN.
     """
-    one = problem.query.new_ones(())
+    one = tiled.query.new_ones(())
     valid = below = within = 0
     collected = []
-    for tile in problem.tiles():
-        scores, excluded = problem.scores(tile)
+    for tile in tiled.tiles():
+        scores, excluded = tiled.scores(tile)
         count = scores.numel()
         if excluded is not None:
             scores.masked_fill_(excluded, -math.inf)  # in no bracket
@@ -144,12 +144,12 @@ def _count(
 
 
 def _sum(marks: Tensor) -> int:
-    """Returns how many of the marks are 1, the others 0; float32 counts no further than to EXACT."""
+    """Return how many of the marks are 1, the others 0; float32 counts no further than to EXACT."""
     return sum(int(part.sum().item()) for part in torch.split(marks.view(-1), EXACT))
 
 
 def _collect(tile: Tile, scores: Tensor, inside: Tensor, low: float, high: float) -> _Collected:
-    """Collects the scores within the bracket, of which there are few.
+    """Collect the scores within the bracket, of which there are few.
 
     What is not 0 is searched for in words of 8 bytes, twice as fast as number by number.
     """
@@ -162,10 +162,10 @@ def _collect(tile: Tile, scores: Tensor, inside: Tensor, low: float, high: float
 
 
 def _kth_value(values: Tensor, rank: int) -> float:
-    """Returns the value of a rank, from 0 on."""
+    """Return the value of a rank, from 0 on."""
     generator = torch.Generator().manual_seed(0)
-    while len(values) > FEW:
-        sample = values[torch.randint(len(values), (FEW // 8,), generator=generator)]
+    while len(values) > WITHOUT_ANOTHER_SAMPLE:
+        sample = values[torch.randint(len(values), (WITHOUT_ANOTHER_SAMPLE // 8,), generator=generator)]
         low, high, flat = _bracket(sample, rank * len(sample) // len(values), MARGIN * math.sqrt(len(sample)))
         inside = (values > low) & (values < high)
         below = int((values <= low).sum())
@@ -176,32 +176,32 @@ def _kth_value(values: Tensor, rank: int) -> float:
     return values.kthvalue(rank + 1).values.item()
 
 
-def _sample(problem: Problem) -> Tensor:
-    """Draws some scores."""
-    batch, length, keys = problem.query.shape[0], problem.query.shape[1], problem.key.shape[1]
-    size = int((batch * length * keys) ** (SAMPLED if problem.made is None else SAMPLED_OF_MADE))
+def _sample(tiled: TiledScores) -> Tensor:
+    """Draw some scores."""
+    batch, length, keys = tiled.query.shape[0], tiled.query.shape[1], tiled.key.shape[1]
+    size = int((batch * length * keys) ** (SAMPLED if tiled.made is None else SAMPLED_OF_MADE))
     generator = torch.Generator().manual_seed(batch * length * keys)  # of its own: the script's draws stay the same
     b, i, j = (torch.randint(high, (size,), generator=generator) for high in (batch, length, keys))
-    if problem.made is None:
-        scores = (problem.query[b, i] * problem.key[b, j]).sum(-1) * problem.scale
+    if tiled.made is None:
+        scores = (tiled.query[b, i] * tiled.key[b, j]).sum(-1) * tiled.scale
     else:
-        scores = problem.made.take((b * length + i) * keys + j)
-    if problem.is_causal:
+        scores = tiled.made.take((b * length + i) * keys + j)
+    if tiled.is_causal:
         scores = scores[j <= i]
-    elif problem.mask is not None:
-        mask = problem.mask
-        at = (b // problem.heads, b % problem.heads, i, j)
+    elif tiled.mask is not None:
+        mask = tiled.mask
+        at = (b // tiled.heads, b % tiled.heads, i, j)
         drawn = mask[tuple(index if extent > 1 else 0 for index, extent in zip(at, mask.shape, strict=True))]
         drawn = drawn.expand(size)
         if mask.dtype == torch.bool:
             scores = scores[drawn]
         else:
-            scores = (scores if problem.made is not None else scores + drawn)[drawn > lowest(mask.dtype)]
+            scores = (scores if tiled.made is not None else scores + drawn)[drawn > lowest(mask.dtype)]
     return scores
 
 
 def _bracket(sample: Tensor, rank: int, margin: float) -> tuple[float, float, bool]:
-    """Returns bounds strictly between which the number of some rank lies, most likely.
+    """Return bounds strictly between which the number of some rank lies, most likely.
 
     Args:
         sample: A sample.

@@ -64,7 +64,7 @@ class Step:
         self._fast, self._plain, self._uses, self._numbers, self._odd = fast, plain, uses, numbers, odd
 
     def __call__(self, *arguments: Any, out: Tensor) -> Tensor:
-        """Returns ``out``."""
+        """Return ``out``."""
         return (self._fast if self.is_fast else self._plain)(*arguments, out=out)
 
     # Not at import: the first operators in parallel start a process's threads, and a script may fork before that.

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 #: Scores of a head from which one call of oneDNN a head is worth it.
-MANY = 1 << 17
+SCORES_FOR_ONEDNN = 1 << 17
 
 
 def onednn_is_faster() -> bool:
-    """Returns whether oneDNN multiplies large matrices of float32 faster than MKL here."""
+    """Return whether oneDNN multiplies large matrices of float32 faster than MKL here."""
     return _onednn_suits_the_processor() and bool(torch.backends.mkldnn.enabled)
 
 
@@ -52,12 +52,12 @@ def _linear_multiplies() -> bool:
 
 
 def linear(left: Tensor, right: Tensor) -> Tensor:
-    """Multiplies (M, K) and (N, K) transposed, both of float32 and in any layout, by oneDNN."""
+    """Multiply (M, K) and (N, K) transposed, both of float32 and in any layout, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
 
 
 def product(left: Tensor, right: Tensor, onednn: bool, out: Tensor | None = None, factor: float = 1.0) -> Tensor:
-    """Multiplies batches of matrices.
+    """Multiply batches of matrices.
 
     Args:
         left: (G, M, K).
@@ -79,7 +79,7 @@ def product(left: Tensor, right: Tensor, onednn: bool, out: Tensor | None = None
 def add_product(
     total: Tensor, left: Tensor, right: Tensor, onednn: bool, first: bool = False, factor: float = 1.0
 ) -> None:
-    """Adds the product of batches of matrices to a total.
+    """Add the product of batches of matrices to a total.
 
     Args:
         total: (G, M, N).

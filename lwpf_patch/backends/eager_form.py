@@ -10,7 +10,7 @@ from .. import normalising
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """Returns the value at and below which an additive mask excludes a key: half the most negative finite number.
+    """Return the value at and below which an additive mask excludes a key: half the most negative finite number.
 
     Hosts mask with -inf or with ``finfo(dtype).min``, to which a score may still be added.
     """
@@ -34,7 +34,7 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tupl
 
 
 def repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
-    """Repeats the heads of keys or values for grouped queries, as many as the query has.
+    """Repeat the heads of keys or values for grouped queries, as many as the query has.
 
     Where there are none to repeat, zeros stand in: each of the query's rows gives 0 then, as in SDPA.
     """
@@ -54,7 +54,7 @@ def factor_of_scores(query: Tensor, scale: float | None) -> float:
 def attention_scores(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes the scores ``s = scale * q k^T (+ mask)``.
+    """Compute the scores ``s = scale * q k^T (+ mask)``.
 
     The query is scaled first, as hosts do in their own eager code, so that a func_d that forgets nothing gives their
     output bit for bit.
@@ -125,7 +125,7 @@ def forget(scores: Tensor, threshold: Tensor, bias: float | None, threshold_may_
 
 
 def exclude(forgotten: Tensor, mask: Tensor, excluded: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Keeps excluded keys out of the denominator (-inf) and out of the values (mask False).
+    """Keep excluded keys out of the denominator (-inf) and out of the values (mask False).
 
     A row with no key left gets finite scores, so that its softmax is a number, its output 0 and its gradient 0.
 
@@ -148,7 +148,7 @@ def exclude(forgotten: Tensor, mask: Tensor, excluded: Tensor, dim: int) -> tupl
 def keep_empty_rows(
     scores: Tensor, forgotten: Tensor, mask: Tensor, excluded: Tensor | None, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Has the rows that would forget every key forget none.
+    """Have the rows that would forget every key forget none.
 
     Args:
         scores: s, (B, L, S).
@@ -172,7 +172,7 @@ def keep_empty_rows(
 
 
 def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, alpha: float, n: float) -> Tensor:
-    """Weighs the values: a forgotten key keeps ``exp(D(s))`` in the denominator but gives no value.
+    """Weigh the values: a forgotten key keeps ``exp(D(s))`` in the denominator but gives no value.
 
     Args:
         forgotten: D(s), (B, L, S).

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import transforms
 
 
-class Operator:
+class DirectOperator:
     """An operator with a gradient, of which the first result is what counts.
 
     Its gradient has one too, where it is asked for: that of the plain form, computed again.
@@ -65,7 +65,7 @@ class Operator:
         self._registered, self._direct = registered[0], Direct
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Returns the first result."""
+        """Return the first result."""
         if torch.compiler.is_compiling() or _are_seen(arguments):
             return self._registered(*arguments)[0]
         return self._direct.apply(*arguments)
@@ -90,7 +90,7 @@ _CAN_ASK = _can_ask()
 
 
 def _are_seen(arguments: tuple[Any, ...]) -> bool:
-    """Returns whether something that works with operators is at work: a transform, a mode, a tracer, a subclass."""
+    """Return whether something that works with operators is at work: a transform, a mode, a tracer, a subclass."""
     return (
         not _CAN_ASK
         or torch._C._len_torch_dispatch_stack() > 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu_products import MANY, product
+from .cpu_products import SCORES_FOR_ONEDNN, product
 from .eager_form import lowest
 
 
@@ -27,8 +27,8 @@ class Tile(NamedTuple):
     keys: int
 
 
-class Problem(NamedTuple):
-    """What both passes compute with.
+class TiledScores(NamedTuple):
+    """The scores of all heads, made tile by tile: what both passes compute with.
 
     Attributes:
         query: (B H, L, E).
@@ -57,10 +57,10 @@ class Problem(NamedTuple):
     @property
     def uses_onednn(self) -> bool:
         """Whether oneDNN multiplies, one batch item at a time."""
-        return self.onednn and self.query.shape[1] * self.key.shape[1] >= MANY
+        return self.onednn and self.query.shape[1] * self.key.shape[1] >= SCORES_FOR_ONEDNN
 
     def tiles(self) -> Iterator[Tile]:
-        """Yields the tiles, which cover every score once.
+        """Yield the tiles, which cover every score once.
 
         They are always the same, so that scores made again are the same bit by bit.
         """
@@ -82,7 +82,7 @@ class Problem(NamedTuple):
                     yield Tile(which, slice(row, stop), min(keys, stop) if self.is_causal else keys)
 
     def mask_index(self, tile: Tile) -> tuple[slice | int, ...]:
-        """Returns which part of the mask lies over a tile."""
+        """Return which part of the mask lies over a tile."""
         assert self.mask is not None
         batch, heads, rows, _ = self.mask.shape
         start = tile.batch.start
@@ -95,12 +95,12 @@ class Problem(NamedTuple):
         )
 
     def scratch(self) -> Tensor:
-        """Returns memory for as many numbers as the largest tile has scores."""
+        """Return memory for as many numbers as the largest tile has scores."""
         sizes = ((t.batch.stop - t.batch.start) * (t.rows.stop - t.rows.start) * t.keys for t in self.tiles())
         return self.query.new_empty(max(sizes, default=0))
 
     def scores(self, tile: Tile, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Makes the scores of a tile, and the mask of the keys that are excluded.
+        """Make the scores of a tile, and the mask of the keys that are excluded.
 
         Args:
             tile: The tile.

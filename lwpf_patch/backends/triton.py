@@ -53,7 +53,7 @@ def _triton_version() -> str:
 
 @functools.lru_cache
 def _why_not_on_device(kind: str, index: int | None) -> str | None:
-    """Returns why the backend cannot compute on a device, None if it can."""
+    """Return why the backend cannot compute on a device, None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if kind != "cuda" and not (kind == "cpu" and interpreted):
         return f"the tensors are on {kind}"
@@ -162,7 +162,7 @@ def attention(
 
 
 def _flat(tensor: Tensor, lead: torch.Size, heads: int) -> Tensor:
-    """Brings to (B, heads, rows, features): a view, unless there are more batch dimensions, broadcast unevenly."""
+    """Bring to (B, heads, rows, features): a view, unless there are more batch dimensions, broadcast unevenly."""
     batch = lead[:-1]
     return tensor.expand(*batch, *((heads,) if lead else ()), *tensor.shape[-2:]).reshape(
         batch.numel(), heads, *tensor.shape[-2:]
@@ -209,7 +209,7 @@ class _Call(NamedTuple):
         return self.mu is None and self.bias is None
 
     @property
-    def fold(self) -> bool:
+    def unscaled(self) -> bool:
         """Whether the kernels take the bare products of queries and keys for the scores; the unit has the factor.
 
         Not with a constant threshold, where that could tell scores that are equal to it from it; but 0 and -inf stay
@@ -219,12 +219,12 @@ class _Call(NamedTuple):
         return plain and self.scale > 1e-30 and (self.mask is None or self.mask.dtype == torch.bool)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns query, key, value and mask; the query in place of a mask that there is not."""
+        """Return query, key, value and mask; the query in place of a mask that there is not."""
         mask = self.query if self.mask is None else self.mask
         return self.query, self.key, self.value, mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
     def mask_strides(self) -> tuple[int, ...]:
-        """Returns the strides of the mask, 0 where it is broadcast."""
+        """Return the strides of the mask, 0 where it is broadcast."""
         if self.mask is None:
             return 0, 0, 0, 0
         return tuple(
@@ -232,34 +232,34 @@ class _Call(NamedTuple):
         )
 
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """Returns batch items, heads, heads that share a key, queries, keys."""
+        """Return batch items, heads, heads that share a key, queries, keys."""
         batches, heads, length, _ = self.query.shape
         return batches, heads, heads // max(1, self.key.shape[1]), length, self.key.shape[2]
 
     def lowest(self) -> float:
-        """Returns the value at and below which the mask excludes a key."""
+        """Return the value at and below which the mask excludes a key."""
         return 0.0 if self.mask is None else lowest(self.mask.dtype)
 
     def threshold(self) -> tuple[float, float]:
-        """Returns the constant threshold, and what to multiply the noise by, in the measure of the kernels."""
-        return 0.0 if self.mu is None else self.mu, 1 / self.scale if self.fold else 1.0
+        """Return the constant threshold, and what to multiply the noise by, in the measure of the kernels."""
+        return 0.0 if self.mu is None else self.mu, 1 / self.scale if self.unscaled else 1.0
 
     def unit(self) -> float:
-        """Returns what to multiply a kernel's score by, for an exponent to the base of 2."""
-        return self.scale * LOG2_E if self.fold else LOG2_E
+        """Return what to multiply a kernel's score by, for an exponent to the base of 2."""
+        return self.scale * LOG2_E if self.unscaled else LOG2_E
 
     def dropout(self) -> tuple[float, float]:
-        """Returns the probability that a weight is dropped, and what to multiply the others by."""
+        """Return the probability that a weight is dropped, and what to multiply the others by."""
         return self.dropout_p, 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
 
     def of_scores(self) -> dict[str, Any]:
-        """Returns the constants of compilation by which scores are made."""
+        """Return the constants of compilation by which scores are made."""
         features = self.query.shape[3]
         masked = 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2
-        return {"FOLD": self.fold, "MASKED": masked, "FEATURES": features, "BLOCK_FEATURES": _block(features)}
+        return {"UNSCALED": self.unscaled, "MASKED": masked, "FEATURES": features, "BLOCK_FEATURES": _block(features)}
 
     def flags(self) -> dict[str, Any]:
-        """Returns the other constants of compilation."""
+        """Return the other constants of compilation."""
         values = self.value.shape[3]
         return {
             **self.of_scores(),
@@ -271,16 +271,16 @@ class _Call(NamedTuple):
         }
 
     def tile(self, kernel: str) -> dict[str, int]:
-        """Returns the size of a kernel's tiles, and how it is compiled."""
+        """Return the size of a kernel's tiles, and how it is compiled."""
         width = max(_block(self.query.shape[3]), _block(self.value.shape[3]))
         return tile_of(
             kernel, self.query.dtype, width, capability(self.query.device), self.mask is not None,
-            self.key.shape[2] >= LONG,
+            self.key.shape[2] >= KEYS_OF_LONG,
         )  # fmt: skip
 
 
 def _block(width: int) -> int:
-    """Returns the width of a tile that holds so many features."""
+    """Return the width of a tile that holds so many features."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -307,7 +307,7 @@ _TILES_MASKED: _Tiles = {
 }
 # For long sequences: fewer instructions a score, but more keys are left over.
 _TILES_LONG: _Tiles = {"forward": {64: (128, 128, 8, 2)}}
-LONG = 1024
+KEYS_OF_LONG = 1024
 _TILES_BEFORE_HOPPER: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2)},
     "query": {128: (64, 64, 8, 2)},
@@ -332,7 +332,7 @@ _TILES_FLOAT32: _Tiles = {
 def tile_of(
     kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool, long: bool
 ) -> dict[str, int]:
-    """Returns the size of a kernel's tiles, and how it is compiled.
+    """Return the size of a kernel's tiles, and how it is compiled.
 
     Args:
         kernel: Which kernel.
@@ -358,7 +358,7 @@ def tile_of(
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Returns the capability of a device; for the interpreter, that of Hopper."""
+    """Return the capability of a device; for the interpreter, that of Hopper."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -367,7 +367,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Returns the tensor with its features next to each other."""
+    """Return the tensor with its features next to each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -386,7 +386,7 @@ def _forward(
     eps: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output; L and rho of each row; the median, and how many scores are equal to it."""
+    """Return the output; L and rho of each row; the median, and how many scores are equal to it."""
     from . import triton_kernels, triton_median
 
     call = _Call(_dense(query), _dense(key), _dense(value), mask, eps, seed, dropout_p, is_causal, scale, mu, bias)
@@ -412,7 +412,7 @@ def _forward(
 def _results(
     query: Tensor, value: Tensor, mu: float | None, bias: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocates what the forward pass returns; without elements what is not wanted."""
+    """Allocate what the forward pass returns; without elements what is not wanted."""
     batches, heads, length, _ = query.shape
     # Heads next to each other, as hosts will want them when they join them.
     out = query.new_empty(batches, length, heads, value.shape[3]).transpose(1, 2)
@@ -423,7 +423,7 @@ def _results(
 
 
 def _on(device: torch.device) -> Any:
-    """Returns a context in which the tensors' device is the current one, on which Triton starts its kernels."""
+    """Return a context in which the tensors' device is the current one, on which Triton starts its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
@@ -453,7 +453,7 @@ def _backward(
     bias: float | None,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value and, if it is wanted, of the mask."""
+    """Return the gradients of query, key, value and, if it is wanted, of the mask."""
     from . import triton_kernels
 
     call = _Call(_dense(query), _dense(key), _dense(value), mask, eps, seed, dropout_p, is_causal, scale, mu, bias)
@@ -499,13 +499,13 @@ def _backward(
 def _gradients(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocates the gradients; without elements that of a mask, where none is wanted."""
+    """Allocate the gradients; without elements that of a mask, where none is wanted."""
     grad_mask = mask.new_empty(mask.shape) if mask is not None and mask_needs_grad else query.new_empty(0)
     return _like(query), _like(key), _like(value), grad_mask
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """Allocates a tensor with the strides of another, its features next to each other whatever those are."""
+    """Allocate a tensor with the strides of another, its features next to each other whatever those are."""
     result = torch.empty_like(tensor)
     return result if result.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -530,7 +530,7 @@ def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
 
 
 def _gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Returns the gradients of all arguments, in a form that can be differentiated and transformed."""
+    """Return the gradients of all arguments, in a form that can be differentiated and transformed."""
     query, key, value, mask, eps, seed, *_ = ctx.saved_tensors
     dropout_p, is_causal, scale, mu, bias = ctx.options
     dropped = None if seed is None else _dropout(query, key, dropout_p, seed)
@@ -550,7 +550,7 @@ def _gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _dropout(query: Tensor, key: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """Makes the dropout mask of all scores, (B, H, L, S), by asking the kernel which weights it keeps.
+    """Make the dropout mask of all scores, (B, H, L, S), by asking the kernel which weights it keeps.
 
     With all scores 0 and above the threshold, and unit vectors for values, its output is the weights.
     """

@@ -1,7 +1,7 @@
 """The kernels of the Triton backend: forward, and backward for queries, for keys and values, and for an additive mask.
 
 The formulas are those of :mod:`.cpu`, tile by tile. What a kernel calls scores is a score up to a positive factor,
-``unit``, times the natural logarithm of 2: with FOLD the plain product ``q k^T``, whose factor holds the scale, so
+``unit``, times the natural logarithm of 2: with UNSCALED the plain product ``q k^T``, whose factor holds the scale, so
 that no multiplication is spent on it; the threshold is in the same measure. ``L`` is kept to the base of 2.
 
 Every kernel makes the scores in the same way: one product of matrices over all features, in pieces of the same depth
@@ -35,14 +35,14 @@ NO_MASK, BOOLEAN, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Starts a kernel."""
+    """Start a kernel."""
     if programs:
         kernel[(programs,)](*arguments, **options)
 
 
 @triton.jit
 def score_products(left, right):
-    """Multiplies queries and keys, in either order, with float32 sums, and float32 factors unrounded.
+    """Multiply queries and keys, in either order, with float32 sums, and float32 factors unrounded.
 
     The interpreter's products depend on the shapes of the tiles in their last bit, the GPU's do not. It takes them in
     float64, which leaves no trace of that.
@@ -55,7 +55,7 @@ def score_products(left, right):
 
 @triton.jit
 def product(left, right):
-    """Multiplies matrices, as :func:`score_products` does but for what it is careful about."""
+    """Multiply matrices, as :func:`score_products` does but for what it is careful about."""
     if INTERPRETED:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     else:
@@ -64,7 +64,7 @@ def product(left, right):
 
 @triton.jit
 def add_product(total, left, right):
-    """Adds a product of matrices to a total."""
+    """Add a product of matrices to a total."""
     if INTERPRETED:
         return total + tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     else:
@@ -73,7 +73,7 @@ def add_product(total, left, right):
 
 @triton.jit
 def head_of(tensor, batch, head, stride_batch, stride_head):
-    """Returns where a head starts; batches may hold more elements than 32 bits count."""
+    """Return where a head starts; batches may hold more elements than 32 bits count."""
     return tensor + tl.cast(batch, tl.int64) * stride_batch + tl.cast(head, tl.int64) * stride_head
 
 
@@ -81,7 +81,7 @@ def head_of(tensor, batch, head, stride_batch, stride_head):
 def rows_of(
     head, stride, start, count, BOUNDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Loads a tile (ROWS, BLOCK) of a head's rows, with zeros where there is nothing."""
+    """Load a tile (ROWS, BLOCK) of a head's rows, with zeros where there is nothing."""
     rows, features = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     places = head + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + features[None, :]
     if BOUNDS:
@@ -98,7 +98,7 @@ def rows_of(
 
 @triton.jit
 def put_rows(head, stride, start, count, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores a tile (ROWS, BLOCK) into a head's rows."""
+    """Store a tile (ROWS, BLOCK) into a head's rows."""
     rows, features = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     places = head + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + features[None, :]
     there = (start + rows < count)[:, None] & (features < WIDTH)[None, :]
@@ -108,9 +108,9 @@ def put_rows(head, stride, start, count, tile, ROWS: tl.constexpr, WIDTH: tl.con
 @triton.jit
 def scores_of(
     products, start_row, start_key, rows, keys, length, count, mask, stride_row, stride_key, scale, lowest,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Makes the scores of a tile, and says which of them count.
+    """Make the scores of a tile, and say which of them count.
 
     Args:
         products: Of queries and keys, in a tile of any orientation.
@@ -125,7 +125,7 @@ def scores_of(
         stride_key: From key to key.
         scale: Factor of the scores.
         lowest: At and below which an additive mask excludes a key.
-        FOLD: Whether scores are the bare products.
+        UNSCALED: Whether scores are the bare products.
         MASKED: Which kind of mask there is.
         BOUNDS: Whether the tile may reach beyond the last key.
         CAUSAL: Whether it may hold keys that come after their query.
@@ -140,7 +140,7 @@ def scores_of(
         valid = valid & (start_key + keys <= start_row + rows)
     scores = products
     if MASKED == NO_MASK:
-        if not FOLD:
+        if not UNSCALED:
             scores = products * scale
     else:
         first = mask + tl.cast(start_row, tl.int64) * stride_row + tl.cast(start_key, tl.int64) * stride_key
@@ -148,7 +148,7 @@ def scores_of(
         entries = tl.load(first + rows * stride_row + keys * stride_key, mask=there, other=0)
         if MASKED == BOOLEAN:
             valid = valid & (entries != 0)
-            if not FOLD:
+            if not UNSCALED:
                 scores = products * scale
         else:
             bias = entries.to(tl.float32)
@@ -165,7 +165,7 @@ def not_(condition):
 
 @triton.jit
 def threshold_of(centre, noise, mu, noise_unit, MEDIAN: tl.constexpr, NOISY: tl.constexpr):
-    """Returns the threshold without and with noise, in the measure of the scores."""
+    """Return the threshold without and with noise, in the measure of the scores."""
     middle = tl.full([], 0.0, tl.float32) + mu
     if MEDIAN:
         middle = tl.load(centre)
@@ -177,7 +177,7 @@ def threshold_of(centre, noise, mu, noise_unit, MEDIAN: tl.constexpr, NOISY: tl.
 
 @triton.jit
 def survives(seed, head, rows, keys, dropout_p):
-    """Draws which weights dropout keeps: of the place of a weight alone, so that it is the same in every kernel."""
+    """Draw which weights dropout keeps: of the place of a weight alone, so that it is the same in every kernel."""
     key_number = keys + rows * 0
     row_number = rows + keys * 0
     head_number = row_number * 0 + head
@@ -190,18 +190,18 @@ def forward_tiles(
     out, highest, total, forgotten_count, query, key_head, value_head, mask_head, stride_key, stride_value,
     stride_mask_row, stride_mask_key, start_row, first, last, length, count, head, threshold, seed, scale, unit, lowest,
     dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, SAME: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, SAME: tl.constexpr,
     COUNT: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Goes over the keys from ``first`` to ``last`` for one tile of queries; see :func:`forward_kernel`."""
+    """Go over the keys from ``first`` to ``last`` for one tile of queries; see :func:`forward_kernel`."""
     rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
     for start in range(first, last, KEYS):
         key = rows_of(key_head, stride_key, start, count, BOUNDS, KEYS, FEATURES, BLOCK_FEATURES)
         value = rows_of(value_head, stride_value, start, count, BOUNDS, KEYS, VALUES, BLOCK_VALUES)
         scores, valid = scores_of(
             score_products(query, tl.trans(key)), start_row, start, rows, keys, length, count, mask_head,
-            stride_mask_row, stride_mask_key, scale, lowest, FOLD, MASKED, BOUNDS, CAUSAL,
+            stride_mask_row, stride_mask_key, scale, lowest, UNSCALED, MASKED, BOUNDS, CAUSAL,
         )  # fmt: skip
         low = scores <= threshold
         kept = valid & not_(low)  # what is not at most the threshold: a NaN is not hidden
@@ -236,12 +236,12 @@ def forward_kernel(
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
     stride_out_batch, stride_out_head, stride_out_row,
     heads, group, length, count, scale, unit, mu, noise_unit, bias, log_n, lowest, dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
     SAME: tl.constexpr, COUNT: tl.constexpr, ADDED: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile of queries' output, (ROWS, VALUES), their L, and what the forgotten keys weigh, rho.
+    """Compute a tile of queries' output, (ROWS, VALUES), their L, and what the forgotten keys weigh, rho.
 
     SAME says that a forgotten score becomes the threshold. Then the forgotten keys are added to the denominator as they
     come. Elsewhere, and where rho is wanted because the threshold has a gradient, they are counted (COUNT) and added
@@ -278,13 +278,13 @@ def forward_kernel(
     outs, highest, total, forgotten = forward_tiles(
         outs, highest, total, forgotten, queries, key_head, value_head, mask_head, stride_key_row, stride_value_row,
         stride_mask_row, stride_mask_key, start_row, 0, whole, length, count, head, threshold, seed, scale, unit,
-        lowest, dropout_p, keep_factor, FOLD, MASKED, False, False, SAME, COUNT, DROPOUT, FEATURES, BLOCK_FEATURES,
+        lowest, dropout_p, keep_factor, UNSCALED, MASKED, False, False, SAME, COUNT, DROPOUT, FEATURES, BLOCK_FEATURES,
         VALUES, BLOCK_VALUES, ROWS, KEYS,
     )  # fmt: skip
     outs, highest, total, forgotten = forward_tiles(
         outs, highest, total, forgotten, queries, key_head, value_head, mask_head, stride_key_row, stride_value_row,
         stride_mask_row, stride_mask_key, start_row, whole, end, length, count, head, threshold, seed, scale, unit,
-        lowest, dropout_p, keep_factor, FOLD, MASKED, True, CAUSAL, SAME, COUNT, DROPOUT, FEATURES, BLOCK_FEATURES,
+        lowest, dropout_p, keep_factor, UNSCALED, MASKED, True, CAUSAL, SAME, COUNT, DROPOUT, FEATURES, BLOCK_FEATURES,
         VALUES, BLOCK_VALUES, ROWS, STEP,
     )  # fmt: skip
 
@@ -330,7 +330,7 @@ def delta_kernel(
     stride_out_batch, stride_out_head, stride_out_row, heads, length,
     VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Computes delta, the inner product of each row's output and its gradient."""
+    """Compute delta, the inner product of each row's output and its gradient."""
     tiles = tl.cdiv(length, ROWS)
     head = tl.program_id(0) // tiles
     start = tl.program_id(0) % tiles * ROWS
@@ -352,10 +352,10 @@ def delta_kernel(
 def backward_tile(
     products, inner, log_sums, deltas, start_row, start_key, rows, keys, length, count, mask_head, stride_mask_row,
     stride_mask_key, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Makes, in a tile of any orientation, the weights as they met the values, and the gradient of the scores.
+    """Make, in a tile of any orientation, the weights as they met the values, and the gradient of the scores.
 
     ``products`` are of queries and keys, ``inner`` of the output's gradient and the values; ``log_sums`` and ``deltas``
     lie along the queries. ``share`` is what each score that is equal to the median, ``middle``, has of the threshold's
@@ -363,7 +363,7 @@ def backward_tile(
     """
     scores, valid = scores_of(
         products, start_row, start_key, rows, keys, length, count, mask_head, stride_mask_row, stride_mask_key, scale,
-        lowest, FOLD, MASKED, BOUNDS, CAUSAL,
+        lowest, UNSCALED, MASKED, BOUNDS, CAUSAL,
     )  # fmt: skip
     kept = valid & not_(scores <= threshold)
     weights = tl.where(kept, tl.exp2(tl.fma(scores, unit, -log_sums)), 0.0)
@@ -383,11 +383,11 @@ def query_tiles(
     totals, query, grads, log_sums, deltas, key_head, value_head, mask_head, stride_key, stride_value, stride_mask_row,
     stride_mask_key, start_row, first, last, length, count, head, middle, threshold, share, seed, scale, unit, lowest,
     dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
     DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Goes over the keys from ``first`` to ``last`` for one tile of queries; see :func:`query_kernel`."""
+    """Go over the keys from ``first`` to ``last`` for one tile of queries; see :func:`query_kernel`."""
     rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
     for start in range(first, last, KEYS):
         key = rows_of(key_head, stride_key, start, count, BOUNDS, KEYS, FEATURES, BLOCK_FEATURES)
@@ -395,7 +395,7 @@ def query_tiles(
         _, of_scores = backward_tile(
             score_products(query, tl.trans(key)), product(grads, tl.trans(value)), log_sums[:, None], deltas[:, None],
             start_row, start, rows, keys, length, count, mask_head, stride_mask_row, stride_mask_key, head, middle,
-            threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED, BOUNDS, CAUSAL, TIES,
+            threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED, BOUNDS, CAUSAL, TIES,
             DROPOUT,
         )  # fmt: skip
         totals = add_product(totals, of_scores.to(key.dtype), key)
@@ -412,11 +412,11 @@ def query_kernel(
     stride_grad_batch, stride_grad_head, stride_grad_row,
     stride_result_batch, stride_result_head, stride_result_row,
     heads, group, length, count, scale, unit, mu, noise_unit, lowest, dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
     TIES: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradient of a tile of queries."""
+    """Compute the gradient of a tile of queries."""
     tiles = tl.cdiv(length, ROWS)
     head = tl.program_id(0) // tiles
     start_row = tl.program_id(0) % tiles * ROWS
@@ -454,13 +454,13 @@ def query_kernel(
     totals = query_tiles(
         totals, queries, grads, log_sums, deltas, key_head, value_head, mask_head, stride_key_row, stride_value_row,
         stride_mask_row, stride_mask_key, start_row, 0, whole, length, count, head, middle, threshold, share, seed,
-        scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED, False, False, TIES, DROPOUT, FEATURES,
+        scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED, False, False, TIES, DROPOUT, FEATURES,
         BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
     )  # fmt: skip
     totals = query_tiles(
         totals, queries, grads, log_sums, deltas, key_head, value_head, mask_head, stride_key_row, stride_value_row,
         stride_mask_row, stride_mask_key, start_row, whole, end, length, count, head, middle, threshold, share, seed,
-        scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED, True, CAUSAL, TIES, DROPOUT, FEATURES,
+        scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED, True, CAUSAL, TIES, DROPOUT, FEATURES,
         BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, STEP,
     )  # fmt: skip
     put_rows(
@@ -474,11 +474,11 @@ def key_tiles(
     grad_keys, grad_values, key, value, query_head, grad_head, log_sum, delta, mask_head, stride_query, stride_grad,
     stride_mask_row, stride_mask_key, start_key, first, last, length, count, head, middle, threshold, share, seed,
     scale, unit, lowest, dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
     DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Goes over the queries from ``first`` to ``last`` for one tile of keys; see :func:`key_kernel`."""
+    """Go over the queries from ``first`` to ``last`` for one tile of keys; see :func:`key_kernel`."""
     rows, keys = tl.arange(0, ROWS)[None, :], tl.arange(0, KEYS)[:, None]
     numbers = tl.arange(0, ROWS)
     for start in range(first, last, ROWS):
@@ -494,7 +494,7 @@ def key_tiles(
         met, of_scores = backward_tile(
             score_products(key, tl.trans(query)), product(value, tl.trans(grad)), log_sums[None, :], deltas[None, :],
             start, start_key, rows, keys, length, count, mask_head, stride_mask_row, stride_mask_key, head, middle,
-            threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED, False, CAUSAL, TIES,
+            threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED, False, CAUSAL, TIES,
             DROPOUT,
         )  # fmt: skip
         grad_values = add_product(grad_values, met.to(grad.dtype), grad)
@@ -513,11 +513,11 @@ def key_kernel(
     stride_result_batch, stride_result_head, stride_result_row,
     stride_second_batch, stride_second_head, stride_second_row,
     heads, group, length, count, scale, unit, mu, noise_unit, lowest, dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
     TIES: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients of a tile of keys and values, with the keys along the rows of every tile.
+    """Compute the gradients of a tile of keys and values, with the keys along the rows of every tile.
 
     It adds up over all heads of queries that share them, in their order.
     """
@@ -559,8 +559,8 @@ def key_kernel(
                 log_sum + rows_before, delta + rows_before,
                 head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head),
                 stride_query_row, stride_grad_row, stride_mask_row, stride_mask_key, start_key, first, past, length,
-                count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED,
-                True, True, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
+                count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED,
+                MASKED, True, True, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
             )  # fmt: skip
             first = past
         grad_keys, grad_values = key_tiles(
@@ -570,7 +570,7 @@ def key_kernel(
             log_sum + rows_before, delta + rows_before,
             head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head),
             stride_query_row, stride_grad_row, stride_mask_row, stride_mask_key, start_key, first, whole, length,
-            count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED,
+            count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED,
             False, False, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
         )  # fmt: skip
         grad_keys, grad_values = key_tiles(
@@ -581,7 +581,7 @@ def key_kernel(
             head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head),
             stride_query_row, stride_grad_row, stride_mask_row, stride_mask_key, start_key, tl.maximum(first, whole),
             length, length, count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor,
-            FOLD, MASKED, True, False, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, REST, KEYS,
+            UNSCALED, MASKED, True, False, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, REST, KEYS,
         )  # fmt: skip
     put_rows(
         head_of(grad_key, batch, inner, stride_result_batch, stride_result_head), stride_result_row, start_key, count,
@@ -603,11 +603,11 @@ def mask_kernel(
     stride_grad_batch, stride_grad_head, stride_grad_row,
     batches, heads, group, length, count, mask_batches, mask_heads, mask_rows, mask_keys,
     scale, unit, mu, noise_unit, lowest, dropout_p, keep_factor,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
     TIES: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile of the gradient of an additive mask, (mask_batches, mask_heads, mask_rows, mask_keys).
+    """Compute a tile of the gradient of an additive mask, (mask_batches, mask_heads, mask_rows, mask_keys).
 
     Where the mask is the same for several batch items, heads, queries or keys, it adds up over them, in their order:
     the sum is the same every time, and nothing larger than the mask is allocated.
@@ -661,7 +661,7 @@ def mask_kernel(
             score_products(queries, tl.trans(key_rows)), product(grads, tl.trans(value_rows)), log_sums[:, None],
             deltas[:, None], start_row, start_key, rows[:, None], keys[None, :], length, count,
             head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head), stride_mask_row, stride_mask_key,
-            head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, FOLD, MASKED, True,
+            head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED, True,
             False, TIES, DROPOUT,
         )  # fmt: skip
         totals += tl.where((start_row + rows < length)[:, None], of_scores, 0.0)

@@ -53,21 +53,21 @@ CHUNK = tl.constexpr(4096)
 
 @triton.jit
 def number_of(scores):
-    """Numbers scores in their order: a whole number for each float32."""
+    """Turn each float32 score into a whole number, of the same order."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)  # -0 is 0
     return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def score_of(number):
-    """Returns the score of a number."""
+    """Return the score of a number."""
     bits = number.to(tl.int32, bitcast=True)
     return (bits ^ ((~bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def bracket_of(sample, counters, margin, SAMPLES: tl.constexpr):
-    """Reads the bracket from the sorted sample.
+    """Read the bracket from the sorted sample.
 
     Returns:
         Its ends, strictly between which the median should lie; a value within; and whether that is the only one.
@@ -90,7 +90,7 @@ def bracket_of(sample, counters, margin, SAMPLES: tl.constexpr):
 
 @triton.jit
 def plan(counters, filled, room):
-    """Reads from the counters where the median is.
+    """Read from the counters where the median is.
 
     Returns:
         Whether it is NaN, is the bracket's only value, or is among the scores collected (elsewhere it is found from all
@@ -108,7 +108,7 @@ def plan(counters, filled, room):
 
 @triton.jit
 def digits_found(histograms, rank, DIGIT: tl.constexpr):
-    """Follows the rank through the histograms of the digits before DIGIT.
+    """Follow the rank through the histograms of the digits before DIGIT.
 
     Returns:
         The number that these digits make, the rank among the scores that have them, and how many these are.
@@ -133,10 +133,10 @@ def sample_kernel(
     stride_key_batch, stride_key_head, stride_key_row,
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
     batches, heads, group, length, count, scale, lowest,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, FEATURES: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Draws BLOCK scores, each anywhere; NaN stands for one that does not count."""
+    """Draw BLOCK scores, each anywhere; NaN stands for one that does not count."""
     numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # The same draw at every call, and none of the script's.
     one, two, three, _ = tl.randint4x(0, numbers)
@@ -154,7 +154,7 @@ def sample_kernel(
     scores, valid = scores_of(
         tl.sum(queries * keys, 1), 0, 0, row.to(tl.int64), column.to(tl.int64), length, count,
         head_of(mask, batch, query_head, stride_mask_batch, stride_mask_head), stride_mask_row, stride_mask_key, scale,
-        lowest, FOLD, MASKED, False, CAUSAL,
+        lowest, UNSCALED, MASKED, False, CAUSAL,
     )  # fmt: skip
     valid = valid & (scores == scores)
     tl.store(sample + numbers, tl.where(valid, scores, float("nan")))
@@ -163,7 +163,7 @@ def sample_kernel(
 
 @functools.lru_cache
 def collecting(number: int) -> tuple[str, str]:
-    """Writes, in the words of the GPU, how a thread collects those of its scores that lie between two numbers.
+    """Write, in the words of the GPU, how a thread collects those of its scores that lie between two numbers.
 
     In Triton's words each score would first travel to another thread, and an address be made for each, for the few that
     there are to collect.
@@ -200,7 +200,7 @@ def collecting(number: int) -> tuple[str, str]:
 
 @triton.jit
 def greatest(one, other):
-    """The greater of two numbers, or NaN."""
+    """Return the greater of two numbers, or NaN."""
     return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -208,18 +208,18 @@ def greatest(one, other):
 def count_tiles(
     up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
     stride_mask_key, start_row, first, last, length, count, scale, lowest, low, high, filled, part, room,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, FEATURES: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLLECT: tl.constexpr,
     OPERANDS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Goes over the keys from ``first`` to ``last`` for one tile of queries; see :func:`count_kernel`."""
+    """Go over the keys from ``first`` to ``last`` for one tile of queries; see :func:`count_kernel`."""
     rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
     there = start_row + rows < length
     for start in range(first, last, KEYS):
         key_rows = rows_of(key_head, stride_key_row, start, count, BOUNDS, KEYS, FEATURES, BLOCK_FEATURES)
         scores, valid = scores_of(
             score_products(queries, tl.trans(key_rows)), start_row, start, rows, keys, length, count, mask_head,
-            stride_mask_row, stride_mask_key, scale, lowest, FOLD, MASKED, BOUNDS, CAUSAL,
+            stride_mask_row, stride_mask_key, scale, lowest, UNSCALED, MASKED, BOUNDS, CAUSAL,
         )  # fmt: skip
         valid = valid & there
         scores = tl.where(valid, scores, float("inf"))  # which is in no bracket, and is no NaN
@@ -247,12 +247,12 @@ def count_kernel(
     stride_key_batch, stride_key_head, stride_key_row,
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
     batches, heads, group, length, count, scale, lowest, margin, room, known,
-    FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SAMPLES: tl.constexpr, FEATURES: tl.constexpr,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SAMPLES: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLLECT: tl.constexpr,
     OPERANDS: tl.constexpr, TOGETHER: tl.constexpr, COLLECT_REST: tl.constexpr, OPERANDS_REST: tl.constexpr,
     TOGETHER_REST: tl.constexpr,
 ):  # fmt: skip
-    """Counts all scores, and collects those strictly within the bracket.
+    """Count all scores, and collect those strictly within the bracket.
 
     ``known`` is how many scores count, where no mask decides.
     """
@@ -280,12 +280,12 @@ def count_kernel(
         up_to_low, counted, worst = count_tiles(
             up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
             stride_mask_key, start_row, 0, whole, length, count, scale, lowest, low, high, own, part, room,
-            FOLD, MASKED, False, False, FEATURES, BLOCK_FEATURES, ROWS, KEYS, COLLECT, OPERANDS, TOGETHER,
+            UNSCALED, MASKED, False, False, FEATURES, BLOCK_FEATURES, ROWS, KEYS, COLLECT, OPERANDS, TOGETHER,
         )  # fmt: skip
         up_to_low, counted, worst = count_tiles(
             up_to_low, counted, worst, queries, key_head, mask_head, stride_key_row, stride_mask_row,
             stride_mask_key, start_row, whole, end, length, count, scale, lowest, low, high, own, part, room,
-            FOLD, MASKED, True, CAUSAL, FEATURES, BLOCK_FEATURES, ROWS, STEP, COLLECT if CAUSAL else COLLECT_REST,
+            UNSCALED, MASKED, True, CAUSAL, FEATURES, BLOCK_FEATURES, ROWS, STEP, COLLECT if CAUSAL else COLLECT_REST,
             OPERANDS if CAUSAL else OPERANDS_REST, TOGETHER if CAUSAL else TOGETHER_REST,
         )  # fmt: skip
     tl.atomic_add(counters + UP_TO_LOW, tl.sum(up_to_low.to(tl.int64), 0))
@@ -300,7 +300,7 @@ def count_kernel(
 
 @triton.jit
 def histogram_of(scores, valid, prefix, DIGIT: tl.constexpr, SIZE: tl.constexpr):
-    """Counts the values of a digit among the scores whose digits before it are the prefix."""
+    """Count the values of a digit among the scores whose digits before it are the prefix."""
     numbers = tl.reshape(number_of(scores), [SIZE])
     matching = tl.reshape(valid, [SIZE])
     if DIGIT > 0:
@@ -318,10 +318,10 @@ def digit_kernel(
     stride_key_batch, stride_key_head, stride_key_row,
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
     batches, heads, group, length, count, scale, lowest, room,
-    DIGIT: tl.constexpr, FOLD: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, FEATURES: tl.constexpr,
+    DIGIT: tl.constexpr, UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Makes the histogram of one digit, over the scores collected or over all."""
+    """Make the histogram of one digit, over the scores collected or over all."""
     broken, only, inside, rank = plan(counters, filled, room)
     prefix, rank, _ = digits_found(histograms, rank, DIGIT)
     totals = tl.zeros([VALUES], tl.int64)
@@ -355,7 +355,7 @@ def digit_kernel(
                 key_rows = rows_of(key_head, stride_key_row, start, count, True, KEYS, FEATURES, BLOCK_FEATURES)
                 scores, valid = scores_of(
                     score_products(queries, tl.trans(key_rows)), start_row, start, rows, keys, length, count, mask_head,
-                    stride_mask_row, stride_mask_key, scale, lowest, FOLD, MASKED, True, CAUSAL,
+                    stride_mask_row, stride_mask_key, scale, lowest, UNSCALED, MASKED, True, CAUSAL,
                 )  # fmt: skip
                 valid = valid & (start_row + rows < length)
                 totals += histogram_of(scores, valid, prefix, DIGIT, ROWS * KEYS)
@@ -365,7 +365,7 @@ def digit_kernel(
 
 @triton.jit
 def result_kernel(sample, counters, filled, histograms, median, ties, margin, room, SAMPLES: tl.constexpr):
-    """Writes the median, and how many scores are equal to it."""
+    """Write the median, and how many scores are equal to it."""
     _, _, value, _ = bracket_of(sample, counters, margin, SAMPLES)
     broken, only, _, rank = plan(counters, filled, room)
     number, _, many = digits_found(histograms, rank, DIGITS)
@@ -388,7 +388,7 @@ def find(
     flags: dict[str, Any],
     tile: dict[str, int],
 ) -> tuple[Tensor, Tensor]:
-    """Finds the median.
+    """Find the median.
 
     Args:
         tensors: Query, key and mask.
@@ -443,7 +443,7 @@ def find(
 
 
 def extent(heads: int, length: int, count: int, rows: int) -> tuple[int, int, int]:
-    """Settles how much is done and kept.
+    """Settle how much is done and kept.
 
     Args:
         heads: Heads of all batch items.

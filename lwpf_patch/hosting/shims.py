@@ -65,7 +65,7 @@ class AppliedShim:
 
     @classmethod
     def apply(cls, shim: Shim, module: ModuleType) -> AppliedShim:
-        """Applies a shim to a module."""
+        """Apply a shim to a module."""
         applied = cls(shim, module.__name__)
         for replacement in shim.replacements(module):
             before = vars(replacement.target).get(replacement.name, _MISSING)
@@ -78,7 +78,7 @@ class AppliedShim:
         return self.shim is shim and self.module == module.__name__
 
     def undo(self) -> None:
-        """Puts back what was there, unless someone else has replaced it since."""
+        """Put back what was there, unless someone else has replaced it since."""
         for replacement, before in reversed(self._replaced):
             if vars(replacement.target).get(replacement.name) is not replacement.value:
                 continue

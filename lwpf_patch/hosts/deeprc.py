@@ -28,7 +28,7 @@ from . import known
 
 
 def forget_in_bags(function: Function) -> list[Splice]:
-    """The paper's two lines around the softmax over the sequences of a bag, which becomes ``self.func_d.normalise``.
+    """Put the paper's two lines around the softmax over the sequences of a bag, and ``func_d.normalise`` in its place.
 
     Anchors: ``attention_weights = torch.softmax(attention_weights, dim=0)`` and, later in the same block, the product
     of the embedded sequences with the weights.
@@ -53,7 +53,7 @@ def forget_in_bags(function: Function) -> list[Splice]:
 
 
 def map_features(function: Function) -> list[Splice]:
-    """The feature map in the last layer of the attention network: its weights are the query, its inputs the keys.
+    """Put the feature map into the last layer of the attention network: its weights are the query, its inputs the keys.
 
     Anchor: ``attention_weights = self.attention_nn(inputs)``.
 
@@ -73,23 +73,23 @@ def map_features(function: Function) -> list[Splice]:
 
 
 def features(module: Any) -> tuple[None, int]:
-    """Returns the number of features that enter the last layer of an attention network; there are no heads."""
+    """Return the number of features that enter the last layer of an attention network; there are no heads."""
     return None, module.attention_nn[-1].in_features
 
 
 def projections(model: Any, module: Any) -> list[str]:
-    """Returns the name of the weight of the last layer, which is the query."""
+    """Return the name of the weight of the last layer, which is the query."""
     return [f"attention_nn.{len(module.attention_nn) - 1}.weight"]
 
 
 def multiply(module: Any, matrix: Any) -> None:
-    """Multiplies the query by Φ^T Φ; the keys have no weight of their own."""
+    """Multiply the query by Φ^T Φ; the keys have no weight of their own."""
     weight = module.attention_nn[-1].weight
     weight.copy_(weight.to(matrix) @ matrix.T @ matrix)
 
 
 def example(module: Any) -> tuple[Any, ...]:
-    """Returns random features of sequences."""
+    """Return random features of sequences."""
     import torch
 
     return (torch.randn(8, module.attention_nn[0].in_features, dtype=torch.float64, device="cpu"),)
@@ -130,7 +130,7 @@ class _PandasWithObjects(ModuleType):
         return getattr(importlib.import_module("pandas"), name)
 
     def read_csv(self, *args: Any, **kwargs: Any) -> Any:
-        """Reads a file as ``pandas.read_csv`` does."""
+        """Read a file as ``pandas.read_csv`` does."""
         pd: Any = importlib.import_module("pandas")
         frame = pd.read_csv(*args, **kwargs)
         return frame.astype({name: object for name, dtype in frame.dtypes.items() if isinstance(dtype, pd.StringDtype)})
@@ -141,7 +141,7 @@ def _pandas_is_new() -> bool:
 
 
 def _answer_yes(question: str = "") -> str:
-    """Asks as ``input`` does, and answers yes where nobody can: ``"y"``, or the first of the words that it offers."""
+    """Ask as ``input`` does, and answer yes where nobody can: ``"y"``, or the first of the words that it offers."""
     try:
         return input(question)
     except EOFError:
@@ -213,7 +213,7 @@ class _DeadBags:
         self.warned = False
 
     def notice(self, func_d: Any, inputs: Any, output: Any) -> None:
-        """Takes note of a bag; a forward hook of func_d."""
+        """Take note of a bag; a forward hook of func_d."""
         import torch
 
         if self.warned or torch.compiler.is_compiling():
@@ -235,7 +235,7 @@ _dead_bags = _DeadBags()
 
 
 def notice_dead_bags(func_d: Any, inputs: Any, output: Any) -> None:
-    """Counts dead bags, for the process; a function of a module, so that the models that hold it can be pickled."""
+    """Count dead bags, for the process; a function of a module, so that the models that hold it can be pickled."""
     _dead_bags.notice(func_d, inputs, output)
 
 

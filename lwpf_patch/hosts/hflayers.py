@@ -27,9 +27,9 @@ _SCORES = "attn_output_weights"
 
 
 def forget_in_update_loop(function: Function) -> list[Splice]:
-    """The paper's two lines in the loop and behind it, and a parameter that brings func_d in; with U-Hop, its map too.
+    """Put the paper's two lines into the loop and behind it, and ``func_d.normalise`` in place of its softmax.
 
-    The softmax of each iteration becomes ``func_d.normalise``.
+    A parameter brings func_d in, and with U-Hop its feature map.
 
     Anchors: ``if xi is None:``, both arms of which hold the softmax of the scores; the product of the dropped-out
     weights with the values; the call of itself through ``handle_torch_function``; and, for the feature map, the product
@@ -87,7 +87,7 @@ def _retrieval(function: Function) -> ast.stmt:
 
 
 def pass_parts(function: Function) -> list[Splice]:
-    """Has every call of hopfield_core_forward pass the module's func_d, and with U-Hop its feature map.
+    """Have every call of hopfield_core_forward pass the module's func_d, and with U-Hop its feature map.
 
     Raises:
         RewriteError: There is none.
@@ -99,7 +99,7 @@ def pass_parts(function: Function) -> list[Splice]:
 
 
 def heads(module: Any) -> tuple[int, int]:
-    """Returns the number of heads and the width of each.
+    """Return the number of heads and the width of each.
 
     Raises:
         SettingsError: The module projects nothing, so that its width is known only when it is called.
@@ -114,7 +114,7 @@ def heads(module: Any) -> tuple[int, int]:
 
 
 def projections(model: Any, module: Any) -> list[str]:
-    """Returns the names of the parameters that make queries and keys.
+    """Return the names of the parameters that make queries and keys.
 
     Raises:
         FoldError: Something stands between a projection and the scores, or a projection is missing or shared.
@@ -136,7 +136,7 @@ def projections(model: Any, module: Any) -> list[str]:
 
 
 def multiply(module: Any, matrix: Any) -> None:
-    """Multiplies the projections of query and key, each of which has the rows of a head together."""
+    """Multiply the projections of query and key, each of which has the rows of a head together."""
     size = matrix.shape[0] * matrix.shape[1]
     if module._qkv_same_embed_dim:
         weights = [module.in_proj_weight[:size], module.in_proj_weight[size : 2 * size]]
@@ -148,7 +148,7 @@ def multiply(module: Any, matrix: Any) -> None:
 
 
 def example(module: Any) -> tuple[Any, ...]:
-    """Returns random patterns: query, key and value."""
+    """Return random patterns: query, key and value."""
     import torch
 
     value = module.pattern_dim if module.value_as_static else module.vdim

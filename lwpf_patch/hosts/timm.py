@@ -11,13 +11,13 @@ from . import known
 
 
 def heads(module: Any) -> tuple[int, int]:
-    """Returns the number of heads and the width of each."""
+    """Return the number of heads and the width of each."""
     width = getattr(module, "head_dim", None) or module.qkv.in_features // module.num_heads
     return module.num_heads, width
 
 
 def projections(model: Any, module: Any) -> list[str]:
-    """Returns the names of the parameters that make queries and keys.
+    """Return the names of the parameters that make queries and keys.
 
     Raises:
         FoldError: A norm stands between projection and scores.
@@ -29,7 +29,7 @@ def projections(model: Any, module: Any) -> list[str]:
 
 
 def multiply(module: Any, matrix: Any) -> None:
-    """Multiplies the projections of query and key, each of which has the rows of a head together."""
+    """Multiply the projections of query and key, each of which has the rows of a head together."""
     size = matrix.shape[0] * matrix.shape[1]
     for tensor in (module.qkv.weight, module.qkv.bias):
         if tensor is not None:
@@ -38,14 +38,14 @@ def multiply(module: Any, matrix: Any) -> None:
 
 
 def example(module: Any) -> tuple[Any, ...]:
-    """Returns random tokens."""
+    """Return random tokens."""
     import torch
 
     return (torch.randn(1, 8, module.qkv.in_features, dtype=torch.float64, device="cpu"),)
 
 
 def refuse_to_fold(model: Any, module: Any) -> list[str]:
-    """Raises FoldError: the rotary embedding stands between."""
+    """Raise FoldError: the rotary embedding stands between."""
     raise FoldError("a rotary embedding stands between the projections and the scores")
 
 

@@ -379,7 +379,7 @@ def detach(instances: Iterable[Any], host: str, names: Iterable[str]) -> None:
 
 
 def warn_of_loss(lost: int, host: str) -> None:
-    """Warns of trained feature maps that are taken away."""
+    """Warn of trained feature maps that are taken away."""
     if lost:
         reporting.warn(
             f"{lost} trained feature maps of {host} were removed with the patch, and their models compute without them "

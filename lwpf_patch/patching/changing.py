@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def request(name: str, settings: Settings) -> None:
-    """Patches a host as ``apply`` does, with settings that have been read already.
+    """Patche a host as ``apply`` does, with settings that have been read already.
 
     Whether the host is installed is not asked: the start-up hook comes before the script's folder is on the path, so
     that is seen when the host is imported.
@@ -47,14 +47,14 @@ def request(name: str, settings: Settings) -> None:
             return
         change(host, settings)
         if before is None:
-            reporting.forget_use(name)
+            reporting.reset_use(name)
 
 
 # --- patching and reverting -----------------------------------------------------------------------------------------
 
 
 def on_import(module: ModuleType) -> None:
-    """Patches a module that has just been imported, or reloaded."""
+    """Patche a module that has just been imported, or reloaded."""
     if module.__name__ == importing.MODULE_OF_MODULES:
         exit_report.listen(module)
         with LOCK:
@@ -259,7 +259,7 @@ def _patch_imported(applied: PatchedHost, module: ModuleType) -> None:
     _swap(applied, located)
     _set_defaults(located, applied)
     if made or not is_new:
-        forget_compiled()
+        discard_compiled()
 
 
 def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replaced: list[CodeType]) -> None:
@@ -283,7 +283,7 @@ def _finish(host: Host, old: PatchedHost | None, new: PatchedHost | None, replac
         if new is None:
             makers.unwatch()
         if before or after:
-            forget_compiled()
+            discard_compiled()
     leaving: frozenset[str] = frozenset()  # parts that are asked for no longer
     if old is not None and new is not None:
         leaving = host.parts(old.settings) - host.parts(new.settings)
@@ -477,7 +477,7 @@ def _attach_missing(applied: PatchedHost) -> None:
         if applied.sites:
             applied.makers.look_for_classes()
             if _attach(applied, applied.sites, replace=False):
-                forget_compiled()
+                discard_compiled()
 
 
 def _swap(applied: PatchedHost, sites: list[PatchedSite], functions: bool = True) -> None:
@@ -523,8 +523,8 @@ def _set_defaults(sites: list[PatchedSite], applied: PatchedHost) -> None:
         }
 
 
-def forget_compiled() -> None:
-    """Makes torch.compile and torch.jit.script look again: both keep what they compiled of a class by its class."""
+def discard_compiled() -> None:
+    """Make torch.compile and torch.jit.script look again: both keep what they compiled of a class by its class."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
@@ -535,7 +535,7 @@ def forget_compiled() -> None:
 
 
 def attach_if_applied(module: nn.Module) -> None:
-    """Gives an instance of a patched class what its host's instances have."""
+    """Give an instance of a patched class what its host's instances have."""
     with LOCK:
         for applied in PATCHED.values():
             applied.makers.attach(module, owners=Owners())

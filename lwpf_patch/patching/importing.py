@@ -65,7 +65,7 @@ class _Watcher:
 
 
 def _importer() -> FrameType | None:
-    """Returns the frame whose import looks for a module; None for a question such as importlib.util.find_spec."""
+    """Return the frame whose import looks for a module; None for a question such as importlib.util.find_spec."""
     frame: FrameType | None = sys._getframe(1)
     imports = False
     while frame is not None and (
@@ -82,7 +82,7 @@ _watcher = _Watcher()
 
 
 def watch(names: Iterable[str], callback: Callable[[ModuleType], None], not_found: Callable[[str, str], None]) -> None:
-    """Has a function called with each module of some names, right after it was imported or reloaded.
+    """Have a function called with each module of some names, right after it was imported or reloaded.
 
     Args:
         names: The names of the modules.
@@ -148,7 +148,7 @@ class _Raiser:
 
 
 def arm(error: BaseException, names: Iterable[str]) -> None:
-    """Makes every import of some modules fail with an error.
+    """Make every import of some modules fail with an error.
 
     An exception in a start-up file is printed and the script runs on; this is how a wrong request stops it.
     """
@@ -156,5 +156,5 @@ def arm(error: BaseException, names: Iterable[str]) -> None:
 
 
 def disarm() -> None:
-    """Undoes :func:`arm`."""
+    """Undo :func:`arm`."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Raiser)]

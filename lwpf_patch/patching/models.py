@@ -103,12 +103,12 @@ def patch_model(
                 lost += is_trained(module._modules[part])
                 delattr(module, part)
     warn_of_loss(lost, ", ".join(dict.fromkeys(found[name][0].name for name in chosen)))
-    changing.forget_compiled()
+    changing.discard_compiled()
     return chosen
 
 
 def unpatch_model(model: nn.Module) -> list[str]:
-    """Undoes :func:`patch_model`: the modules have their own classes again, as they are: patched if their host is.
+    """Undo :func:`patch_model`: the modules have their own classes again, as they are: patched if their host is.
 
     Args:
         model: The model.
@@ -132,7 +132,7 @@ def unpatch_model(model: nn.Module) -> list[str]:
         module.__class__ = _plain_class(type(module))
         changing.attach_if_applied(module)
     warn_of_loss(lost, type(model).__name__)
-    changing.forget_compiled()
+    changing.discard_compiled()
     return names
 
 

@@ -12,7 +12,7 @@ SOFTMAX = "softmax"
 
 
 def forget_around_softmax(function: Function) -> list[Splice]:
-    """Softmax attention over the last dimension, fused or written out or both in branches.
+    """Edit softmax attention over the last dimension, fused or written out or both in branches.
 
     Raises:
         RewriteError: There is none, or some of it has another shape: nothing is patched by halves.
@@ -47,7 +47,7 @@ def map_query(function: Function) -> list[Splice]:
 
 
 def _scored(node: ast.AST) -> tuple[str, str] | None:
-    """Returns the names of query and key where an expression makes scores of them."""
+    """Return the names of query and key where an expression makes scores of them."""
     match node:
         case ast.Call(args=[ast.Name(id=query), ast.Name(id=key), *_]) if called_name(node) == SDPA:
             return query, key
@@ -66,7 +66,7 @@ def sdpa_calls(function: Function) -> list[Splice]:
 
 
 def softmax_lines(function: Function) -> list[Splice]:
-    """The paper's two lines around a softmax that is written out: before it, and before its result meets the values.
+    """Put the paper's two lines around a softmax that is written out: before it, and before its result meets values.
 
     The softmax itself becomes ``self.func_d.normalise``, which is the softmax where no other ``sep`` is asked for.
 
@@ -89,7 +89,7 @@ def softmax_lines(function: Function) -> list[Splice]:
 
 
 def _softmax_of(statement: ast.stmt) -> str | None:
-    """Returns x for the statement ``x = x.softmax(dim=-1)``."""
+    """Return x for the statement ``x = x.softmax(dim=-1)``."""
     match statement:
         case ast.Assign(
             targets=[ast.Name(id=target)],

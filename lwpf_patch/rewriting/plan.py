@@ -71,7 +71,7 @@ class Plan:
         return codes
 
     def diff(self) -> str:
-        """Returns the unified difference, upstream against patched; empty if there is none."""
+        """Return the unified difference, upstream against patched; empty if there is none."""
         name = self.module.replace(".", "/") + ".py"
         lines = difflib.unified_diff(
             self.source.splitlines(keepends=True),
@@ -307,7 +307,7 @@ def _code(code: CodeType, qualname: str) -> CodeType:
 
 
 def tree_hash(node: ast.AST) -> str:
-    """Hashes a function's syntax tree: the same for every formatting, comment, docstring and version of Python."""
+    """Hash a function's syntax tree: the same for every formatting, comment, docstring and version of Python."""
     return hashlib.sha256(_canonical(node).encode()).hexdigest()[:16]
 
 

@@ -38,17 +38,17 @@ class Function:
             self._line_starts.append(self._line_starts[-1] + len(line))
 
     def start(self, node: ast.expr | ast.stmt | ast.arg) -> int:
-        """Returns the byte offset of a node's first character."""
+        """Return the byte offset of a node's first character."""
         return self._line_starts[node.lineno - 1] + node.col_offset
 
     def end(self, node: ast.expr | ast.stmt | ast.arg) -> int:
-        """Returns the byte offset behind a node's last character."""
+        """Return the byte offset behind a node's last character."""
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         return self._line_starts[node.end_lineno - 1] + node.end_col_offset
 
     def line_before(self, statement: ast.stmt, text: str) -> Splice:
-        """Returns the splice that puts a line of its own in front of a statement, equally indented.
+        """Return the splice that puts a line of its own in front of a statement, equally indented.
 
         Raises:
             RewriteError: The statement does not begin its line.
@@ -60,7 +60,7 @@ class Function:
         return Splice(line_start, line_start, f"{indent.decode()}{text}\n")
 
     def new_argument(self, call: ast.Call, text: str) -> Splice:
-        """Returns the splice that adds an argument at the end of a call that has arguments already."""
+        """Return the splice that adds an argument at the end of a call that has arguments already."""
         end = max(self.end(node) for node in [*call.args, *(keyword.value for keyword in call.keywords)])
         return Splice(end, end, f", {text}")
 
@@ -69,7 +69,7 @@ class Function:
         return Splice(self.start(call.func), self.end(call.func), text)
 
     def new_keyword_parameter(self, text: str) -> Splice:
-        """Returns the splice that adds a parameter, by keyword only, to the function.
+        """Return the splice that adds a parameter, by keyword only, to the function.
 
         Raises:
             RewriteError: It has such parameters already, or takes any number of arguments.
@@ -82,12 +82,12 @@ class Function:
         return Splice(end, end, f", *, {text}")
 
     def names(self) -> set[str]:
-        """Returns every name and argument of the function."""
+        """Return every name and argument of the function."""
         names = {node.id for node in self._nodes if isinstance(node, ast.Name)}
         return names | {node.arg for node in self._nodes if isinstance(node, ast.arg)}
 
     def blocks(self) -> Iterator[list[ast.stmt]]:
-        """Yields every list of statements of the function."""
+        """Yield every list of statements of the function."""
         for node in self._nodes:
             for name in ("body", "orelse", "finalbody"):
                 block = getattr(node, name, None)
@@ -95,7 +95,7 @@ class Function:
                     yield block
 
     def calls(self, name: str) -> list[ast.Call]:
-        """Returns the calls of a function or method of this name."""
+        """Return the calls of a function or method of this name."""
         return [n for n in self._nodes if isinstance(n, ast.Call) and called_name(n) == name]
 
 

@@ -55,7 +55,7 @@ class HostFeatureMap(Attached, FeatureMap):
         _register(self)
 
     def take_settings(self, settings: UHop) -> None:
-        """Takes over other settings, and goes on from where it is."""
+        """Take over other settings, and go on from where it is."""
         if self.weight.is_meta:
             self._start_at(settings, 0)
             return
@@ -73,7 +73,7 @@ class HostFeatureMap(Attached, FeatureMap):
         self._set_steps(steps)
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:  # type: ignore[override]
-        """Maps the query so that its products with the keys are those of the mapped patterns.
+        """Map the query so that its products with the keys are those of the mapped patterns.
 
         ``<Φ(q), Φ(k)> = <q Φ^T Φ, k>``: the query alone is multiplied, once, and the keys stay as they are.
 
@@ -94,7 +94,7 @@ class HostFeatureMap(Attached, FeatureMap):
         return _map_query(query, self.gram().to(query.dtype))
 
     def matrix(self) -> Tensor:
-        """Returns the matrix of Φ, I + W; see :meth:`FeatureMap.matrix`.
+        """Return the matrix of Φ, I + W; see :meth:`FeatureMap.matrix`.
 
         Until Stage I has run, the gradient of W is 0 and not missing: the optimizer leaves the identity alone, and DDP
         gets the gradient that it waits for. The values are always those of W, which an average of models may have got
@@ -108,7 +108,7 @@ class HostFeatureMap(Attached, FeatureMap):
         return torch.eye(weight.size(-1), device=weight.device, dtype=weight.dtype) + weight
 
     def _is_frozen(self) -> bool:
-        """Returns whether the script has frozen a map that was to train; such a network stays as it is."""
+        """Return whether the script has frozen a map that was to train; such a network stays as it is."""
         return self._trains and not self.weight.requires_grad
 
     def _set_steps(self, steps: int) -> None:
@@ -125,7 +125,7 @@ class HostFeatureMap(Attached, FeatureMap):
         self._set_steps(self._steps + 1)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Loads a checkpoint; one without Φ means the identity, before Stage I."""
+        """Load a checkpoint; one without Φ means the identity, before Stage I."""
         if not any(prefix + name in state_dict for name in ("weight", "steps")):
             if self.weight.is_meta and rest[0].get("assign_to_params_buffers", False):
                 self.to_empty(device=torch.get_default_device())  # as the rest becomes real
@@ -152,7 +152,7 @@ class HostFeatureMap(Attached, FeatureMap):
         return self
 
     def extra_repr(self) -> str:
-        """Shows the sizes and the settings."""
+        """Show the sizes and the settings."""
         return f"{super().extra_repr()}, {self.settings}"
 
 
@@ -169,7 +169,7 @@ class NoFeatureMap(nn.Module):
         self.host, self.attached = host, attached
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """Returns the query."""
+        """Return the query."""
         return query
 
 
@@ -185,7 +185,7 @@ class FoldedFeatureMap(NoFeatureMap):
 
 
 def without_module(query: Tensor, key: Tensor) -> Tensor:
-    """Stands for a feature map where a host's function is called past the modules that have one.
+    """Stand for a feature map where a host's function is called past the modules that have one.
 
     Raises:
         LwpfError: Always: there is no feature map to use.
@@ -218,7 +218,7 @@ def _map_query(query: Tensor, gram: Tensor) -> Tensor:
 
 
 def _gram_in_full_precision(feature_map: HostFeatureMap, query: Tensor) -> Tensor:
-    """Computes Φ^T Φ in the dtype of Φ under autocast too, and rounds it once, to what the query has."""
+    """Compute Φ^T Φ in the dtype of Φ under autocast too, and round it once, to what the query has."""
     device = query.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -227,7 +227,7 @@ def _gram_in_full_precision(feature_map: HostFeatureMap, query: Tensor) -> Tenso
 
 
 def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
-    """Takes keys from everywhere, the same for all heads: (heads, n, d) or (n, d), n at most ``samples``.
+    """Take keys from everywhere, the same for all heads: (heads, n, d) or (n, d), n at most ``samples``.
 
     They are the same if the pass is computed again, for gradient checkpointing.
 

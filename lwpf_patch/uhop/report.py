@@ -13,7 +13,7 @@ def summary(host: str) -> tuple[int, int]:
 
 
 def report(host: str) -> str | None:
-    """Returns what people should know when the process ends: whose Stage I failed or never ran, and why."""
+    """Return what people should know when the process ends: whose Stage I failed or never ran, and why."""
     reasons = [reason for name, reason in stage_one.FAILURES.values() if name == host]
     if reasons:
         return (

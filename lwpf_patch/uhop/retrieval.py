@@ -21,7 +21,7 @@ def retrieve(
     sep: str | float = "softmax",
     feature_map: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Retrieves stored patterns: ``x <- Ξ Sep(β K(Ξ, x))``, with ``K(ξ, x) = <Φ(ξ), Φ(x)>``.
+    """Retrieve stored patterns: ``x <- Ξ Sep(β K(Ξ, x))``, with ``K(ξ, x) = <Φ(ξ), Φ(x)>``.
 
     U-Hop's Stage II (Wu et al., ICML 2024); without a feature map, a modern Hopfield network (Ramsauer et al., ICLR
     2021), with ``sep="sparsemax"`` a sparse one (Hu et al., NeurIPS 2023). The state is a pattern of the original space

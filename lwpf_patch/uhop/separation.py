@@ -34,7 +34,7 @@ SAFE_EXPONENT = 64.0
 
 
 def separation_loss(patterns: Tensor, t: float = 2.0, kind: str = "average") -> Tensor:
-    """Computes how badly patterns are separated, the loss of U-Hop's Stage I.
+    """Compute how badly patterns are separated, the loss of U-Hop's Stage I.
 
     ``L = log mean_{u != v} exp(-t * ||φ(u) - φ(v)||²)``, where φ divides a pattern by its norm. ``kind="maximum"``
     takes the largest term in place of the mean: ``L = -t * min_{u != v} ||φ(u) - φ(v)||²`` (Wu et al., ICML 2024).
@@ -73,7 +73,7 @@ def separation_loss(patterns: Tensor, t: float = 2.0, kind: str = "average") -> 
 def separation_gradient(
     weight: Tensor, patterns: Tensor, t: float = 2.0, kind: str = "average"
 ) -> tuple[Tensor, Tensor]:
-    """Computes the separation loss of Φ(patterns), Φ = I + W, and its gradient with respect to W: a step of Stage I.
+    """Compute the separation loss of Φ(patterns), Φ = I + W, and its gradient with respect to W: a step of Stage I.
 
     For those who do something to the gradient before they use it, such as averaging it over processes. It is computed
     directly: nothing is recorded for autograd, and no ``.grad`` is touched.
@@ -143,11 +143,11 @@ class FeatureMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Makes Φ the identity."""
+        """Make Φ the identity."""
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps patterns.
+        """Map patterns.
 
         Args:
             x: (..., d), or (..., heads, N, d) for a map with heads.
@@ -158,11 +158,11 @@ class FeatureMap(nn.Module):
         return x + x @ self.weight.transpose(-2, -1)
 
     def matrix(self) -> Tensor:
-        """Returns the matrix of Φ, I + W: (d, d) or (heads, d, d)."""
+        """Return the matrix of Φ, I + W: (d, d) or (heads, d, d)."""
         return torch.eye(self.weight.shape[-1], device=self.weight.device, dtype=self.weight.dtype) + self.weight
 
     def gram(self) -> Tensor:
-        """Returns Φ^T Φ: (d, d) or (heads, d, d). ``<Φ(q), Φ(k)> = q^T (Φ^T Φ) k``, so one side alone can be mapped."""
+        """Return Φ^T Φ: (d, d) or (heads, d, d). ``<Φ(q), Φ(k)> = q^T (Φ^T Φ) k``, so one side alone can be mapped."""
         matrix = self.matrix()
         return matrix.transpose(-2, -1) @ matrix
 
@@ -176,7 +176,7 @@ class FeatureMap(nn.Module):
         kind: str = "average",
         progress: bool = False,
     ) -> Tensor:
-        """Runs Stage I: gradient descent on the separation loss of Φ(patterns), over W and from where W is.
+        """Run Stage I: gradient descent on the separation loss of Φ(patterns), over W and from where W is.
 
         Nothing but W changes, whether or not it requires a gradient: no ``.grad``, not the patterns, no state of an
         optimizer. Computed in float32 at least. Where it raises, W keeps its old value.
@@ -222,7 +222,7 @@ class FeatureMap(nn.Module):
         return result
 
     def extra_repr(self) -> str:
-        """Shows the sizes."""
+        """Show the sizes."""
         heads = f", heads={self.weight.shape[0]}" if self.weight.dim() == 3 else ""
         return f"{self.weight.shape[-1]}{heads}"
 
@@ -249,7 +249,7 @@ class _SeparationLoss(torch.autograd.Function):
 
 
 def _plain_loss(patterns: Tensor, t: float, kind: str) -> Tensor:
-    """Computes the loss of patterns (..., M, d) by operators that can be transformed and differentiated without end."""
+    """Compute the loss of patterns (..., M, d) by operators that can be transformed and differentiated without end."""
     with _without_autocast(patterns.device):
         patterns = patterns.to(_wide(patterns.dtype))
         count = patterns.shape[-2]
@@ -275,7 +275,7 @@ def _gradient_of_weight(
 
 
 def _pattern_loss(patterns: Tensor, t: float, kind: str, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Computes the loss of patterns (..., M, d) and, if wanted, its gradient with respect to them."""
+    """Compute the loss of patterns (..., M, d) and, if wanted, its gradient with respect to them."""
     *lead, count, dim = patterns.shape
     flat = patterns.reshape(math.prod(lead), count, dim)
     # The largest entry is divided out first, or squares overflow and vanish where the entries do not.
@@ -293,7 +293,7 @@ def _pattern_loss(patterns: Tensor, t: float, kind: str, with_gradient: bool) ->
 
 
 def _average(directions: Tensor, t: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Computes the loss "average" of directions (B, M, d), and its gradient with respect to them.
+    """Compute the loss "average" of directions (B, M, d), and its gradient with respect to them.
 
     With p_uv a pair's part of the mean, the gradient for u is ``4 t sum_v p_uv (v - u)``.
     """
@@ -324,7 +324,7 @@ def _average(directions: Tensor, t: float, with_gradient: bool) -> tuple[Tensor,
 
 
 def _maximum(directions: Tensor, t: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Computes the loss "maximum" of directions (B, M, d), and its gradient with respect to them.
+    """Compute the loss "maximum" of directions (B, M, d), and its gradient with respect to them.
 
     Distances from similarities are good enough to find the pairs that may be the nearest. Theirs are then computed
     again from differences, which alone are exact for patterns that are almost the same, or as far apart as others.
@@ -350,7 +350,7 @@ def _maximum(directions: Tensor, t: float, with_gradient: bool) -> tuple[Tensor,
 
 
 def _centre(directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns directions as differences from their mean, and their squared norms.
+    """Return directions as differences from their mean, and their squared norms.
 
     Distances stay what they are, but where all patterns point about the same way, as images do, fewer digits cancel.
     """
@@ -359,7 +359,7 @@ def _centre(directions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tiles(centred: Tensor, squares: Tensor, factor: float) -> Iterator[tuple[int, int, Tensor]]:
-    """Gives the squared distances of all pairs, times a factor, tile by tile.
+    """Give the squared distances of all pairs, times a factor, tile by tile.
 
     Args:
         centred: (B, M, d).
@@ -382,7 +382,7 @@ def _tiles(centred: Tensor, squares: Tensor, factor: float) -> Iterator[tuple[in
 
 
 def _rough_minimum(centred: Tensor, squares: Tensor) -> Tensor:
-    """Returns the least squared distance (B,) of a pair, as exact as similarities give it."""
+    """Return the least squared distance (B,) of a pair, as exact as similarities give it."""
     nearest = torch.full_like(squares[:, 0], math.inf)
     for start, stop, distances in _tiles(centred, squares, 1.0):
         distances[..., : stop - start].diagonal(dim1=-2, dim2=-1).fill_(math.inf)
@@ -393,7 +393,7 @@ def _rough_minimum(centred: Tensor, squares: Tensor) -> Tensor:
 def _pairs_within(
     directions: Tensor, centred: Tensor, squares: Tensor, limit: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Gives the pairs whose squared distance is at most about ``limit`` (B,), each once and some at a time.
+    """Give the pairs whose squared distance is at most about ``limit`` (B,), each once and some at a time.
 
     Yields:
         The number b of the batch item and those of the patterns, u and v, as indices (P,); and u - v, (P, d).
@@ -408,12 +408,12 @@ def _pairs_within(
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype to compute in."""
+    """Return the dtype to compute in."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Keeps autocast from computing similarities in half precision."""
+    """Keep autocast from computing similarities in half precision."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

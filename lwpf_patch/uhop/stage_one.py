@@ -26,7 +26,7 @@ FAILURES: dict[int, tuple[str, str]] = {}
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Counts the step of an optimizer for the feature maps that it trains, and runs Stage I for those that are due."""
+    """Count the step of an optimizer for the feature maps that it trains, and run Stage I for those that are due."""
     waiting = [each for each in MAPS if each._steps < each.settings.last and not each.steps.is_meta]
     if not waiting:
         return
@@ -57,7 +57,7 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def _is_trained_by(feature_map: HostFeatureMap, optimizer: Any, trained: set[int]) -> bool:
-    """Returns whether an optimizer's steps are those that count for a feature map."""
+    """Return whether an optimizer's steps are those that count for a feature map."""
     if feature_map._is_frozen():
         return False
     if not feature_map._trains:  # in none: that of the first step that finds keys
@@ -84,7 +84,7 @@ _followed: "weakref.WeakKeyDictionary[HostFeatureMap, Any]" = weakref.WeakKeyDic
 
 
 def _check_kind(feature_map: HostFeatureMap) -> None:
-    """Refuses what shards or replaces parameters, so that Stage I has no whole Φ to work on.
+    """Refuse what shards or replaces parameters, so that Stage I has no whole Φ to work on.
 
     Raises:
         LwpfError: Φ is no ordinary parameter any more.
@@ -103,7 +103,7 @@ def _check_kind(feature_map: HostFeatureMap) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator] # where the optimizer's step is compiled
 @torch.no_grad()
 def run_stage_one(maps: list[HostFeatureMap]) -> None:
-    """Runs Stage I on the sampled keys, for all layers side by side; under DDP with gradients averaged over the ranks.
+    """Run Stage I on the sampled keys, for all layers side by side; under DDP with gradients averaged over the ranks.
 
     An error on one rank is an error on all: until the end they tell each other with the gradients, so that none waits
     for one that has left, and either all maps change or none does.
@@ -207,7 +207,7 @@ def _are_alike(keys: Tensor) -> bool:
 
 
 def _step(weight: Tensor, keys: Tensor, settings: UHop) -> tuple[Tensor, Tensor]:
-    """Returns loss and gradient; 0 where there is no pair, so that all processes take part in every step."""
+    """Return loss and gradient; 0 where there is no pair, so that all processes take part in every step."""
     if keys.shape[-2] < 2:
         return weight.new_zeros(()), torch.zeros_like(weight)
     return separation_gradient(weight, keys, settings.t, settings.loss)
@@ -242,7 +242,7 @@ def _dtype_of_keys(feature_map: HostFeatureMap) -> torch.dtype:
 
 
 def _different(feature_map: HostFeatureMap) -> Tensor:
-    """Returns the sampled keys without repetitions, (heads, M, d) or (M, d), in float32 at least.
+    """Return the sampled keys without repetitions, (heads, M, d) or (M, d), in float32 at least.
 
     Stored patterns that are parameters are repeated for each item of a batch, and nothing can separate them.
     """
@@ -283,7 +283,7 @@ def _count_ranks(names: str, device: torch.device) -> None:
 
 
 def _averaged(gradients: list[Tensor], failure: Exception | None, names: str) -> list[Tensor]:
-    """Averages over the processes, so that Φ stays the same on all of them; and tells all if one has failed.
+    """Average over the processes, so that Φ stays the same on all of them; and tell all if one has failed.
 
     Raises:
         Exception: ``failure``, if that is what happened on this rank.

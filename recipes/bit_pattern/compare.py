@@ -16,11 +16,11 @@ class BitPattern(Recipe):
     """The comparison of one of train.py's networks."""
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the choice of the network."""
+        """Add the choice of the network."""
         parser.add_argument("--network", default="pooling-adapted", help="see train.py's --help (default: %(default)s)")
 
     def command(self, options: argparse.Namespace, seed: int, folder: Path, quiet: bool) -> list[str]:
-        """Passes it on."""
+        """Pass it on."""
         return [*super().command(options, seed, folder, quiet), f"--network={options.network}"]
 
 

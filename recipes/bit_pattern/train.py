@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--network",
@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """Reads a whole number of at least 1."""
+    """Read a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -116,7 +116,7 @@ def positive(text: str) -> int:
 
 
 def load_data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws the bags.
+    """Draw the bags.
 
     Args:
         seed: What the bags depend on.
@@ -139,7 +139,7 @@ def load_data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def build_network(name: str, train_bags: Tensor) -> nn.Sequential:
-    """Builds one of the networks, which ends in one logit per bag.
+    """Build one of the networks, which ends in one logit per bag.
 
     Args:
         name: Which one.
@@ -167,7 +167,7 @@ def build_network(name: str, train_bags: Tensor) -> nn.Sequential:
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, bags: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Returns the loss and the accuracy over all bags, taken as one batch."""
+    """Return the loss and the accuracy over all bags, taken as one batch."""
     network.eval()
     logits = network(bags)
     loss = F.binary_cross_entropy_with_logits(logits, targets).item()

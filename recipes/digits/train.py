@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--epochs", type=positive, default=30, help="passes over the training set (default: %(default)s)"
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """Reads a whole number of at least 1."""
+    """Read a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -107,7 +107,7 @@ def positive(text: str) -> int:
 
 
 def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loads the digits.
+    """Load the digits.
 
     Returns:
         Training images (N, 1, 8, 8) and labels, test images and labels; standardised by the training images.
@@ -123,7 +123,7 @@ def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def build_model() -> VisionTransformer:
-    """Builds a vision transformer that sees each image as 16 patches of 2x2 pixels."""
+    """Build a vision transformer that sees each image as 16 patches of 2x2 pixels."""
     model = VisionTransformer(
         img_size=8,
         patch_size=2,
@@ -144,7 +144,7 @@ def build_model() -> VisionTransformer:
 
 
 def warm_up_and_cosine(steps: int) -> Callable[[int], float]:
-    """Returns the factor of the learning rate at each step: a linear warm-up, then half a cosine down to 0."""
+    """Return the factor of the learning rate at each step: a linear warm-up, then half a cosine down to 0."""
     warm_up = math.ceil(WARM_UP_FRACTION * steps)
 
     def factor(step: int) -> float:
@@ -157,7 +157,7 @@ def warm_up_and_cosine(steps: int) -> Callable[[int], float]:
 
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Returns the loss and the accuracy over all images, taken as one batch."""
+    """Return the loss and the accuracy over all images, taken as one batch."""
     model.eval()
     logits = model(images)
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()

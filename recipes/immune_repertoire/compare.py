@@ -56,7 +56,7 @@ class ImmuneRepertoire(Recipe):
     """The comparison on one of DeepRC's scripts."""
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Adds what to train, and on which data."""
+        """Add what to train, and on which data."""
         parser.add_argument(
             "--evaluate-at", type=positive, metavar="N", help="evaluate every N updates (default: a tenth of them)"
         )
@@ -82,7 +82,7 @@ class ImmuneRepertoire(Recipe):
         )
 
     def prepare(self, options: argparse.Namespace, shared: Path) -> None:
-        """Writes the data of the example, which looks for them beside its working directory."""
+        """Write the data of the example, which looks for them beside its working directory."""
         if options.script == EXAMPLE:
             repertoires = implanted() if options.data == "implanted" else downloaded(options.output / "DeepRC")
             write_dataset(Path(shared, *DATASET.parts[1:]), *repertoires)
@@ -102,7 +102,7 @@ class ImmuneRepertoire(Recipe):
         return {**self.read(folder, stdout), "warned": warned}, messages
 
     def command(self, options: argparse.Namespace, seed: int, folder: Path, quiet: bool) -> list[str]:
-        """Has the script run as a module; it writes its log and its model into the working directory."""
+        """Have the script run as a module; it writes its log and its model into the working directory."""
         settings = {
             "device": options.device,
             "n_updates": options.updates,
@@ -113,7 +113,7 @@ class ImmuneRepertoire(Recipe):
         return ["-m", options.script, *(f"--{name}={value}" for name, value in settings.items()), *more]
 
     def read(self, folder: Path, stdout: str) -> Run:
-        """Reads the scores that the script printed."""
+        """Read the scores that the script printed."""
         updates: dict[int, dict[str, Any]] = {}
         for name, update, text in LOGGED.findall(stdout):
             entry = updates.setdefault(int(update), {"update": int(update)})
@@ -137,14 +137,14 @@ class ImmuneRepertoire(Recipe):
         }
 
     def summarise(self, runs: Runs) -> dict[str, dict[str, Any]]:
-        """Counts the seeds that lwpf_patch warned of and those that were dead as well."""
+        """Count the seeds that lwpf_patch warned of and those that were dead as well."""
         summary = super().summarise(runs)
         for variant, repeats in runs.items():
             summary[variant] |= {key: sum(run[key] for run in repeats) for key in ("warned", "dead")}
         return summary
 
     def table(self, summary: dict[str, dict[str, Any]]) -> str:
-        """Returns the summary as text."""
+        """Return the summary as text."""
         metrics = [metric for metric in self.metrics if metric.key in SHOWN]
         widths = [max(15, len(metric.name) + 2) for metric in metrics]
         columns = "".join(f"{metric.name:>{width}}" for metric, width in zip(metrics, widths, strict=True))
@@ -162,7 +162,7 @@ class ImmuneRepertoire(Recipe):
         return "\n".join(lines)
 
     def verdicts(self, options: argparse.Namespace, runs: Runs, summary: dict[str, dict[str, Any]]) -> list[str]:
-        """Says what the figures are good for.
+        """Say what the figures are good for.
 
         Random repertoires can be learned by heart only, so there it is the training set that counts. A difference
         stands out if it is larger than the distance between the best and the worst seed of either variant.
@@ -190,14 +190,14 @@ class ImmuneRepertoire(Recipe):
         return [f"{sentence}."]
 
     def heading(self, options: argparse.Namespace) -> str:
-        """Names the script, and the example's data."""
+        """Name the script, and the example's data."""
         title = f"DeepRC's {options.script.rpartition('.')[2]}"
         if options.script == EXAMPLE:
             title += f" on {'random' if options.data == 'example' else 'implanted'} repertoires"
         return title
 
     def plot(self, options: argparse.Namespace, runs: Runs) -> Figure:
-        """Draws the learning curves, with a thin line for each seed: means alone would hide that some are dead."""
+        """Draw the learning curves, with a thin line for each seed: means alone would hide that some are dead."""
         figure = super().plot(options, runs)
         for axes, curve in zip(figure.axes, self.curves, strict=True):
             for variant in self.variants:
@@ -239,12 +239,12 @@ RECIPE = ImmuneRepertoire(
 
 
 def scores(text: str) -> dict[str, float]:
-    """Reads the scores of the first task from a dictionary as DeepRC prints it."""
+    """Read the scores of the first task from a dictionary as DeepRC prints it."""
     return {name: float(value) for name, value in NUMBER.findall(text.partition("}")[0]) if name in SCORES}
 
 
 def named(part: str, figures: dict[str, float]) -> dict[str, float]:
-    """Puts the name of the set in front of the scores' own."""
+    """Put the name of the set in front of the scores' own."""
     return {f"{part}_{name}": value for name, value in figures.items()}
 
 
@@ -252,7 +252,7 @@ def named(part: str, figures: dict[str, float]) -> dict[str, float]:
 
 
 def downloaded(checkout: Path) -> tuple[list[list[str]], list[str]]:
-    """Reads the example data from DeepRC's repository, which is cloned unless it is there.
+    """Read the example data from DeepRC's repository, which is cloned unless it is there.
 
     Returns:
         The sequences of each repertoire, and "+" or "-" for each.
@@ -276,13 +276,13 @@ def downloaded(checkout: Path) -> tuple[list[list[str]], list[str]]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Reads a file of tab-separated values."""
+    """Read a file of tab-separated values."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
 def implanted(count: int = 100, sequences: int = 200, witness_rate: float = 0.05) -> tuple[list[list[str]], list[str]]:
-    """Generates random repertoires, every other one with a motif in some of its sequences.
+    """Generate random repertoires, every other one with a motif in some of its sequences.
 
     Args:
         count: How many repertoires.
@@ -308,7 +308,7 @@ def implanted(count: int = 100, sequences: int = 200, witness_rate: float = 0.05
 
 
 def write_dataset(folder: Path, repertoires: Sequence[Sequence[str]], labels: Sequence[str]) -> None:
-    """Writes a dataset as DeepRC's example reads it: a table of labels and an HDF5 container.
+    """Write a dataset as DeepRC's example reads it: a table of labels and an HDF5 container.
 
     DeepRC could make the container itself, from the tables of its repository, but then would read the same repertoire
     100 times: of each name it looks at the suffix alone (``os.path.splitext(name)[-1]`` in its dataset_readers), which

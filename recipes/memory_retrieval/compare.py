@@ -64,7 +64,7 @@ class Method:
     weights: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
     def recall(self, memory: Tensor, query: Tensor, beta: float, phi: FeatureMap | None) -> Tensor:
-        """Makes one update of each query (N, d) with the memory (M, d)."""
+        """Make one update of each query (N, d) with the memory (M, d)."""
         if self.weights is None:
             return retrieve(memory, query, beta, sep=self.sep, feature_map=phi)
         keys, states = (memory, query) if phi is None else (phi(memory), phi(query))
@@ -72,18 +72,18 @@ class Method:
 
 
 def polynomial(keys: Tensor, states: Tensor, beta: float) -> Tensor:
-    """Weighs by the tenth power of the similarity, divided by their sum, from which beta cancels."""
+    """Weigh by the tenth power of the similarity, divided by their sum, from which beta cancels."""
     smallest = torch.finfo(keys.dtype).tiny  # a similarity of 0 has no logarithm
     return (POWER * (states @ keys.mT).abs().clamp(min=smallest).log()).softmax(-1)
 
 
 def equally(keys: Tensor, states: Tensor, beta: float) -> Tensor:
-    """Weighs all stored patterns alike."""
+    """Weigh all stored patterns alike."""
     return keys.new_full((len(states), len(keys)), 1 / len(keys))
 
 
 def by_distance(norm: float) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """Returns the softmax of -beta times the distance in a norm."""
+    """Return the softmax of -beta times the distance in a norm."""
     return lambda keys, states, beta: (-beta * torch.cdist(states, keys, p=norm)).softmax(-1)
 
 
@@ -179,7 +179,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what depends on --quick is settled here."""
+    """Read the command line; what depends on --quick is settled here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data",
@@ -225,17 +225,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def memory_size(options: argparse.Namespace, data: str) -> int:
-    """Returns how many patterns are stored where that is not varied."""
+    """Return how many patterns are stored where that is not varied."""
     return options.memory_size or (20 if options.quick else 50 if data == "digits" else 100)
 
 
 def beta_of(options: argparse.Namespace, data: str) -> float:
-    """Returns the inverse temperature where it is not varied."""
+    """Return the inverse temperature where it is not varied."""
     return BETAS[data] if options.beta is None else options.beta
 
 
 def load(data: str, downloads: Path) -> Tensor:
-    """Loads all patterns of a data set.
+    """Load all patterns of a data set.
 
     Returns:
         (N, d), from 0 to 1.
@@ -267,7 +267,7 @@ def load(data: str, downloads: Path) -> Tensor:
 
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> list[Row]:
-    """Runs all experiments.
+    """Run all experiments.
 
     Returns:
         A row for each method with and without U-Hop, at each point of each experiment, for each seed.
@@ -286,7 +286,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def run_seed(options: argparse.Namespace, data: str, patterns: Tensor, seed: int) -> Iterator[list[Row]]:
-    """Gives the rows of all experiments with one seed, point by point."""
+    """Give the rows of all experiments with one seed, point by point."""
     generator = torch.Generator().manual_seed(seed)
     patterns = patterns[torch.randperm(len(patterns), generator=generator)]
     beta = beta_of(options, data)
@@ -314,13 +314,13 @@ def run_seed(options: argparse.Namespace, data: str, patterns: Tensor, seed: int
 
 
 def separated(phi: FeatureMap, memory: Tensor, iters: int, options: argparse.Namespace) -> FeatureMap:
-    """Runs Stage I, from where Φ is."""
+    """Run Stage I, from where Φ is."""
     phi.separate(memory, iters, options.t, options.lr, options.loss)
     return phi
 
 
 def drop_half(memory: Tensor, generator: torch.Generator) -> Tensor:
-    """Sets half of the pixels to 0, each by a coin of its own."""
+    """Set half of the pixels to 0, each by a coin of its own."""
     return memory * (torch.rand(memory.shape, generator=generator) < 0.5)
 
 
@@ -335,7 +335,7 @@ def compare(
     beta: float,
     seed: int,
 ) -> list[Row]:
-    """Measures all methods at one point, with each feature map (and its iterations)."""
+    """Measure all methods at one point, with each feature map (and its iterations)."""
     rows = []
     for iterations, phi in maps:
         loss = separation_loss(memory if phi is None else phi(memory)).item()
@@ -352,7 +352,7 @@ def compare(
 
 
 def summarise(rows: list[Row]) -> list[dict[str, object]]:
-    """Returns mean and standard deviation over the seeds, for each point of each line."""
+    """Return mean and standard deviation over the seeds, for each point of each line."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.data, row.experiment, row.method, row.uhop, row.x), []).append(row)
@@ -368,7 +368,7 @@ def summarise(rows: list[Row]) -> list[dict[str, object]]:
 
 
 def line(summary: list[dict], data: str, experiment: str, method: str, uhop: bool) -> list[dict]:
-    """Returns the points of one line."""
+    """Return the points of one line."""
     wanted = {"data": data, "experiment": experiment, "method": method, "uhop": uhop}
     return [entry for entry in summary if all(entry[name] == value for name, value in wanted.items())]
 
@@ -376,7 +376,7 @@ def line(summary: list[dict], data: str, experiment: str, method: str, uhop: boo
 def table(
     summary: list[dict], data: str, experiment: str, figure: str, factor: float = 1, decimals: int = 2
 ) -> Iterator[str]:
-    """Gives the lines of the table of one experiment."""
+    """Give the lines of the table of one experiment."""
     points = [entry["x"] for entry in line(summary, data, experiment, "dense", True)]
     yield f"{'':<24}" + "".join(f"{point:>16g}" for point in points)
     for name in METHODS:
@@ -389,7 +389,7 @@ def table(
 
 
 def report(summary: list[dict], data: str, options: argparse.Namespace) -> str:
-    """Returns the tables of one data set as text."""
+    """Return the tables of one data set as text."""
     lines = [
         f"{data}: squared error, mean ± standard deviation over {options.seeds} seeds; beta {beta_of(options, data)}"
     ]
@@ -415,7 +415,7 @@ def report(summary: list[dict], data: str, options: argparse.Namespace) -> str:
 
 
 def plot(summary: list[dict], data: str, options: argparse.Namespace) -> Figure:
-    """Draws the experiments of one data set; error bars are standard deviations over the seeds."""
+    """Draw the experiments of one data set; error bars are standard deviations over the seeds."""
     figure = Figure(figsize=(16, 9), layout="constrained")
     *panels, legend = figure.subplots(2, 3).flat
     for axes, (experiment, (label, title)) in zip(panels, EXPERIMENTS.items(), strict=True):
@@ -452,7 +452,7 @@ def plot(summary: list[dict], data: str, options: argparse.Namespace) -> Figure:
 
 
 def draw(axes: Axes, entries: list[dict], method: Method, uhop: bool, over: str) -> None:
-    """Draws a line: solid without U-Hop, dashed with it; faint over the separation loss, which goes back and forth."""
+    """Draw a line: solid without U-Hop, dashed with it; faint over the separation loss, which goes back and forth."""
     scattered = over == "separation_loss"
     if not method.marker:  # it depends on nothing that is varied
         axes.plot(*([entry[name] for entry in entries] for name in (over, "error")), color=method.colour,

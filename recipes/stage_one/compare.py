@@ -39,7 +39,7 @@ class StageOne(Recipe):
     arguments: tuple[str, ...] = ()
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Adds what to train, and the settings of Stage I."""
+        """Add what to train, and the settings of Stage I."""
         parser.add_argument(
             "--task", choices=(*TASKS, BOTH), default=BOTH, help="which script to train with (default: %(default)s)"
         )
@@ -52,7 +52,7 @@ class StageOne(Recipe):
         parser.add_argument("--relu", action="store_true", help="also train LwPF's ReLU, without and with U-Hop")
 
     def for_options(self, options: argparse.Namespace) -> StageOne:
-        """Returns the recipe with the variants that the command line asks for."""
+        """Return the recipe with the variants that the command line asks for."""
         bilevel = f"{options.uhop},every={self.epoch_steps}"  # until= is then the tenth epoch
         variants = [
             Variant(PLAIN, "plain attention", "#000000", "-"),
@@ -85,7 +85,7 @@ class StageOne(Recipe):
         return run, [line for line in STAGE_ONE.sub("", stderr).splitlines() if line]
 
     def summarise(self, runs: Runs) -> dict[str, dict[str, Any]]:
-        """Adds the separation loss before and after each Stage I, the mean over layers and seeds."""
+        """Add the separation loss before and after each Stage I, the mean over layers and seeds."""
         summary = super().summarise(runs)
         for variant, repeats in runs.items():
             if not repeats[0]["stage_one"]:
@@ -98,7 +98,7 @@ class StageOne(Recipe):
         return summary
 
     def verdicts(self, options: argparse.Namespace, runs: Runs, summary: dict[str, dict[str, Any]]) -> list[str]:
-        """Judges the end and the way there, and says what Stage I did to the separation loss."""
+        """Judge the end and the way there, and say what Stage I did to the separation loss."""
         parts = []
         for variant, row in summary.items():
             passes = row.get("separation_loss", [])
@@ -119,7 +119,7 @@ class StageOne(Recipe):
 
 
 def stage_one(stderr: str) -> list[dict[str, Any]]:
-    """Reads what lwpf_patch said: for each Stage I the step and, by layer, the separation loss before and after."""
+    """Read what lwpf_patch said: for each Stage I the step and, by layer, the separation loss before and after."""
     passes = []
     for step, layers in STAGE_ONE.findall(stderr):
         pairs = [layer.split(" -> ") for layer in layers.split(", ")]
@@ -168,7 +168,7 @@ TASKS = {
 
 
 def main() -> None:
-    """Compares on one script after the other."""
+    """Compare on one script after the other."""
     options = parse_arguments(dataclasses.replace(DIGITS, name="stage_one"))  # the folder of both
     for name, recipe in TASKS.items():
         if options.task in (name, BOTH):

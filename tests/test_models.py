@@ -22,12 +22,15 @@ def test_one_model_alone(func_d, model_name):
     plain, other_plain, text = model(x), other(x), repr(model)
     with lwpf_patch.patched("timm", func_d=func_d):
         expected = model(x)
-    code = Attention.forward.__code__
+    cls = type(model.blocks[0].attn)
+    assert cls.__name__ == model_name
+    code = cls.forward.__code__
     assert patch_model(model, func_d=func_d) == ["blocks.0.attn", "blocks.1.attn"]
-    assert Attention.forward.__code__ is code
+    assert cls.forward.__code__ is code
     assert torch.equal(model(x), expected)
     assert torch.equal(other(x), other_plain)
-    assert isinstance(model.blocks[0].attn, Attention if model_name == "Attention" else torch.nn.Module)
+    assert isinstance(model.blocks[0].attn, cls)
+    assert not torch.equal(expected, plain)
     assert unpatch_model(model) == ["blocks.0.attn", "blocks.1.attn"]
     assert torch.equal(model(x), plain)
     assert repr(model) == text

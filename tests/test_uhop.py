@@ -152,7 +152,7 @@ def test_stage_one_separates_the_keys_of_the_first_step_and_changes_nothing_else
     ours = {name: value for name, value in model.state_dict().items() if "feature_map" not in name}
     for name, value in plain.state_dict().items():
         assert torch.equal(ours[name], value), name
-    for each, of_layer in zip(feature_maps(model), keys, strict=False):
+    for each, of_layer in zip(feature_maps(model), keys, strict=True):
         for head in range(3):
             different = torch.unique(
                 of_layer[head].flatten(0, 1), dim=0

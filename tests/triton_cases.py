@@ -208,7 +208,8 @@ def check(func, dtype, query, key, value, mask, *, causal=False, scale=None, dro
     term = float((cotangent @ repeated[1].detach().transpose(-2, -1)).abs().max())
     rows = 1 if mask is None else max(1, query.shape[:-1].numel() / mask.numel())  # at least, under an entry
     least = [1e-3, abs(factor_of_scores) * term, abs(factor_of_scores) * term, 1e-3, rows * term]
-    errors = [worst(*figures) for figures in zip(got, wanted, least, strict=False)]
+    names, least = (each[: len(got)] for each in (("output", "query", "key", "value", "mask"), least))
+    errors = [worst(*figures) for figures in zip(got, wanted, least, strict=True)]
     floor = torch.finfo(dtype).eps
     if INTERPRETED and dtype == torch.bfloat16:
         floor *= 4  # the interpreter cuts bfloat16 off where the GPU rounds
@@ -217,9 +218,9 @@ def check(func, dtype, query, key, value, mask, *, causal=False, scale=None, dro
     if not dropout_p and not noisy:  # the eager form draws otherwise
         eager = attend(*inputs[:3], placed, seed, "eager", options)
         theirs = [eager, *torch.autograd.grad(eager, inputs, cotangent.to(DEVICE, dtype))]
-        allowed = [8 * (worst(*figures) + floor) for figures in zip(theirs, wanted, least, strict=False)]
+        allowed = [8 * (worst(*figures) + floor) for figures in zip(theirs, wanted, least, strict=True)]
     record(dtype, errors)
-    for name, error, most in zip(("output", "query", "key", "value", "mask"), errors, allowed, strict=False):
+    for name, error, most in zip(names, errors, allowed, strict=True):
         assert error <= most, f"{name}: error {error:.2e}, allowed {most:.2e}"
     return errors
 

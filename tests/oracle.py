@@ -122,8 +122,8 @@ def attention(
             scores = scale * dots(keys[batch][present], one_query)
             if mask is not None and mask.dtype != torch.bool:
                 scores = scores + mask[present].to(scores.dtype)
-            if masking == "paper":
-                scores = scores + scores.new_tensor([-math.inf if hidden[j] else 0.0 for j in present])
+            if masking == "paper" and (mask is None or mask.dtype == torch.bool):  # an additive one has done it
+                scores = scores.masked_fill(torch.tensor(hidden, dtype=torch.bool), -math.inf)
             rows.append(_Row(batch, present, scores))
 
     if not rows:
@@ -264,6 +264,8 @@ def _lower_median(scores: Tensor) -> tuple[float, Tensor | float]:
         return math.nan, 0.0  # no score is above it, and all that is computed with it is NaN
     median = sorted(numbers)[(len(numbers) - 1) // 2]
     tied = scores[[n for n, number in enumerate(numbers) if number == median]]
+    if math.isinf(median):
+        return median, 0.0
     # A mean of equal numbers may round; the mean of zeros does not, and has the same gradient.
     return median, (tied - tied.detach()).mean()
 
@@ -284,7 +286,7 @@ def forget(
     if func_d.kind == "pfu" and masking == "exclude":
         # Chosen one by one: what is forgotten of a score of -inf is its value.
         chosen = [s if n > threshold or math.isnan(n) else None for n, s in zip(numbers, scores.unbind(0), strict=True)]
-        value = scores.new_zeros(()) + forgotten_value
+        value = scores.new_zeros(()) + (math.nan if math.isnan(threshold) else forgotten_value)
         return torch.stack([value if s is None else s for s in chosen]) if chosen else scores, indicator
     if func_d.kind == "pfu":
         # As the official code writes it: 0 * -inf is NaN in "paper". Where scores are finite it selects exactly.

@@ -26,6 +26,18 @@ def autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
+def with_fitting_mask(call: Call) -> Call:
+    """Return a call whose mask has no more dimensions than the scores, where SDPA takes one that has.
+
+    SDPA computes three dimensions as four, the first of size 1; a mask may have all of them.
+    """
+    mask = call.attn_mask
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.size(0) != 1:
+        return call
+    dimensions = [each.dim() for each in (call.query, call.key) if isinstance(each, Tensor)]
+    return call._replace(attn_mask=mask.squeeze(0)) if max(dimensions, default=4) == 3 else call
+
+
 def check_inputs(call: Call) -> None:
     """Check the arguments of a call of the operator.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, reporting, transforms
 from ..backends import Call
-from .checks import autocast, check_inputs, in_autocast
+from .checks import autocast, check_inputs, in_autocast, with_fitting_mask
 
 # While torch.compile traces, a note is made once, at tracing, and leaves neither a node nor a guard.
 _constant: Any = torch.compiler.assume_constant_result
@@ -37,6 +37,7 @@ def attend(call: Call, backend: str, host: str) -> Tensor:
     mark_used(host)
     if call.is_plain:  # PyTorch's own attention checks and casts for itself
         return _compute(call, backend, host)
+    call = with_fitting_mask(call)
     check_inputs(call)
     device = call.query.device.type
     if not in_autocast(device):

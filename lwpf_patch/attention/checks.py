@@ -34,8 +34,8 @@ def with_fitting_mask(call: Call) -> Call:
     mask = call.attn_mask
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.size(0) != 1:
         return call
-    dimensions = [each.dim() for each in (call.query, call.key) if isinstance(each, Tensor)]
-    return call._replace(attn_mask=mask.squeeze(0)) if max(dimensions, default=4) == 3 else call
+    dimensions = [each.dim() for each in (call.query, call.key, call.value) if isinstance(each, Tensor)]
+    return call._replace(attn_mask=mask.squeeze(0)) if dimensions == [3, 3, 3] else call
 
 
 def check_inputs(call: Call) -> None:

@@ -84,6 +84,7 @@ def _forward(
         normalised = softmax(changed, out=free)  # slower in place
         if highest is not None:
             normalised *= _share_of_keys(highest, normalised, n)
+            normalised.masked_fill_(highest == -math.inf, 0)  # all of the row is n's
         if excluded is not None:
             normalised.masked_fill_(excluded, 0)  # and a row with no key left, which is NaN, gives 0
         kept = keep(normalised, scores, a, out=scores)

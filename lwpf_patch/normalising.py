@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import compiling, transforms
 from .errors import SettingsError
 
 
@@ -108,7 +108,7 @@ class _Entmax(torch.autograd.Function):
 
 
 # torch.compile cannot look into the functions of entmax, and need not.
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@compiling.opaque
 def _fast_entmax(scores: Tensor, alpha: float) -> Tensor:
     try:
         import entmax  # noqa: F401

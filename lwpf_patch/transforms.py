@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import compiling
+
 
 def _ask() -> bool:
     # No part of PyTorch's public interface, either of the two.
@@ -38,8 +40,9 @@ def _can_ask() -> bool:
 _CAN_ASK = _can_ask()
 
 
-# What torch.compile may take for a constant (forgetting.py says so): transforms in the code that it traces are at work
-# then, and where those around it change, it traces again.
+# torch.compile may take it for a constant: transforms in the code that it traces are at work then, and where those
+# around it change, it traces again.
+@compiling.constant
 def asked() -> bool:
     """Return what :func:`are_active` does, unless torch.compile traced this with forward mode off."""
     return not _CAN_ASK or _ask()

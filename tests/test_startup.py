@@ -46,6 +46,24 @@ def test_no_setting_has_torch_loaded_at_start_up(python):
     assert out.stdout.strip() == "[] True"
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_process_that_compiles_nothing_loads_no_compiler(python, backend):
+    """torch._dynamo, which brings SymPy and Triton, takes 2 s and 150 MB; hflayers and DeepRC do without it."""
+    code = f"""
+import sys, torch
+import lwpf_patch, lwpf_patch.uhop
+query = torch.randn(2, 8, 4, requires_grad=True)
+for func_d, sep in (("relu", "softmax"), ("pfu", "softmax_n"), ("none", "softmax")):
+    out = lwpf_patch.lwpf_attention(query, query, query, func_d=func_d, sep=sep, backend={backend!r})
+    out.sum().backward()
+phi = lwpf_patch.FeatureMap(4)
+phi.separate(torch.randn(9, 4), iters=3)
+print([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules])
+"""
+    code = code.replace('("none", "softmax")', "") if backend == "cpu" else code
+    assert python(code=code).stdout.strip() == "[]"
+
+
 def test_unset_nothing_of_ours_is_loaded(python):
     out = python("-c", "import sys; print([name for name in sys.modules if 'lwpf' in name])")
     assert out.stdout.strip() == "[]"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compiling
 from ..backends import Call
 from ..backends.arguments import batch_shape
 
@@ -16,7 +17,7 @@ def in_autocast(device: str) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # before 2.7 torch.compile stopped at it
+@compiling.constant  # before 2.7 torch.compile stopped at it
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

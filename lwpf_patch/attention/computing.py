@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .. import backends, reporting, transforms
+from .. import backends, compiling, reporting
 from ..backends import Call
 from .checks import autocast, check_inputs, in_autocast, with_fitting_mask
 
 # While torch.compile traces, a note is made once, at tracing, and leaves neither a node nor a guard.
-_constant: Any = torch.compiler.assume_constant_result
-_constant(transforms.asked)
-mark_used: Any = _constant(reporting.mark_used)
-_note_backend: Any = _constant(reporting.note_backend)
+mark_used = compiling.constant(reporting.mark_used)
+_note_backend = compiling.constant(reporting.note_backend)
 
 
 def attend(call: Call, backend: str, host: str) -> Tensor:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compiling
 from . import cpu_kept, cpu_products
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .base import Call, FusedBackend
@@ -131,12 +132,12 @@ def attention(
     return out.reshape(*lead, *out.shape[-2:]).to(dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@compiling.constant
 def _threads() -> int:
     return min(torch.get_num_threads(), 32)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@compiling.constant
 def _onednn_suits(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and cpu_products.onednn_is_faster()
 

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import transforms
+from .. import compiling, transforms
 from . import eager_form
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .base import Call, FusedBackend
@@ -70,8 +71,9 @@ def _why_not_on_device(kind: str, index: int | None) -> str | None:
 
 
 # While torch.compile traces, what a device can do is a constant. It does not look into a cached function by itself.
-_constant: Any = torch.compiler.assume_constant_result
-_why_not_on = _constant(lambda kind, index: _why_not_on_device(kind, index))
+_why_not_on: Callable[[str, int | None], str | None] = compiling.constant(
+    lambda kind, index: _why_not_on_device(kind, index)
+)
 
 
 class Triton(FusedBackend):

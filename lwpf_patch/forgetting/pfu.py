@@ -1,19 +1,19 @@
 """PFU, the partial forgetting unit of the paper."""
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from .. import compiling
 from ..backends import Threshold
 from ..backends import eager_form as eager
 from ..errors import UnsupportedError
 from ..specs import FUNC_D_OPTIONS, read_empty_rows
 from .base import FuncD
 
-_constant: Any = torch.compiler.assume_constant_result
-_is_in_onnx_export: Callable[[], bool] = _constant(lambda: torch.onnx.is_in_onnx_export())
+_is_in_onnx_export: Callable[[], bool] = compiling.constant(lambda: torch.onnx.is_in_onnx_export())
 
 
 class PFU(FuncD):

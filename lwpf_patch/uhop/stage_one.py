@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .. import reporting
+from .. import compiling, reporting
 from ..errors import LwpfError, StageOneError
 from ..specs import UHop
 from .host_map import MAPS, HostFeatureMap
@@ -100,7 +100,6 @@ def _check_kind(feature_map: HostFeatureMap) -> None:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator] # where the optimizer's step is compiled
 @torch.no_grad()
 def run_stage_one(maps: list[HostFeatureMap]) -> None:
     """Run Stage I on the sampled keys, for all layers side by side; under DDP with gradients averaged over the ranks.
@@ -161,6 +160,9 @@ def run_stage_one(maps: list[HostFeatureMap]) -> None:
             "for them; choose a smaller one in uhop"
         )
     _warn_of_idle_layers(maps, patterns, changes)
+
+
+compiling.disable_in(globals(), "run_stage_one")  # where the optimizer's step is compiled
 
 
 def _warn_of_idle_layers(

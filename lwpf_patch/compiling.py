@@ -1,0 +1,40 @@
+"""What torch.compile is told about functions of this package: when it is imported, and not before.
+
+``torch.compiler`` imports all of ``torch._dynamo`` to mark a function. That takes a process 2 s and 150 MB, and most
+processes compile nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import wrapt
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant(function: _Function) -> _Function:
+    """Mark a function whose result torch.compile takes for a constant of what it traces; return the function."""
+    _when_it_comes(lambda _: torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
+    return function
+
+
+def opaque(function: _Function) -> _Function:
+    """Mark a function that torch.compile puts into its graph without looking into it; return the function."""
+    _when_it_comes(lambda _: torch.compiler.allow_in_graph(function))  # type: ignore[no-untyped-call]
+    return function
+
+
+def disable_in(namespace: dict[str, Any], name: str) -> None:
+    """Have torch.compile leave out a function of a module, whose namespace is given."""
+
+    def disable(_: Any) -> None:
+        namespace[name] = torch.compiler.disable(namespace[name])  # type: ignore[no-untyped-call]
+
+    _when_it_comes(disable)
+
+
+def _when_it_comes(tell: Callable[[Any], Any]) -> None:
+    wrapt.register_post_import_hook(tell, "torch._dynamo")

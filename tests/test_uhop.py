@@ -724,7 +724,7 @@ def test_a_model_on_meta_gets_a_checkpoint_without_the_map():
         ("t=0", "t must be a number above 0"),
         ("lr=-1", "lr must be a number above 0"),
         ("loss=median", "loss must be 'average' or 'maximum'"),
-        ("train=yes", "train must be 'true' or 'false'"),
+        ("train=maybe", "train must be true or false"),
         ("samples=1", "samples must be a whole number of at least 2"),
         ("until=5", "needs every="),
         ("iter=5", "unknown option of uhop 'iter'"),

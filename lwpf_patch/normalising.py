@@ -41,9 +41,7 @@ def normalise(scores: Tensor, alpha: float, n: float) -> Tensor:
         alpha: Of alpha-entmax; 1 is the softmax.
         n: What is added to the denominator of the softmax; 0 where alpha is above 1.
     """
-    if n > 0.0:
-        return softmax_n(scores, n)
-    return scores.softmax(-1) if alpha == 1.0 else entmax(scores, alpha)
+    return softmax_n(scores, n) if n > 0.0 else entmax(scores, alpha)
 
 
 @torch.jit.unused  # a scripted model has the softmax and softmax_n only
@@ -55,7 +53,7 @@ def entmax(scores: Tensor, alpha: float) -> Tensor:
 
     Args:
         scores: (..., S), float32 or float64. A key whose score is -inf has weight 0 and gradient 0.
-        alpha: Above 1, the softmax, to 2, the sparsemax. Other values than 1.5 and 2 are found by bisection, and
+        alpha: From 1, the softmax, to 2, the sparsemax. Other values than 1, 1.5 and 2 are found by bisection, and
             lose digits near 1: about 1 / (alpha - 1) times the rounding error of the dtype.
 
     Returns:
@@ -70,7 +68,8 @@ def entmax(scores: Tensor, alpha: float) -> Tensor:
     hidden, empty = scores == -torch.inf, top == -torch.inf
     broken = top.isnan() | (top == torch.inf)
     scores = (scores - top).masked_fill(empty | broken, 0.0)
-    return _entmax(scores, alpha).masked_fill(hidden, 0.0).masked_fill(broken, torch.nan)
+    weights = scores.softmax(-1) if alpha == 1.0 else _entmax(scores, alpha)
+    return weights.masked_fill(hidden, 0.0).masked_fill(broken, torch.nan)
 
 
 def _entmax(scores: Tensor, alpha: float) -> Tensor:

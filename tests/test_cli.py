@@ -125,13 +125,15 @@ def test_diff_shows_the_two_lines_of_the_paper(capsys):
     assert changes == 2 * [
         "-            x = F.scaled_dot_product_attention(",
         "+            x = self.func_d.scaled_dot_product_attention(",
+        "-            attn = attn.softmax(dim=-1)",
         "+            attn, mask = self.func_d(attn)",
+        "+            attn = self.func_d.normalise(attn)",
         "+            attn = mask * attn",
     ]
     assert main(["diff", "timm", "--include", "*Rope", "--color", "always"]) == 0
     coloured = capsys.readouterr().out
-    assert coloured.count("\x1b[32m+") == 3
-    assert coloured.count("\x1b[31m-") == 1
+    assert coloured.count("\x1b[32m+") == 4
+    assert coloured.count("\x1b[31m-") == 2
 
 
 def test_the_patch_applies(tmp_path, capsys):

@@ -443,7 +443,7 @@ def test_a_median_that_is_no_number_makes_everything_nan(wrong, func_d, masked, 
             query[:] = float(wrong.split()[1])
         elif wrong != "a nan in a mask":
             query[:, 1:] = INF
-    backend = "eager" if "plain" in func_d else backend
+    backend = "eager" if "keep" in func_d else backend
     out = lwpf_attention(query, key, value, mask, func_d=func_d, is_causal=masked == "causal", backend=backend)
     empty = torch.zeros(5, dtype=torch.bool)
     if masked == "empty rows":
@@ -660,7 +660,7 @@ def test_overriding_leaves_the_func_d_alone():
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
 
 
-@pytest.mark.parametrize("func_d", ["relu", "pfu", PFU(mu=0.1, bias=0.0)], ids=str)
+@pytest.mark.parametrize("func_d", ["relu", "pfu"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_graph_breaks(func_d, dynamic, backend):
     sep = "softmax_n:n=0.5" if func_d == "pfu" else "softmax"

@@ -112,13 +112,18 @@ def test_a_failing_run_fails_the_comparison(python, tmp_path):
 
 def test_immune_repertoire(python, tmp_path):
     require_host("deeprc")
-    script = str(ROOT / "recipes" / "immune_repertoire" / "compare.py")
-    arguments = (script, "--quick", "--updates", "2", "--jobs", "2", "--output", "figures")
-    out = python(*arguments, check=False)
+    code = f"""
+import dataclasses, runpy, sys
+sys.argv = ["compare.py", "--quick", "--updates", "2", "--jobs", "2", "--output", "figures"]
+module = runpy.run_path({str(ROOT / "recipes" / "immune_repertoire" / "compare.py")!r})
+recipe = module["RECIPE"]
+sys.exit(module["main"](dataclasses.replace(recipe, variants=(recipe.variants[0], recipe.variants[-1]))))
+"""
+    out = python("-c", code, check=False)
     if "cannot clone" in out.stderr:
         skip_for_host(out.stderr.strip().splitlines()[-1])
     assert out.returncode == 0, out.stderr
-    variants = ("plain", "relu", "pfu", "relu, empty_rows=keep")
+    variants = ("plain", "relu, empty_rows=keep")
     for variant in variants:
         assert f"\n{variant} " in out.stdout
     assert out.stderr.count("patched; func_d") == len(variants)

@@ -46,7 +46,7 @@ def direct(memory, query, beta, steps, sep, matrix=None):
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
 def test_normalisations_equal_the_oracle(sep, spread):
     scores = (spread * normal(3, 5, 9)).detach().requires_grad_()
-    weights = normalise(scores, sep)
+    weights = normalise(scores, *sep)
     cotangent = torch.randn_like(weights)
     (gradient,) = torch.autograd.grad(weights, scores, cotangent)
     for i, j in itertools.product(range(3), range(5)):
@@ -63,20 +63,20 @@ def test_hidden_keys_and_empty_rows(sep):
     hidden = torch.rand(6, 8) < 0.5
     hidden[:, 0], hidden[2], hidden[3, 1:] = False, True, True
     masked = scores.masked_fill(hidden, -math.inf).requires_grad_()
-    weights = normalise(masked, sep)
+    weights = normalise(masked, *sep)
     (gradient,) = torch.autograd.grad(weights, masked, torch.randn_like(weights))
     assert not weights[hidden].any()
     assert not gradient[hidden].any()
     for i in range(6):
         if i != 2:
             oracle.assert_equal(weights[i][~hidden[i]], specified(scores[i][~hidden[i]], sep))
-    assert normalise(torch.empty(3, 0), sep).shape == (3, 0)
+    assert normalise(torch.empty(3, 0), *sep).shape == (3, 0)
 
 
 @pytest.mark.parametrize("sep", [*map(Sep, [1.0, 1.3, 1.5, 2.0]), Sep(n=1.0)], ids=str)
 def test_scores_far_apart_and_nan(sep):
     scores = torch.tensor([[1e6, 1e6 - 0.25, -1e30, 3.0], [0.0, math.nan, 1.0, 2.0]])
-    weights = normalise(scores, sep)
+    weights = normalise(scores, *sep)
     wanted = oracle.entmax(torch.tensor([0.25, 0.0], dtype=torch.float64), sep.alpha)  # n is nothing beside exp(1e6)
     torch.testing.assert_close(weights[0, :2].double(), wanted, rtol=0, atol=1e-5)
     assert weights[0, 2:].tolist() == [0, 0]

@@ -292,7 +292,7 @@ def test_every_refusal_is_a_settings_error(name):
         lambda: lwpf_patch.patch_model(None),
         lambda: lwpf_patch.unpatch_model("vit"),
         lambda: lwpf_attention(X, X, X, func_d=None),
-        lambda: lwpf_attention(X, X, X, func_d="relu", sep=None),
+        lambda: lwpf_attention(X, X, X, func_d="relu", sep=""),
         lambda: lwpf_attention(X, X, X, func_d="relu", sep=X),
         lambda: retrieve(X, X, beta="1"),
         lambda: retrieve(X, X, beta=1e39),

@@ -89,7 +89,7 @@ def test_the_settings_in_variables(python):
     assert python(code=USE, LWPF_PATCH="timm", LWPF_EXCLUDE="*Rope").stdout.strip() == "ReLU()"
 
 
-@pytest.mark.parametrize("flag", ["-I", "-E", "-B", "-O", "-X dev"])
+@pytest.mark.parametrize("flag", ["-I", "-O", "-X dev"])
 def test_flags_of_the_interpreter(python, flag):
     out = python(*flag.split(), "-W", "ignore", "-c", USE, LWPF_PATCH="timm")
     assert out.stdout.strip() == "ReLU()"

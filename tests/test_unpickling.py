@@ -58,7 +58,7 @@ def test_in_a_fresh_process(saved, python):
     assert out.returncode == 1
     assert out.stdout == ""
     error = out.stderr.splitlines()[-1]
-    assert f"pickled with {saved.host} patched (func_d={PFU}, masking=paper, backend=eager" in error
+    assert f"pickled with {saved.host} patched (func_d {PFU}, masking paper, backend eager" in error
     for remedy in (
         f"lwpf_patch.apply('{saved.host}', ...)",
         f"LWPF_PATCH={saved.host}",

@@ -185,7 +185,8 @@ def retrieve(forgotten: Tensor, mask: Tensor, value: Tensor, dropout_p: float, a
     Returns:
         The output, (B, L, Ev).
     """
-    weights = normalising.normalise(forgotten, alpha, n)
+    plain = alpha == 1.0 and n == 0.0  # as hosts do it themselves, bit for bit
+    weights = forgotten.softmax(dim=-1) if plain else normalising.normalise(forgotten, alpha, n)
     if dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, dropout_p, True)
     weights = mask * weights

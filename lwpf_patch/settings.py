@@ -81,11 +81,11 @@ def _declaration(read: Callable[[Any, str], Any], metavar: str, help: str, **mor
     return {"setting": Setting("", read, metavar, help, **more)}
 
 
-def _func_d(value: Any, origin: str) -> FuncDSpec | Callable[..., Any] | None:
+def _func_d(value: object, origin: str) -> FuncDSpec | Callable[..., Any] | None:
     return None if value is None else read_func_d(value, origin)
 
 
-def _sep(value: Any, origin: str) -> Sep | None:
+def _sep(value: object, origin: str) -> Sep | None:
     if value is None:
         return None
     sep = parse_sep(value, origin)
@@ -93,18 +93,18 @@ def _sep(value: Any, origin: str) -> Sep | None:
     return sep
 
 
-def _word(name: str, allowed: tuple[str, ...], value: Any, origin: str) -> str | None:
+def _word(name: str, allowed: tuple[str, ...], value: object, origin: str) -> str | None:
     return None if value is None else check_name(name, value, origin, allowed)
 
 
-def _flag(name: str, value: Any, origin: str) -> bool:
+def _flag(name: str, value: object, origin: str) -> bool:
     try:
         return read_flag(value)
     except ValueError:
         raise unknown_value(name, value, origin, FLAGS) from None
 
 
-def _patterns(name: str, default: tuple[str, ...], value: Any, origin: str) -> tuple[str, ...]:
+def _patterns(name: str, default: tuple[str, ...], value: object, origin: str) -> tuple[str, ...]:
     patterns = default if value is None else texts(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -306,7 +306,7 @@ SETTINGS: tuple[Setting, ...] = tuple(
 VARIABLES: tuple[Setting, ...] = (PATCH, *SETTINGS, UNPICKLE)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, FuncDSpec | Sep | UHop):
         return str(value)
     if isinstance(value, tuple):

@@ -143,7 +143,7 @@ def parse_func_d(text: str, origin: str = "func_d") -> FuncDSpec:
     return FuncDSpec(name, read_options(name, known, rest, text, origin))
 
 
-def read_func_d(value: Any, origin: str = "func_d") -> FuncDSpec | Callable[..., Any]:
+def read_func_d(value: object, origin: str = "func_d") -> FuncDSpec | Callable[..., Any]:
     """Read what the user gave as func_d: text, or an object, which is returned as it is.
 
     Raises:
@@ -306,7 +306,7 @@ class UHop:
 UHopLike: TypeAlias = str | bool | UHop
 
 
-def parse_uhop(value: Any, origin: str = "uhop") -> UHop | None:
+def parse_uhop(value: object, origin: str = "uhop") -> UHop | None:
     """Read what the user gave as ``uhop``.
 
     Args:
@@ -379,7 +379,7 @@ SEP_OPTIONS = {
 SepLike: TypeAlias = str | float | Sep
 
 
-def parse_sep(sep: Any, origin: str = "sep") -> Sep:
+def parse_sep(sep: object, origin: str = "sep") -> Sep:
     """Read what the user gave as ``sep``, the normalisation of the scores.
 
     Args:
@@ -398,7 +398,7 @@ def parse_sep(sep: Any, origin: str = "sep") -> Sep:
     name, colon, rest = sep.partition(":") if isinstance(sep, str) else ("", "", "")
     name = name.strip()
     if name in SEPS and colon:
-        return SEPS[name]._replace(**_sep_options(name, rest, sep, origin))
+        return SEPS[name]._replace(**_sep_options(name, rest, str(sep), origin))
     if name in SEPS:
         return SEPS[name]
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
 
+from ..comparing.command import Subparsers
 from ..hosts import HOSTS
 from ..options import split_list
 from ..settings import Settings, check_hosts, flag_of
@@ -14,13 +14,12 @@ from ..settings import Settings, check_hosts, flag_of
 _COLOURS = {"+++": "1", "---": "1", "@@": "36", "+": "32", "-": "31"}
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Subparsers) -> None:
     """Add the verb."""
     parser = commands.add_parser("diff", help="show what patching changes in a host's source")
     parser.add_argument("host", help=", ".join(HOSTS))
-    globs = {"action": "append", "metavar": "GLOBS"}
-    parser.add_argument("--include", help="only sites that match one of these glob patterns", **globs)
-    parser.add_argument("--exclude", help="no sites that match one of these glob patterns", **globs)
+    for flag, which in (("--include", "only sites that"), ("--exclude", "no sites that")):
+        parser.add_argument(flag, action="append", metavar="GLOBS", help=f"{which} match one of these glob patterns")
     parser.add_argument("--uhop", help="with U-Hop's feature map: 'on', or its options")
     parser.add_argument(
         "--color",

@@ -8,8 +8,8 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+from ..comparing.command import Subparsers
 from ..errors import HostNotInstalledError, LwpfError
 from ..hosts import HOSTS
 from ..settings import PATCH, Settings
@@ -23,7 +23,7 @@ print(",".join(name for name, host in state.items() if host["state"] in ("patche
 """
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Subparsers) -> None:
     """Add the verb."""
     parser = commands.add_parser("doctor", help="check that the environment variable takes effect here")
     parser.set_defaults(command=_doctor)

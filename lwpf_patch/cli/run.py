@@ -8,8 +8,8 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from ..comparing.command import Subparsers
 from ..errors import SettingsError
 from ..hosts import HOSTS
 from ..options import Option
@@ -58,7 +58,7 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     """Add the verb, and return its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "run",

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any, TypedDict
 
 from .. import __version__
+from ..comparing.command import Subparsers
 from ..errors import HostNotInstalledError, LwpfError
 from ..hosting import Host
 from ..hosts import HOSTS
@@ -55,7 +56,7 @@ class CommandStatus(TypedDict):
     hosts: dict[str, HostReport]
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Subparsers) -> None:
     """Add the verb."""
     parser = commands.add_parser("status", help="show hosts, versions, sites, and what would be patched")
     parser.add_argument("--json", action="store_true", help="print plain data")

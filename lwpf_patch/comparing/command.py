@@ -14,13 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from .report import Comparison
     from .runs import Run
+
+#: Where the command has its verbs.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 EXTRA = "lwpf_patch[compare]"
 MANIFEST = "comparison.json"
@@ -82,11 +87,13 @@ examples:
 class _InOrder(argparse.Action):
     """Keeps what is said of metrics in its order: an option belongs to the metric before it."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
         namespace.figures = [*namespace.figures, (self.dest, values)]
 
 
-def add_parser(commands: Any, run: argparse.ArgumentParser, require_hook: Callable[[], None]) -> None:
+def add_parser(commands: Subparsers, run: argparse.ArgumentParser, require_hook: Callable[[], None]) -> None:
     """Add the verb.
 
     Args:
@@ -291,7 +298,7 @@ def _locked(file: Any) -> bool:
 def _terminated_is_interrupted() -> Iterator[None]:
     """Make SIGTERM and a lost terminal end the runs as Ctrl-C does, and not leave them behind."""
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
 
     before = {}

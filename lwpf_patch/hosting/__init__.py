@@ -7,7 +7,7 @@ Describe a library by a :class:`RewrittenHost` (its sites, what their modules ge
 
 from ..reporting import info, warn
 from ..rewriting import Edit, Function, Splice, forget_around_softmax, map_query
-from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, Order
+from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, HostModule, Order
 from .contract import Host, RegisteredHost, SiteStatus
 from .rewritten import RewrittenHost, Site, multiply_rows
 from .shims import Replacement, Shim
@@ -20,6 +20,7 @@ __all__ = [
     "FuncDAttachment",
     "Function",
     "Host",
+    "HostModule",
     "Order",
     "RegisteredHost",
     "Replacement",

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .. import reporting
 from ..errors import ConflictError, SettingsError
@@ -20,10 +20,16 @@ from ..settings import Settings
 from .contract import make_host_func_d
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 #: What is left to be done when nothing can go wrong any more.
-Step = Callable[[], object]
+Step: TypeAlias = Callable[[], object]
+#: A module of a host, or a model that has some: what its attributes are, the host knows.
+HostModule: TypeAlias = Any
+#: What stands between a layer and its rule in a function of a host: what is called, and passed where modules have it.
+InFunction: TypeAlias = Callable[..., Any]
+#: Called after a forward pass of a submodule: with it, its inputs and its output.
+ForwardHook: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], Any], None]"
 
 
 class Order(NamedTuple):
@@ -95,7 +101,7 @@ class Attachment(ABC):
         """
 
     @abstractmethod
-    def in_function(self, prototype: Any, is_asked: bool) -> Callable[..., Any]:
+    def in_function(self, prototype: Any, is_asked: bool) -> InFunction:
         """Return what a function that is passed the submodule gets where its callers pass none.
 
         Args:
@@ -121,7 +127,7 @@ class FuncDAttachment(Attachment):
     name = "func_d"
     edit: Edit | None = forget_around_softmax
     mask_sentinel: float | None = None
-    forward_hook: Callable[[Any, Any, Any], None] | None = None
+    forward_hook: ForwardHook | None = None
 
     def is_asked(self, settings: Settings) -> bool:
         """Return True."""
@@ -163,7 +169,7 @@ class FuncDAttachment(Attachment):
             reporting.note_replaced(order.host, repr(existing), repr(func_d))
         return [partial(own, module, self.name, func_d)]
 
-    def in_function(self, prototype: Any, is_asked: bool) -> Callable[..., Any]:
+    def in_function(self, prototype: Any, is_asked: bool) -> InFunction:
         """Return the func_d of all; what forgets nothing where the host is not patched."""
         return _ForgetNothing() if prototype is None else prototype
 
@@ -181,7 +187,7 @@ class FeatureMapAttachment(Attachment):
 
     name = "feature_map"
     edit: Edit | None = map_query
-    shape: Callable[[Any], tuple[int | None, int]]
+    shape: Callable[[HostModule], tuple[int | None, int]]
     folding: Folding | None = None
     advice: str = ""
 
@@ -241,7 +247,7 @@ class FeatureMapAttachment(Attachment):
             return True
         return False
 
-    def in_function(self, prototype: Any, is_asked: bool) -> Callable[..., Any]:
+    def in_function(self, prototype: Any, is_asked: bool) -> InFunction:
         """Return what raises, since only modules have feature maps; what maps nothing where none is asked for."""
         if not is_asked:
             return _map_nothing
@@ -268,22 +274,22 @@ class Folding:
         example: Returns random arguments for a call of the module, of float64 and on the CPU.
     """
 
-    parameters: Callable[[Any, Any], list[str]]
-    multiply: Callable[[Any, Any], None]
-    example: Callable[[Any], tuple[Any, ...]]
+    parameters: Callable[[HostModule, HostModule], list[str]]
+    multiply: Callable[[HostModule, Tensor], None]
+    example: Callable[[HostModule], tuple[Tensor, ...]]
 
 
 class _ForgetNothing:
     """What a function of a host that is not patched gets for a func_d."""
 
-    def __call__(self, scores: Any, training: bool) -> tuple[Any, int]:
+    def __call__(self, scores: Tensor, training: bool) -> tuple[Tensor, int]:
         return scores, 1
 
-    def normalise(self, scores: Any, dim: int = -1) -> Any:
+    def normalise(self, scores: Tensor, dim: int = -1) -> Tensor:
         return scores.softmax(dim)
 
 
-def _map_nothing(query: Any, key: Any) -> Any:
+def _map_nothing(query: Tensor, key: Tensor) -> Tensor:
     return query
 
 

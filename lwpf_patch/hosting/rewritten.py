@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import rewriting
 from ..errors import RewriteError, SettingsError
 from ..rewriting import Edit, Plan
 from ..settings import Settings
-from .attachments import Attachment, FeatureMapAttachment
+from .attachments import Attachment, FeatureMapAttachment, HostModule
 from .contract import Host, SiteStatus
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ class RewrittenHost(Host):
     sites: tuple[Site, ...] = ()
     required: tuple[str, ...] = ()
     inseparable: bool = False
-    names_in_call: Callable[[str, Mapping[str, Any]], Iterable[str]] | None = None
-    names_of_model: Callable[[Any], Iterable[str]] | None = None
+    names_in_call: Callable[[str, Mapping[str, object]], Iterable[str]] | None = None
+    names_of_model: Callable[[HostModule], Iterable[str]] | None = None
 
     def places_of_attention(self) -> list[str]:
         """Return the names of the modules that hold sites."""
@@ -234,7 +237,7 @@ class RewrittenHost(Host):
         ]
 
 
-def multiply_rows(rows: Any, matrix: Any) -> None:
+def multiply_rows(rows: Tensor, matrix: Tensor) -> None:
     """Multiply the rows of a projection, in place, by a matrix for each head.
 
     Args:

@@ -8,7 +8,7 @@ import re
 import warnings
 from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RewriteError
 from ..hosting import (
@@ -16,6 +16,7 @@ from ..hosting import (
     Folding,
     FuncDAttachment,
     Function,
+    HostModule,
     Replacement,
     RewrittenHost,
     Shim,
@@ -25,6 +26,9 @@ from ..hosting import (
     warn,
 )
 from . import known
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def forget_in_bags(function: Function) -> list[Splice]:
@@ -72,23 +76,23 @@ def map_features(function: Function) -> list[Splice]:
     raise RewriteError(f"{function.where}: no 'attention_weights = self.attention_nn(inputs)'")
 
 
-def features(module: Any) -> tuple[None, int]:
+def features(module: HostModule) -> tuple[None, int]:
     """Return the number of features that enter the last layer of an attention network; there are no heads."""
     return None, module.attention_nn[-1].in_features
 
 
-def projections(model: Any, module: Any) -> list[str]:
+def projections(model: HostModule, module: HostModule) -> list[str]:
     """Return the name of the weight of the last layer, which is the query."""
     return [f"attention_nn.{len(module.attention_nn) - 1}.weight"]
 
 
-def multiply(module: Any, matrix: Any) -> None:
+def multiply(module: HostModule, matrix: Tensor) -> None:
     """Multiply the query by Φ^T Φ; the keys have no weight of their own."""
     weight = module.attention_nn[-1].weight
     weight.copy_(weight.to(matrix) @ matrix.T @ matrix)
 
 
-def example(module: Any) -> tuple[Any, ...]:
+def example(module: HostModule) -> tuple[Tensor, ...]:
     """Return random features of sequences."""
     import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import warnings
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import FoldError, RewriteError, SettingsError
 from ..hosting import (
@@ -13,6 +13,7 @@ from ..hosting import (
     Folding,
     FuncDAttachment,
     Function,
+    HostModule,
     Replacement,
     RewrittenHost,
     Shim,
@@ -21,6 +22,9 @@ from ..hosting import (
     multiply_rows,
 )
 from . import known
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CORE = "hopfield_core_forward"
 _SCORES = "attn_output_weights"
@@ -98,7 +102,7 @@ def pass_parts(function: Function) -> list[Splice]:
     return splices
 
 
-def heads(module: Any) -> tuple[int, int]:
+def heads(module: HostModule) -> tuple[int, int]:
     """Return the number of heads and the width of each.
 
     Raises:
@@ -113,7 +117,7 @@ def heads(module: Any) -> tuple[int, int]:
     return module.num_heads, module.head_dim
 
 
-def projections(model: Any, module: Any) -> list[str]:
+def projections(model: HostModule, module: HostModule) -> list[str]:
     """Return the names of the parameters that make queries and keys.
 
     Raises:
@@ -135,7 +139,7 @@ def projections(model: Any, module: Any) -> list[str]:
     return [*weights, "in_proj_bias"]
 
 
-def multiply(module: Any, matrix: Any) -> None:
+def multiply(module: HostModule, matrix: Tensor) -> None:
     """Multiply the projections of query and key, each of which has the rows of a head together."""
     size = matrix.shape[0] * matrix.shape[1]
     if module._qkv_same_embed_dim:
@@ -147,7 +151,7 @@ def multiply(module: Any, matrix: Any) -> None:
         multiply_rows(rows, matrix)
 
 
-def example(module: Any) -> tuple[Any, ...]:
+def example(module: HostModule) -> tuple[Tensor, ...]:
     """Return random patterns: query, key and value."""
     import torch
 
@@ -156,7 +160,7 @@ def example(module: Any) -> tuple[Any, ...]:
     return tuple(torch.randn(length, 1, size, dtype=torch.float64, device="cpu") for length, size in sizes)
 
 
-def _core(module: Any) -> Any:
+def _core(module: HostModule) -> HostModule:
     return module._modules.get("association_core")
 
 

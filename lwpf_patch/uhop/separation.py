@@ -412,7 +412,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Keep autocast from computing similarities in half precision."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -429,13 +429,13 @@ def _progress_bar(iters: int, wanted: bool) -> contextlib.AbstractContextManager
     return tqdm(total=iters, desc="Stage I", unit="step", file=sys.stderr)
 
 
-def _read_options(t: Any, kind: Any, function: str) -> tuple[float, str]:
+def _read_options(t: object, kind: object, function: str) -> tuple[float, str]:
     """Read how the loss is made."""
     kind = check_name("kind", kind, f"{function}(kind=...)", KINDS)
     return float(UHOP_OPTIONS["t"].read_argument(t, "t", function)), kind
 
 
-def _read_count(value: Any, name: str, function: str, least: int) -> int:
+def _read_count(value: object, name: str, function: str, least: int) -> int:
     option = Option(minimum=least, maximum=LARGEST_COUNT, whole=True)
     return int(option.read_argument(value, name, function))
 

@@ -21,8 +21,10 @@ from .specs import FUNC_D_OPTIONS, SEPS, FuncDSpec, Sep, UHop, parse_sep, parse_
 
 MASKINGS = ("exclude", "paper")
 BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
+#: When the kernels of a GPU are checked against the eager form.
+VERIFICATIONS = ("first", "always", "off")
 #: What holds where neither the user nor the func_d says anything else.
-DEFAULTS: dict[str, Any] = {"sep": Sep(), "masking": "exclude", "backend": "auto"}
+DEFAULTS: dict[str, Any] = {"sep": Sep(), "masking": "exclude", "backend": "auto", "verify": "first"}
 #: What becomes of a model that was pickled with its host patched, where that is not patched.
 UNPICKLINGS = ("error", "patch")
 #: Variables with our prefix that mean something elsewhere (the test suite).
@@ -147,6 +149,7 @@ class SettingsStatus(TypedDict):
     sep: str
     masking: str
     backend: str
+    verify: str
     uhop: str | None
     include: list[str]
     exclude: list[str]
@@ -167,6 +170,7 @@ class Settings:
         sep: The normalisation of the scores.
         masking: ``"exclude"`` keeps keys hidden by a mask out of everything; ``"paper"`` is the official recipe.
         backend: Which implementation of the operator computes.
+        verify: When the kernels of a GPU are checked against the eager form.
         uhop: U-Hop's Stage I; None: no U-Hop.
         include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
         exclude: Glob patterns over the names of the sites to be left alone.
@@ -206,6 +210,14 @@ class Settings:
             partial(_word, "backend", BACKENDS),
             "BACKEND",
             f"which implementation computes: {', '.join(BACKENDS)} (default: {DEFAULTS['backend']})",
+        )
+    )
+    verify: str = field(
+        metadata=_declaration(
+            partial(_word, "verify", VERIFICATIONS),
+            "|".join(VERIFICATIONS),
+            "when the kernels of a GPU are checked against the eager form: at the first call of each case, at every "
+            f"call, or never (default: {DEFAULTS['verify']})",
         )
     )
     uhop: UHop | None = field(

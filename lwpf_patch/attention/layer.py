@@ -79,7 +79,7 @@ class HostFuncD(OwnedFuncD):
             attn_mask = self.with_infinity(attn_mask)
             call = Call(
                 query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                self.training, self.masking, Sep(*self.sep),
+                self.training, self.masking, Sep(*self.sep), self.verify,
             )  # fmt: skip
             return attend(call, self.backend, self.host)
         # What the backends "plain" and "eager" do, as torch.jit.script reads it.

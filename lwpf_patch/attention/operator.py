@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 from ..backends import Call
 from ..forgetting import FuncD
 from ..options import check_name
-from ..settings import BACKENDS, DEFAULTS, MASKINGS
+from ..settings import BACKENDS, DEFAULTS, MASKINGS, VERIFICATIONS
 from ..specs import FuncDLike, Sep, SepLike, parse_sep
 from .computing import attend
 from .owned import OwnedFuncD, rule_of
@@ -31,6 +31,7 @@ def lwpf_attention(
     backend: str | None = None,
     enable_gqa: bool = False,
     sep: SepLike | None = None,
+    verify: str | None = None,
 ) -> Tensor:
     """Attention with partial forgetting (Ota et al., AISTATS 2023), with the signature of SDPA.
 
@@ -60,6 +61,8 @@ def lwpf_attention(
             number of at least 0 (1 if it is left out), to the denominator of the softmax. Of U-Hop (Wu et al., ICML
             2024) are ``"sparsemax"``, ``"entmax15"``, and alpha from 1 to 2, which need the package ``entmax`` and the
             backend ``"eager"``, which ``"auto"`` takes then.
+        verify: When the kernels of a GPU are checked against the eager form, as for :func:`lwpf_patch.apply`; None: as
+            the func_d says, which is ``"first"`` by default.
 
     Returns:
         The output, (..., L, Ev), of the query's dtype.
@@ -74,12 +77,14 @@ def lwpf_attention(
         return handle_torch_function(
             lwpf_attention, (query, key, value), query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
             is_causal=is_causal, scale=scale, func_d=func_d, training=training, masking=masking, backend=backend,
-            enable_gqa=enable_gqa, sep=sep,
+            enable_gqa=enable_gqa, sep=sep, verify=verify,
         )  # fmt: skip
     if masking is not None:
         masking = check_name("masking", masking, "lwpf_attention(masking=...)", MASKINGS)
     if backend is not None:
         backend = check_name("backend", backend, "lwpf_attention(backend=...)", BACKENDS)
+    if verify is not None:
+        verify = check_name("verify", verify, "lwpf_attention(verify=...)", VERIFICATIONS)
     rule = rule_of(func_d, "lwpf_attention(func_d=...)")
     owned = func_d if isinstance(func_d, OwnedFuncD) else None
     attn_mask = owned.with_infinity(attn_mask) if owned else attn_mask
@@ -87,7 +92,7 @@ def lwpf_attention(
     normalisation = Sep(*own["sep"]) if sep is None else parse_sep(sep, "lwpf_attention(sep=...)")
     call = Call(
         query, key, value, rule, attn_mask, dropout_p, is_causal, scale, enable_gqa, _training(func_d, training),
-        masking or own["masking"], normalisation,
+        masking or own["masking"], normalisation, verify or own["verify"],
     )  # fmt: skip
     return attend(call, backend or own["backend"], owned.host if owned else "")
 

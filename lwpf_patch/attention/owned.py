@@ -13,10 +13,10 @@ from ..attached import Attached
 from ..backends import eager_form as eager
 from ..forgetting import FuncD, make_func_d
 from ..options import check_name
-from ..settings import BACKENDS, DEFAULTS, MASKINGS
+from ..settings import BACKENDS, DEFAULTS, MASKINGS, VERIFICATIONS
 from ..specs import FuncDLike, parse_sep
 
-_ALLOWED = {"masking": MASKINGS, "backend": BACKENDS}
+_ALLOWED = {"masking": MASKINGS, "backend": BACKENDS, "verify": VERIFICATIONS}
 
 
 class OwnedFuncD(Attached, nn.Module):
@@ -30,6 +30,7 @@ class OwnedFuncD(Attached, nn.Module):
         masking: As for :func:`lwpf_patch.apply`.
         backend: As for :func:`lwpf_patch.apply`.
         sep: As for :func:`lwpf_patch.apply`.
+        verify: As for :func:`lwpf_patch.apply`.
 
     Attributes:
         rule: The forgetting function.
@@ -39,6 +40,7 @@ class OwnedFuncD(Attached, nn.Module):
         backend: Which backend computes.
         sep: The normalisation of the scores: alpha of alpha-entmax, and n of softmax_n; set it as for
             :func:`lwpf_patch.apply`.
+        verify: When the kernels of a GPU are checked against the eager form.
         mask_sentinel: The number that a mask of the host adds to the scores of hidden keys, where it is neither -inf
             nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
         by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
@@ -47,12 +49,19 @@ class OwnedFuncD(Attached, nn.Module):
 
     masking: str
     backend: str
+    verify: str
     sep: Tuple[float, float]
     by_hand: bool
     mask_sentinel: Optional[float]
 
     def __init__(
-        self, rule: Any, host: str = "", masking: str = "exclude", backend: str = "auto", sep: Any = "softmax"
+        self,
+        rule: Any,
+        host: str = "",
+        masking: str = "exclude",
+        backend: str = "auto",
+        sep: Any = "softmax",
+        verify: str = "first",
     ) -> None:
         super().__init__()
         self.rule: FuncD = rule_of(rule, "HostFuncD(...)")
@@ -60,6 +69,7 @@ class OwnedFuncD(Attached, nn.Module):
         self.masking = masking
         self.backend = backend
         self.sep = sep
+        self.verify = verify
         self.by_hand = False
         self.mask_sentinel = None
         _keep_settings_of_layers()
@@ -68,7 +78,7 @@ class OwnedFuncD(Attached, nn.Module):
         """Set an attribute.
 
         Raises:
-            SettingsError: A masking, backend or sep that there is not.
+            SettingsError: A masking, backend, sep or verify that there is not.
         """
         if name == "sep":
             value = parse_sep(value, "func_d.sep = ...")

@@ -57,6 +57,8 @@ class Call(NamedTuple):
         training: Whether it draws its noise.
         masking: ``"exclude"`` or ``"paper"``.
         sep: The normalisation.
+        verify: When a backend that needs it is checked against the eager form: ``"first"``, at the first call of each
+            case; ``"always"``; or ``"off"``.
     """
 
     query: Tensor
@@ -71,6 +73,7 @@ class Call(NamedTuple):
     training: bool = False
     masking: str = "exclude"
     sep: Sep = Sep()
+    verify: str = "first"
 
     @property
     def is_plain(self) -> bool:
@@ -125,12 +128,17 @@ class FusedBackend(Backend):
         reason = self.why_not_here(call)
         if reason is not None:
             return reason
-        if call.rule.threshold() is None:
+        threshold = call.rule.threshold()
+        if threshold is None:
             return f"{call.rule} is not of the form s > a"
         if call.rule.empty_rows != "zero":
             return "empty_rows='keep' needs a row's scores together"
         if call.masking != "exclude":
             return f"masking {call.masking!r} is computed as the official code does it, by the eager backend only"
+        return self.why_not_trusted(call, threshold)
+
+    def why_not_trusted(self, call: Call, threshold: Threshold) -> str | None:
+        """Return why what it computes of a call may be wrong; None: nothing is known against it."""
         return None
 
     @abstractmethod

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import compiling, transforms
-from . import eager_form
+from . import eager_form, verifying
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
-from .base import Call, FusedBackend
+from .base import Call, FusedBackend, Threshold
 from .eager_form import lowest, repeat_heads
+from .verifying import Case, Part
 
 #: Features per head that the tiles hold at most.
 WIDEST = 256
@@ -92,46 +93,73 @@ class Triton(FusedBackend):
             return f"it holds up to {WIDEST} features per head, not {width}"
         return _why_not_on(query.device.type, query.device.index)
 
+    def why_not_trusted(self, call: Call, threshold: Threshold) -> str | None:
+        """Return why the kernels are not to be trusted with a call; None: they are."""
+        if call.verify == "off" or not call.query.numel() or not call.key.numel() or not call.value.numel():
+            return None
+        arguments = prepare(
+            call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa
+        )  # fmt: skip
+        case = _case_of(call, threshold, arguments)
+        if torch.compiler.is_compiling():  # what is traced has no figures
+            return _problem_when_traced(*case, arguments.key.shape[2])
+        part = verifying.part_of(*arguments[:4])
+        return verifying.problem_of(case, part, call.verify == "always", self.name, _compute_part, _dropout)
+
     def compute_threshold(self, call: Call, mu: float | None, bias: float | None, eps: Tensor | None) -> Tensor:
         """Compute a call; see :meth:`FusedBackend.compute_threshold`."""
-        return attention(
-            call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias,
-            call.sep.n, eps, call.enable_gqa,
+        query, key, value, mask, is_causal, factor, lead = prepare(
+            call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa
         )  # fmt: skip
+        # Drawn where it is used, so that a CUDA graph draws anew at every replay.
+        seed = torch.randint(2**62, (), device=query.device) if call.dropout_p > 0 else None
+        out, *_ = torch.ops.lwpf_patch.triton_attention(
+            query, key, value, mask, call.dropout_p, is_causal, factor, mu, bias, call.sep.n, eps, seed
+        )
+        return out.reshape(*lead, *out.shape[-2:])
 
 
-def attention(
+class Arguments(NamedTuple):
+    """Arguments of the operator as kernels take them.
+
+    Attributes:
+        query: (B, H, L, E).
+        key: (B, H or fewer, S, E).
+        value: (B, H or fewer, S, Ev).
+        mask: (B or 1, H or 1, L or 1, S or 1), boolean or additive, or None.
+        is_causal: Whether query i sees the keys 0 to i only.
+        factor: Of the scores.
+        lead: The batch dimensions of the output.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    factor: float
+    lead: torch.Size
+
+
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_p: float,
     is_causal: bool,
     scale: float | None,
-    mu: float | None,
-    bias: float | None,
-    n: float,
-    eps: Tensor | None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention with the threshold form of partial forgetting.
+    enable_gqa: bool,
+) -> Arguments:
+    """Bring arguments to the form that kernels take.
 
     Args:
         query: (..., L, E).
         key: (..., S, E).
         value: (..., S, Ev).
         attn_mask: Broadcastable to (..., L, S), boolean or additive.
-        dropout_p: Probability that a weight is dropped.
         is_causal: Whether query i sees the keys 0 to i only.
         scale: Factor of the scores, None for ``E ** -0.5``.
-        mu: The threshold without noise; None: the median of all scores.
-        bias: What a forgotten score becomes; None: the threshold.
-        n: What is added to the denominator.
-        eps: Noise that is added to the threshold, of one element; None: none.
         enable_gqa: Whether neighbouring heads of the query share a head of the key and value.
-
-    Returns:
-        (..., L, Ev), of the query's dtype.
 
     Raises:
         RuntimeError: Shapes that do not go together.
@@ -155,12 +183,37 @@ def attention(
         mask = flat_mask(attn_mask, lead)
         if mask.dtype == torch.float64:
             mask = widen_mask(mask, torch.float32)
-    # Drawn where it is used, so that a CUDA graph draws anew at every replay.
-    seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0 else None
-    out, *_ = torch.ops.lwpf_patch.triton_attention(
-        query, key, value, mask, dropout_p, is_causal, factor, mu, bias, n, eps, seed
+    return Arguments(query, key, value, mask, is_causal, factor, lead)
+
+
+def _case_of(call: Call, threshold: Threshold, arguments: Arguments) -> Case:
+    query, key, value, mask, is_causal, factor, _ = arguments
+    backward = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (query, key, value, mask)
     )
-    return out.reshape(*lead, *out.shape[-2:])
+    return Case(
+        str(query.device), query.dtype, query.shape[3], value.shape[3], threshold.mu, threshold.bias, call.sep.n,
+        threshold.deviation if call.training else 0.0, None if mask is None else mask.dtype, call.dropout_p, is_causal,
+        factor, key.shape[1] != query.shape[1], key.shape[2] >= KEYS_OF_LONG, backward,
+        backward and mask is not None and mask.requires_grad,
+    )  # fmt: skip
+
+
+def _compute_part(case: Case, part: Part, noise: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute a part of a case by the kernels; see :data:`verifying.Compute`."""
+    out, _, _, centre, _ = torch.ops.lwpf_patch.triton_attention(
+        *part, case.dropout_p, case.is_causal, case.scale, case.mu, case.bias, case.n, noise, seed
+    )
+    kernels = _Call(*part, noise, seed, case.dropout_p, case.is_causal, case.scale, case.mu, case.bias)
+    return out, centre * case.scale if kernels.unscaled else centre
+
+
+# The kernels run while torch.compile traces, by figures that are drawn, so that nothing of it is in the graph.
+@compiling.constant
+def _problem_when_traced(*case_and_keys: Any) -> str | None:
+    case = Case(*case_and_keys[:-1])
+    part = verifying.drawn_part(case, case_and_keys[-1])
+    return verifying.problem_of(case, part, False, Triton.name, _compute_part, _dropout)
 
 
 def _flat(tensor: Tensor, lead: torch.Size, heads: int) -> Tensor:

@@ -182,7 +182,7 @@ def make_host_func_d(host: str, settings: Settings) -> HostFuncD:
     from ..attention import HostFuncD, rule_of
 
     rule = copy.deepcopy(rule_of(settings.func_d, settings.origin("func_d")))
-    return HostFuncD(rule, host, settings.masking, settings.backend, settings.sep)
+    return HostFuncD(rule, host, settings.masking, settings.backend, settings.sep, settings.verify)
 
 
 @dataclass(frozen=True, kw_only=True)

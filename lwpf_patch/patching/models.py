@@ -29,6 +29,7 @@ def patch_model(
     sep: SepLike | None = None,
     masking: str | None = None,
     backend: str | None = None,
+    verify: str | None = None,
     uhop: UHopLike | None = None,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -44,6 +45,7 @@ def patch_model(
         sep: As for :func:`lwpf_patch.apply`.
         masking: As for :func:`lwpf_patch.apply`.
         backend: As for :func:`lwpf_patch.apply`.
+        verify: As for :func:`lwpf_patch.apply`.
         uhop: As for :func:`lwpf_patch.apply`. Make the optimizer afterwards: it has to know the new parameters.
         include: Glob patterns over the names of the model's modules (``model.named_modules()``), such as
             ``"blocks.1?.attn"``; default all.
@@ -63,6 +65,7 @@ def patch_model(
         sep=sep,
         masking=masking,
         backend=backend,
+        verify=verify,
         uhop=uhop,
         include=include,
         exclude=exclude,

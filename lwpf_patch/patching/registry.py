@@ -34,6 +34,7 @@ def apply(
     sep: SepLike | None = None,
     masking: str | None = None,
     backend: str | None = None,
+    verify: str | None = None,
     uhop: UHopLike | None = None,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -57,6 +58,9 @@ def apply(
             lets them back into the denominator. None: as the func_d says, if it is that of another attention layer
             (``model.blocks[0].attn.func_d``), and else ``"exclude"``.
         backend: Which implementation of the operator computes. None: as the func_d says, or ``"auto"``.
+        verify: When the kernels of a GPU are checked against the eager form: ``"first"``, by a small part of the first
+            call of each case; ``"always"``; or ``"off"``. What fails is computed by the eager form from then on, with a
+            warning, or is an error with ``backend="triton"``. None: as the func_d says, or ``"first"``.
         uhop: U-Hop (Wu et al., ICML 2024): each attention module gets a feature map, and Stage I separates its keys
             after the first step of the optimizer. Text such as ``"iters=100,t=2,lr=0.1"``, ``"on"``, or a
             :class:`lwpf_patch.UHop`; apply it before the optimizer is made. None: no U-Hop.
@@ -75,8 +79,8 @@ def apply(
     """
     names = check_hosts(host, "apply()", HOSTS)
     settings = Settings(
-        func_d=func_d, sep=sep, masking=masking, backend=backend, uhop=uhop, include=include, exclude=exclude,
-        exclude_models=exclude_models, compat=compat,
+        func_d=func_d, sep=sep, masking=masking, backend=backend, verify=verify, uhop=uhop,
+        include=include, exclude=exclude, exclude_models=exclude_models, compat=compat,
     )  # fmt: skip
     for name in names:  # all of them can be met before any of them is
         HOSTS[name].check(settings)

@@ -1,0 +1,357 @@
+"""The check of a fused backend against the eager form: at the first call of each case, by a small part of that call.
+
+What a kernel depends on beside its inputs is a :class:`Case`. A case that was computed right once is trusted; one that
+was not is computed by another backend from then on, or is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reporting
+from . import eager_form
+
+#: At most so many queries of a part, and so many heads.
+ROWS, HEADS = 512, 2
+#: How far the output, and a gradient, may be from those of float64: the norm of the difference by that of the whole.
+#: Some times what rounding makes of it: in the interpreter 2e-7, 3e-4 and 6e-3 (which cuts bfloat16 off, a GPU rounds).
+BOUNDS = {torch.float32: (2e-5, 1e-4), torch.float16: (1e-3, 2e-3), torch.bfloat16: (9e-3, 1.2e-2)}
+#: And so many times what the rounding of the scores' gradient makes of that of query and key, where terms cancel.
+ROUNDING = 4
+#: Scores nearer to the threshold than this, of the largest, may be on either side of it.
+NEAR = 1e-5
+
+
+class Case(NamedTuple):
+    """What a kernel is compiled for, and which kernels there are.
+
+    Attributes:
+        device: Where it runs, such as ``"cuda:0"``.
+        dtype: Of query, key and value.
+        features: Of a query.
+        values: Features of a value.
+        mu: The threshold, if it is a constant; None: the median.
+        bias: What a forgotten score becomes; None: the threshold.
+        n: Of softmax_n.
+        deviation: Of the noise; 0: there is none.
+        mask: The dtype of the mask; None: there is none.
+        dropout_p: Probability that a weight is dropped.
+        is_causal: Whether query i sees the keys 0 to i only.
+        scale: Factor of the scores.
+        shared: Whether heads share keys.
+        long: Whether there are many keys.
+        backward: Whether gradients are wanted.
+        of_mask: Whether that of the mask is, too.
+    """
+
+    device: str
+    dtype: torch.dtype
+    features: int
+    values: int
+    mu: float | None
+    bias: float | None
+    n: float
+    deviation: float
+    mask: torch.dtype | None
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    shared: bool
+    long: bool
+    backward: bool
+    of_mask: bool
+
+    def __str__(self) -> str:
+        """Put it into words."""
+        width = self.features if self.features == self.values else f"{self.features} and {self.values}"
+        threshold = "the median" if self.mu is None else f"{self.mu:g}"
+        parts = [
+            str(self.dtype).removeprefix("torch."),
+            f"width {width}",
+            f"threshold {threshold}, bias {'the threshold' if self.bias is None else format(self.bias, 'g')}",
+            "no mask" if self.mask is None else f"a mask of {str(self.mask).removeprefix('torch.')}",
+            *(["causal"] if self.is_causal else []),
+            *([f"dropout {self.dropout_p:g}"] if self.dropout_p else []),
+            *(["noise"] if self.deviation else []),
+            *([f"n {self.n:g}"] if self.n else []),
+            *(["shared keys"] if self.shared else []),
+            "forward and backward" if self.backward else "forward",
+        ]
+        return ", ".join(parts)
+
+
+class Part(NamedTuple):
+    """Arguments of the operator in the form that kernels take, of a few heads of one batch item.
+
+    Attributes:
+        query: (1, H, L, E).
+        key: (1, H or fewer, S, E).
+        value: (1, H or fewer, S, Ev).
+        mask: (1, H or 1, L or 1, S or 1), boolean or additive; None: there is none.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
+#: Computes a part of a case: the output, and the median (without elements where it is a constant).
+Compute = Callable[[Case, Part, "Tensor | None", "Tensor | None"], "tuple[Tensor, Tensor]"]
+#: Makes the mask of dropout, (1, H, L, S): what each weight is multiplied with.
+Dropout = Callable[[Tensor, Tensor, float, Tensor], Tensor]
+
+_lock = threading.RLock()
+_problems: dict[Case, str | None] = {}
+
+
+def forget_cases() -> None:
+    """Trust no case any more, and mistrust none."""
+    with _lock:
+        _problems.clear()
+
+
+def problem_of(case: Case, part: Part, always: bool, name: str, compute: Compute, dropout: Dropout) -> str | None:
+    """Return why a backend is not to be trusted with a case, in words that follow a colon; None: it is.
+
+    Args:
+        case: The case.
+        part: What to check it by.
+        always: Whether to check it although it was checked before.
+        name: The name of the backend.
+        compute: How the backend computes.
+        dropout: Which weights it drops.
+    """
+    with _lock:
+        if case in _problems and (not always or _problems[case] is not None):
+            return _problems[case]
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # a graph is captured after a first run
+        try:
+            with _undisturbed():
+                found = _compare(case, part, compute, dropout)
+        except torch.OutOfMemoryError:
+            return None  # the next call is the first one, then
+        except Exception as error:  # the compiler's, or the driver's
+            found = f"it failed with {type(error).__name__}: {error}"
+        if found is None:
+            _problems[case] = None
+            return None
+        _problems[case] = f"its first run of this case was not right ({case}): {found}"
+    reporting.warn(
+        f"backend {name} is not used for this case any more, since its check against the eager form failed ({case}): "
+        f"{found}. {_where(case.device)}. Please report this line. The eager form computes the case; "
+        "verify='off' (LWPF_VERIFY=off) trusts the kernels without a check"
+    )
+    return _problems[case]
+
+
+def part_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Part:
+    """Return a small part of a call whose tensors have four dimensions.
+
+    Args:
+        query: (B, H, L, E).
+        key: (B, H or fewer, S, E).
+        value: (B, H or fewer, S, Ev).
+        mask: (B or 1, H or 1, L or 1, S or 1), or None.
+    """
+    group = query.shape[1] // max(1, key.shape[1])
+    heads = group if group > 1 else HEADS
+    kept = mask if mask is None else mask[:1, :heads, :ROWS]
+    return Part(query[:1, :heads, :ROWS], key[:1, : heads // group], value[:1, : heads // group], kept)
+
+
+def drawn_part(case: Case, keys: int) -> Part:
+    """Draw a part of a case, where no call is at hand: the same at every time."""
+    generator = torch.Generator().manual_seed(keys)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(case.device, case.dtype)
+
+    mask = None
+    if case.mask == torch.bool:
+        mask = torch.rand(1, 1, min(keys, ROWS), keys, generator=generator).to(case.device) < 0.8
+    elif case.mask is not None:
+        mask = torch.randn(1, 1, min(keys, ROWS), keys, generator=generator).to(case.device, case.mask)
+    shared = 1 if case.shared else HEADS
+    return Part(
+        draw(1, HEADS, min(keys, ROWS), case.features), draw(1, shared, keys, case.features),
+        draw(1, shared, keys, case.values), mask,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Compute outside of autocast and of inference mode, with gradients on."""
+    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+        for device in ("cuda", "cpu"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _compare(case: Case, part: Part, compute: Compute, dropout: Dropout) -> str | None:
+    """Compute a part in both ways; return where they differ, in words, None if they do not."""
+    if not all(tensor.isfinite().all() for tensor in part[:3]) or not part.query.numel() or not part.key.numel():
+        part = drawn_part(case, max(1, min(part.key.shape[2], 4 * ROWS)))
+    clear = _clear_rows(case, part)
+    if not clear.rows.any() or clear.rows.sum() < clear.rows.numel() / 4:
+        part = drawn_part(case, max(1, min(part.key.shape[2], 4 * ROWS)))
+        clear = _clear_rows(case, part)
+    device = part.query.device
+    noise = torch.full((), 0.5 * case.deviation, device=device) if case.deviation else None
+    seed = torch.full((), 20261128, dtype=torch.int64, device=device) if case.dropout_p else None
+
+    def leaves(dtype: torch.dtype | None) -> list[Tensor]:
+        found = [t for t in part if t is not None and (t.dtype != torch.bool)]
+        return [(t.detach().clone() if dtype is None else _widened(t)).requires_grad_(case.backward) for t in found]
+
+    ours, wide = leaves(None), leaves(torch.float64)
+    of_mask = [] if part.mask is None or part.mask.dtype != torch.bool else [part.mask]
+    out, centre = compute(case, Part(ours[0], ours[1], ours[2], [*ours[3:], *of_mask, None][0]), noise, seed)
+    dropped = None if seed is None else dropout(ours[0].detach(), ours[1].detach(), case.dropout_p, seed).double()
+    query, key, value = wide[:3]
+    # All that a mask and causality do, as numbers that are added to the scores: their gradient is that of the scores.
+    added = torch.zeros_like(clear.scores).requires_grad_(case.backward)
+    mask = added + wide[3] if len(wide) > 3 else added
+    mask = mask.masked_fill(clear.scores.isnan(), -math.inf)
+    if key.shape[1] != query.shape[1]:
+        repeated = (eager_form.repeat_heads(query, key), eager_form.repeat_heads(query, value))
+    else:
+        repeated = (key, value)
+    wanted = eager_form.above_threshold(
+        query, *repeated, mask, False, case.scale, case.mu, case.bias, case.n, noise, dropped
+    )  # fmt: skip
+    forward, backward = BOUNDS[case.dtype]
+    wrong = []
+    if case.mu is None and (found := _count(clear, centre)):
+        wrong.append(found)
+    if seed is not None and dropped is not None:
+        share = float((dropped == 0).double().mean())
+        if abs(share - case.dropout_p) > 6 * math.sqrt(0.25 / dropped.numel()):
+            wrong.append(f"dropout takes {share:.4f} of the weights and not {case.dropout_p:g}")
+    wrong += _far("the output", out, wanted, clear.rows[..., None], forward)
+    if case.backward:
+        generator = torch.Generator().manual_seed(7)
+        cotangent = torch.randn(out.shape, generator=generator).to(device, out.dtype)
+        cotangent = cotangent.masked_fill(~clear.rows[..., None], 0)
+        counted = slice(4 if case.of_mask else 3)
+        got = torch.autograd.grad(out, ours[counted], cotangent)
+        *theirs, of_scores = torch.autograd.grad(
+            wanted, [*wide[counted], added], cotangent.double(), materialize_grads=True
+        )
+        kept = (clear.of_query[..., None], clear.of_key[..., None], None, None)
+        rounding = (*_rounding(case, query.detach(), repeated[0].detach(), of_scores), 0.0, 0.0)
+        names = ("query", "key", "value", "mask")
+        for name, a, b, where, cancelled in zip(names, got, theirs, kept, rounding, strict=False):
+            if name == "mask" and not bool(clear.of_query.all()):
+                continue  # its entries may be sums over rows of both kinds
+            wrong += _far(f"the gradient of the {name}", a, b, where, backward, cancelled)
+    return "; ".join(wrong) or None
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    wide = tensor.detach().double()
+    return wide.masked_fill(tensor <= eager_form.lowest(tensor.dtype), -math.inf)
+
+
+def _rounding(case: Case, query: Tensor, key: Tensor, of_scores: Tensor) -> tuple[float, float]:
+    """Return what becomes of the gradients of query and key where that of the scores is rounded, as a norm."""
+    unit = torch.finfo(case.dtype).eps
+    squares = of_scores.square()
+    of_query = squares @ key.square().sum(-1, keepdim=True)
+    of_key = squares.transpose(-2, -1) @ query.square().sum(-1, keepdim=True)
+    factor = ROUNDING * unit * abs(case.scale)
+    return factor * float(of_query.sum().sqrt()), factor * float(of_key.sum().sqrt())
+
+
+class _Clear(NamedTuple):
+    """What rounding decides nothing about.
+
+    Attributes:
+        scores: In float64, NaN where excluded: (1, H, L, S).
+        near: How near to each other two scores may be told apart.
+        rows: Rows (1, H, L) without a score that may be on either side of the threshold.
+        of_query: Rows whose query has a gradient that is sure; fewer where it is not sure which score is the median.
+        of_key: The same of keys, (1, H or fewer, S).
+    """
+
+    scores: Tensor
+    near: float
+    rows: Tensor
+    of_query: Tensor
+    of_key: Tensor
+
+
+@torch.no_grad()
+def _clear_rows(case: Case, part: Part) -> _Clear:
+    query, key = part.query.double(), part.key.double()
+    shared = key.shape[1]
+    if shared != query.shape[1]:
+        key = eager_form.repeat_heads(query, key)
+    mask = part.mask if part.mask is None or part.mask.dtype == torch.bool else _widened(part.mask)
+    scores, excluded = eager_form.attention_scores(query, key, mask, case.is_causal, case.scale)
+    if excluded is not None:
+        scores = scores.masked_fill(excluded, math.nan)
+    finite = scores[scores.isfinite()]
+    near = NEAR * max(1e-3, float(finite.abs().max()) if finite.numel() else 0.0)
+    threshold = scores.nanmedian() if case.mu is None else torch.full_like(scores[0, 0, 0, 0], case.mu)
+    threshold = threshold + 0.5 * case.deviation
+    close = (scores - threshold).abs() <= near
+    exact = (scores == threshold) if not case.deviation else torch.zeros_like(close)
+    doubtful = close & ~exact
+    rows = ~doubtful.any(-1)
+    if case.mu is None and case.bias is None and bool(doubtful.any()):
+        of_query, of_key = ~close.any(-1), ~close.any(-2)
+    else:
+        of_query, of_key = torch.ones_like(rows), torch.ones_like(close[..., 0, :])
+    if shared != of_key.shape[1]:
+        of_key = of_key.reshape(1, shared, -1, of_key.shape[-1]).all(2)
+    return _Clear(scores, near, rows, of_query, of_key)
+
+
+def _count(clear: _Clear, centre: Tensor) -> str | None:
+    """Count the scores below the median that was found, and at it; return what is wrong about that."""
+    scores = clear.scores[~clear.scores.isnan()]
+    if not scores.numel():
+        return None
+    found = float(centre)
+    below, upto = int((scores < found - clear.near).sum()), int((scores <= found + clear.near).sum())
+    if below <= (scores.numel() - 1) // 2 < upto:
+        return None
+    return f"of {scores.numel()} scores {below} are below its median {found:g} and {upto} are not above it"
+
+
+def _far(
+    name: str, got: Tensor, wanted: Tensor, where: Tensor | None, bound: float, cancelled: float = 0.0
+) -> list[str]:
+    """Return what differs by more than a bound, and by more than is left where terms cancel, in words."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    difference = got - wanted
+    if where is not None:
+        difference, wanted = difference.masked_fill(~where, 0), wanted.masked_fill(~where, 0)
+    size = max(float(wanted.norm()), 1e-6 * wanted.numel() ** 0.5)
+    error, bound = float(difference.norm()) / size, bound + cancelled / size
+    return [] if error <= bound else [f"{name} differs by {error:.2g} of its norm, {bound:.2g} is allowed"]
+
+
+def _where(device: str) -> str:
+    """Return the device and the versions, in words."""
+    from importlib import metadata
+
+    versions = [f"torch {torch.__version__}", f"CUDA {torch.version.cuda}"]
+    for package in ("triton", "lwpf_patch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{package} {metadata.version(package)}")
+    kind = torch.device(device)
+    name = "the interpreter"
+    if kind.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(kind)
+        name = f"{torch.cuda.get_device_name(kind)} ({major}.{minor})"
+    return f"On {name}, {', '.join(versions)}"

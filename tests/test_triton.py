@@ -36,6 +36,14 @@ def test_the_cases_in_the_interpreter(part, python):
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+@needs_triton
+@pytest.mark.timeout(900)
+def test_the_check_at_the_first_call(python):
+    cases = (str(HERE / "verify_cases.py"), *CASES[1:])
+    result = python("-m", "pytest", *cases, check=False, cwd=HERE.parent, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
 def test_on_the_cpu_it_says_why_not():
     query = torch.randn(5, 16)
     with pytest.raises(lwpf_patch.SettingsError, match=r"backend 'triton' cannot do what is asked: .* are on cpu; use"):

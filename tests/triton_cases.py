@@ -17,7 +17,7 @@ import torch
 from oracle import Forgetting
 
 import lwpf_patch
-from lwpf_patch import PFU, NoForgetting, ReLU, lwpf_attention
+from lwpf_patch import PFU, NoForgetting, ReLU, lwpf_attention, settings
 from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import triton as backend
 from lwpf_patch.backends import triton_median
@@ -41,6 +41,12 @@ FUNC_DS = {
 NOTHING = {"none": (NoForgetting(), Forgetting())}
 MASKS = ["none", "causal", "boolean", "padding", "empty rows", "additive", "additive with -inf", "additive with min"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _no_check_beside(monkeypatch):
+    """What is compared here need not be compared twice; tests/verify_cases.py is about the check."""
+    monkeypatch.setitem(settings.DEFAULTS, "verify", "off")
 
 
 def pick(options):

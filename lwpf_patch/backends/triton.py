@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ def _why_not_on_device(kind: str, index: int | None) -> str | None:
 
 
 # While torch.compile traces, what a device can do is a constant. It does not look into a cached function by itself.
-_why_not_on: Callable[[str, int | None], str | None] = compiling.constant(
+why_not_on: Callable[[str, int | None], str | None] = compiling.constant(
     lambda kind, index: _why_not_on_device(kind, index)
 )
 
@@ -91,11 +91,13 @@ class Triton(FusedBackend):
         width = max(query.shape[-1], call.value.shape[-1])
         if width > WIDEST:
             return f"it holds up to {WIDEST} features per head, not {width}"
-        return _why_not_on(query.device.type, query.device.index)
+        return why_not_on(query.device.type, query.device.index)
 
     def why_not_trusted(self, call: Call, threshold: Threshold) -> str | None:
         """Return why the kernels are not to be trusted with a call; None: they are."""
-        if call.verify == "off" or not call.query.numel() or not call.key.numel() or not call.value.numel():
+        if call.verify == "off" or transforms.are_active():  # then the eager form computes
+            return None
+        if not call.query.numel() or not call.key.numel() or not call.value.numel():  # there is nothing to be wrong
             return None
         arguments = prepare(
             call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa
@@ -214,6 +216,17 @@ def _problem_when_traced(*case_and_keys: Any) -> str | None:
     case = Case(*case_and_keys[:-1])
     part = verifying.drawn_part(case, case_and_keys[-1])
     return verifying.problem_of(case, part, False, Triton.name, _compute_part, _dropout)
+
+
+def check_device(device: str) -> Iterator[tuple[str, str | None]]:
+    """Check the kernels on a device by typical cases; yield each in words, and what is wrong with it (None: nothing).
+
+    Args:
+        device: Such as ``"cuda:0"``.
+    """
+    for case, keys in verifying.typical_cases(device):
+        part = verifying.drawn_part(case, keys)
+        yield f"{case}, {keys} keys", verifying.problem_of(case, part, True, Triton.name, _compute_part, _dropout)
 
 
 def _flat(tensor: Tensor, lead: torch.Size, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The verb ``lwpf doctor``: check that the environment variable takes effect."""
+"""The verb ``lwpf doctor``: check that the environment variable takes effect, and that the kernels are right here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..comparing.command import Subparsers
@@ -25,7 +26,9 @@ print(",".join(name for name, host in state.items() if host["state"] in ("patche
 
 def add_parser(commands: Subparsers) -> None:
     """Add the verb."""
-    parser = commands.add_parser("doctor", help="check that the environment variable takes effect here")
+    parser = commands.add_parser(
+        "doctor", help="check that the environment variable takes effect here, and the GPU's kernels"
+    )
     parser.set_defaults(command=_doctor)
 
 
@@ -54,4 +57,39 @@ def _doctor(options: argparse.Namespace) -> int:
             print(child.stderr, end="", file=sys.stderr)
     if not healthy:
         print(f"The hook {HOOK} does not run: install this package with pip into this interpreter's environment.")
-    return 0 if healthy else 1
+    return 0 if check_kernels() and healthy else 1
+
+
+def check_kernels(devices: Sequence[str] | None = None) -> bool:
+    """Check the kernels on the GPUs that are there, and print a table.
+
+    Args:
+        devices: The devices; None: all of CUDA's.
+
+    Returns:
+        Whether all are right; True where there are none.
+    """
+    try:
+        import torch
+
+        from ..backends import triton
+    except ImportError as error:
+        print(f"kernels: not checked, PyTorch cannot be imported ({error})")
+        return True
+    if devices is None:
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if not devices:
+        print("kernels: there is no GPU of CUDA to check them on")
+    right = True
+    for device in devices:
+        kind = torch.device(device)
+        name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else "the interpreter"
+        reason = triton.why_not_on(kind.type, kind.index)
+        if reason is not None:
+            print(f"kernels on {device} ({name}): not used: {reason}")
+            continue
+        print(f"kernels on {device} ({name}), compared with the eager form:")
+        for case, problem in triton.check_device(device):
+            print(f"  {'right' if problem is None else 'WRONG'}: {case}" + (f": {problem}" if problem else ""))
+            right = right and problem is None
+    return right

@@ -335,6 +335,26 @@ def test_strides_are_taken_as_they_are():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_views_of_one_projection_are_not_copied():
+    """As hosts make them, (B, L, 3, H, E) and then apart: only results are allocated, in both passes."""
+    projected = torch.randn(2, 33, 3, 2, 16, device=DEVICE, requires_grad=True)
+    query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+    allocated = []
+    sizes = {"forward": lambda: lwpf_attention(query, key, value, func_d="relu", backend="triton")}
+    out = sizes["forward"]()  # compiled and imported
+    cotangent = torch.randn_like(out)
+    sizes["backward"] = lambda: torch.autograd.grad(out, (query, key, value), cotangent)
+    for compute in sizes.values():
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            compute()
+        memory = [event.self_cpu_memory_usage for event in profile.events()]
+        allocated.append(sum(size for size in memory if size > 0))
+    rows = query[..., 0].numel() * 4
+    small = 512  # counts, scalars
+    assert allocated[0] <= out.nbytes + 2 * rows + small, allocated  # and the log-sum-exp and rho of each row
+    assert allocated[1] <= 3 * query.nbytes + rows + small, allocated  # three gradients, and delta
+
+
 def test_no_queries_and_no_keys():
     for length, keys in ((0, 5), (5, 0), (0, 0)):
         for func_d in ("relu", "pfu", "pfu:mu=0.1,bias=0"):

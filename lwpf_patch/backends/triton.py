@@ -26,6 +26,7 @@ from . import eager_form, verifying
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .base import Call, FusedBackend, Threshold
 from .eager_form import lowest, repeat_heads
+from .operators import DirectOperator
 from .verifying import Case, Part
 
 #: Features per head that the tiles hold at most.
@@ -115,9 +116,7 @@ class Triton(FusedBackend):
         )  # fmt: skip
         # Drawn where it is used, so that a CUDA graph draws anew at every replay.
         seed = torch.randint(2**62, (), device=query.device) if call.dropout_p > 0 else None
-        out, *_ = torch.ops.lwpf_patch.triton_attention(
-            query, key, value, mask, call.dropout_p, is_causal, factor, mu, bias, call.sep.n, eps, seed
-        )
+        out = operator(query, key, value, mask, call.dropout_p, is_causal, factor, mu, bias, call.sep.n, eps, seed)
         return out.reshape(*lead, *out.shape[-2:])
 
 
@@ -439,7 +438,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@torch.library.custom_op("lwpf_patch::triton_attention", mutates_args=(), device_types=("cuda", "cpu"))
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -495,12 +493,16 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
-@_forward.register_fake
+_registered = torch.library.custom_op(
+    "lwpf_patch::triton_attention", _forward, mutates_args=(), device_types=("cuda", "cpu")
+)
+
+
+@_registered.register_fake
 def _(query, key, value, mask, dropout_p, is_causal, scale, mu, bias, n, eps, seed):  # type: ignore[no-untyped-def]
     return _results(query, value, mu, bias)
 
 
-@torch.library.custom_op("lwpf_patch::triton_attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -578,7 +580,12 @@ def _like(tensor: Tensor) -> Tensor:
     return result if result.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-@_backward.register_fake
+_registered_backward = torch.library.custom_op(
+    "lwpf_patch::triton_attention_backward", _backward, mutates_args=(), device_types=("cuda", "cpu")
+)
+
+
+@_registered_backward.register_fake
 def _(grad, query, key, value, mask, *rest):  # type: ignore[no-untyped-def]
     return _gradients(query, key, value, mask, rest[-1])
 
@@ -590,10 +597,8 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
 
 
-def _autograd(ctx, grad, *unused):  # type: ignore[no-untyped-def]
-    if transforms.recompute(grad):
-        return _gradients_again(ctx, grad)
-    grads = torch.ops.lwpf_patch.triton_attention_backward(grad, *ctx.saved_tensors, *ctx.options, ctx.mask_needs_grad)
+def _gradients_of(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
+    grads = backward(grad, *ctx.saved_tensors, *ctx.options, ctx.mask_needs_grad)
     return *grads[:3], grads[3] if ctx.mask_needs_grad else None, *[None] * 8
 
 
@@ -627,11 +632,13 @@ def _dropout(query: Tensor, key: Tensor, dropout_p: float, seed: Tensor) -> Tens
     same, alike = query.new_zeros(batches, heads, length, 16), key.new_zeros(batches, heads, count, 16)
     unit = torch.eye(count, dtype=query.dtype, device=query.device).expand(batches, heads, count, count)
     kept = [
-        _forward(same, alike, part, None, dropout_p, False, 1.0, -1.0, 0.0, 0.0, None, seed)[0] > 0
+        _registered(same, alike, part, None, dropout_p, False, 1.0, -1.0, 0.0, 0.0, None, seed)[0] > 0
         for part in torch.split(unit, WIDEST, -1)
     ]
     made = torch.cat(kept, -1) if kept else query.new_zeros(batches, heads, length, count)
     return made.float() / max(1 - dropout_p, 1e-30)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+operator = DirectOperator(
+    (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients_of, _gradients_again
+)

@@ -16,7 +16,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant(function: _Function) -> _Function:
-    """Mark a function whose result torch.compile takes for a constant of what it traces; return the function."""
+    """Mark a function whose result torch.compile takes for a constant of what it traces; return the function.
+
+    PyTorch 2.5 puts the result among the globals of the code that it compiles, by the name in the function's code:
+    that must not be the name of the function there.
+    """
+    code: Any = getattr(function, "__code__")  # noqa: B009
+    function.__code__ = code.replace(co_name=f"_result_of_{code.co_name.strip('<>')}")
     _when_it_comes(lambda _: torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
     return function
 

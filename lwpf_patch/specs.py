@@ -398,7 +398,8 @@ def parse_sep(sep: object, origin: str = "sep") -> Sep:
     name, colon, rest = sep.partition(":") if isinstance(sep, str) else ("", "", "")
     name = name.strip()
     if name in SEPS and colon:
-        return SEPS[name]._replace(**_sep_options(name, rest, str(sep), origin))
+        usual = SEPS[name]
+        return Sep(usual.alpha, _sep_options(name, rest, str(sep), origin).get("n", usual.n))
     if name in SEPS:
         return SEPS[name]
     try:

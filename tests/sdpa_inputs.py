@@ -66,8 +66,6 @@ COMPUTED: dict[str, Call] = {
     "no key, a mask of one": _calls((2, 5, 4), (2, 0, 4), (2, 0, 4), (5, 1)),
     "no query": _calls((2, 0, 4), (2, 6, 4), (2, 6, 4), (0, 6)),
     "a mask of one dimension": _calls(QUERY, KEY, KEY, (6,)),
-    "a mask of four dimensions over three": _calls((3, 5, 4), (3, 6, 4), (3, 6, 4), (1, 3, 5, 6)),
-    "a mask of four dimensions for all": _calls((3, 5, 4), (3, 6, 4), (3, 6, 4), (1, 1, 5, 6)),
     "a mask without any": _calls(QUERY, KEY, KEY, ()),
     "a mask over queries": _calls((2, 5, 4), (2, 6, 4), (2, 6, 4), (2, 5, 1)),
     "a mask over what is broadcast": _calls((2, 1, 5, 4), (1, 3, 6, 4), (1, 3, 6, 4), (2, 3, 5, 6)),
@@ -86,6 +84,17 @@ COMPUTED: dict[str, Call] = {
     "a scale below 0": _calls(QUERY, KEY, KEY, scale=-0.5),
     "a scale above 1": _calls(QUERY, KEY, KEY, scale=8.0),
 }
+
+try:
+    _X = torch.zeros(1, 1, 1)
+    torch.nn.functional.scaled_dot_product_attention(_X, _X, _X, torch.zeros(1, 1, 1, 1))
+except RuntimeError:
+    pass  # PyTorch 2.5
+else:
+    COMPUTED |= {
+        "a mask of four dimensions over three": _calls((3, 5, 4), (3, 6, 4), (3, 6, 4), (1, 3, 5, 6)),
+        "a mask of four dimensions for all": _calls((3, 5, 4), (3, 6, 4), (3, 6, 4), (1, 1, 5, 6)),
+    }
 
 #: Scores that a number cannot hold: here it counts that they are computed, and in which shape.
 OVERFLOWING: dict[str, Call] = {

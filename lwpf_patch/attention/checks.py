@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import compiling
 from ..backends import Call
@@ -33,10 +34,21 @@ def with_fitting_mask(call: Call) -> Call:
     SDPA computes three dimensions as four, the first of size 1; a mask may have all of them.
     """
     mask = call.attn_mask
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.size(0) != 1:
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.size(0) != 1 or not _takes_four_dimensions():
         return call
     dimensions = [each.dim() for each in (call.query, call.key, call.value) if isinstance(each, Tensor)]
     return call._replace(attn_mask=mask.squeeze(0)) if dimensions == [3, 3, 3] else call
+
+
+@compiling.constant
+def _takes_four_dimensions() -> bool:
+    """Return whether SDPA does so; that of PyTorch 2.5 does not."""
+    x = torch.zeros(1, 1, 1, device="cpu")
+    try:
+        F.scaled_dot_product_attention(x, x, x, torch.zeros(1, 1, 1, 1, device="cpu"))
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_inputs(call: Call) -> None:

@@ -31,7 +31,7 @@ def attend(call: Call, backend: str, host: str) -> Tensor:
         TypeError: Something else than a tensor, a number or a boolean where one is wanted.
     """
     mark_used(host)
-    if call.is_plain:  # PyTorch's own attention checks and casts for itself
+    if call.is_plain():  # PyTorch's own attention checks and casts for itself
         return _compute(call, backend, host)
     call = with_fitting_mask(call)
     check_inputs(call)

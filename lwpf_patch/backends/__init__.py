@@ -36,10 +36,13 @@ def choose(requested: str, call: Call) -> tuple[Backend, str]:
     Raises:
         SettingsError: There is no such backend, or it cannot do what is asked; the error says why.
     """
-    backend = next((each for each in BACKENDS if each.name == requested), None)
+    backend: Backend | None = None
+    for each in BACKENDS:  # no generator, at which torch.compile of PyTorch 2.5 stops
+        if each.name == requested:
+            backend = each
     if backend is None and requested != "auto":
         raise unknown_value("backend", requested, "backend", ["auto", *(each.name for each in BACKENDS)])
-    if call.is_plain:  # whatever was asked for: the other ones compute what forgets
+    if call.is_plain():  # whatever was asked for: the other ones compute what forgets
         return _PLAIN, "nothing is forgotten"
     if backend is None:
         return _choose_automatically(call)

@@ -75,10 +75,10 @@ class Call(NamedTuple):
     sep: Sep = Sep()
     verify: str = "first"
 
-    @property
+    # No property, and no comparison of two Seps, at which torch.compile of PyTorch 2.5 stops.
     def is_plain(self) -> bool:
-        """Whether this is plain attention: nothing is forgotten, and the softmax normalises."""
-        return not self.rule.forgets and self.sep == Sep()
+        """Return whether this is plain attention: nothing is forgotten, and the softmax normalises."""
+        return not self.rule.forgets and self.sep.alpha == 1.0 and self.sep.n == 0.0
 
     def noise(self, threshold: Threshold) -> Tensor | None:
         """Draw the noise of the threshold, (), float32; None where there is none."""

@@ -18,7 +18,7 @@ class Plain(Backend):
         """Return why it cannot compute a call; None: it can."""
         if call.rule.forgets:
             return f"{call.rule} forgets, and plain attention does not"
-        return None if call.is_plain else "sep other than 'softmax' is not plain attention"
+        return None if call.is_plain() else "sep other than 'softmax' is not plain attention"
 
     def compute(self, call: Call) -> Tensor:
         """Compute a call; see :meth:`Backend.compute`."""

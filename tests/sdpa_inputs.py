@@ -88,8 +88,9 @@ COMPUTED: dict[str, Call] = {
 try:
     _X = torch.zeros(1, 1, 1)
     torch.nn.functional.scaled_dot_product_attention(_X, _X, _X, torch.zeros(1, 1, 1, 1))
-except RuntimeError:
-    pass  # PyTorch 2.5
+except RuntimeError:  # PyTorch 2.5, whose SDPA also ends the process where there are no heads to share
+    for _case in ("no heads to be shared", "no heads that share none"):
+        del COMPUTED[_case]
 else:
     COMPUTED |= {
         "a mask of four dimensions over three": _calls((3, 5, 4), (3, 6, 4), (3, 6, 4), (1, 3, 5, 6)),

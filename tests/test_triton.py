@@ -95,9 +95,9 @@ def launches(dtype, width, mu, of_mask, dropout_p, length=197, n=0.0):
     mask = None if of_mask is None else torch.empty(64, 12, length, length, dtype=of_mask, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
     options = (dropout_p, False, width**-0.5, mu, mu)
-    results = backend._forward._init_fn(*inputs, mask, *options, n, None, seed)
+    results = backend._forward(*inputs, mask, *options, n, None, seed)
     needs_grad = mask is not None and mask.is_floating_point()
-    backend._backward._init_fn(results[0], *inputs, mask, None, seed, *results, *options, needs_grad)
+    backend._backward(results[0], *inputs, mask, None, seed, *results, *options, needs_grad)
     return list(launched)
 
 def compile(kernel, values, options, capability):

@@ -34,13 +34,12 @@ def with_fitting_mask(call: Call) -> Call:
     SDPA computes three dimensions as four, the first of size 1; a mask may have all of them.
     """
     mask = call.attn_mask
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.size(0) != 1 or not _takes_four_dimensions():
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.size(0) != 1 or not _TAKES_FOUR_DIMENSIONS:
         return call
     dimensions = [each.dim() for each in (call.query, call.key, call.value) if isinstance(each, Tensor)]
     return call._replace(attn_mask=mask.squeeze(0)) if dimensions == [3, 3, 3] else call
 
 
-@compiling.constant
 def _takes_four_dimensions() -> bool:
     """Return whether SDPA does so; that of PyTorch 2.5 does not."""
     x = torch.zeros(1, 1, 1, device="cpu")
@@ -49,6 +48,9 @@ def _takes_four_dimensions() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+_TAKES_FOUR_DIMENSIONS = _takes_four_dimensions()
 
 
 def check_inputs(call: Call) -> None:

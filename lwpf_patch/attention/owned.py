@@ -104,7 +104,7 @@ class OwnedFuncD(Attached, nn.Module):
         return not self.rule.forgets and self.sep[0] == 1.0 and self.sep[1] == 0.0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({**DEFAULTS, **state})  # type: ignore[no-untyped-call] # an older one has fewer
         _keep_settings_of_layers()
 
     def __repr__(self) -> str:

@@ -72,7 +72,7 @@ def median(tiled: TiledScores, ties: Tensor, scratch: Tensor) -> float:
         tiled: What makes the scores.
         ties: (TIES + 1): gets the number of scores that are equal to the median, and the flat positions of these among
             (B H, L, S); -1 in place of the first position where they are not known.
-        scratch: The tiled's.
+        scratch: Room for the scores of a tile.
 
     Returns:
         The median; 0 if every score is excluded, NaN if one that counts is NaN.

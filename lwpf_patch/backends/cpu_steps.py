@@ -48,7 +48,7 @@ class KeySum:
 
     Args:
         total: (B H, S, E), where the gradient is to lie.
-        tiled: The tiled.
+        tiled: The scores.
     """
 
     def __init__(self, total: Tensor, tiled: TiledScores) -> None:

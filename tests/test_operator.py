@@ -632,7 +632,7 @@ def test_partial_forgetting_around_a_softmax_equals_the_oracle(name, dim):
         options = {"training": False}
     elif name == "none":
         func_d, forgetting = "none", Forgetting("none")
-        mask[0, 0, 0] = True  # nothing is done to such a row: it is NaN, as in plain attention
+        mask[..., 0] |= ~mask.any(-1)  # nothing is done to a row without keys: it is NaN, as in plain attention
     elif name == "text":  # which draws no noise
         func_d, forgetting = "pfu:bias=0.25,sigma=9", Forgetting("pfu", "dmedian", 0.25)
     elif name == "of a layer":

@@ -13,9 +13,13 @@ import pytest
 import torch
 
 import lwpf_patch
+from lwpf_patch.backends.triton import why_no_triton
 from lwpf_patch.hosts import HOSTS
 
 ROOT = Path(__file__).parent.parent
+
+needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
 torch.set_num_threads(1)  # tests run side by side
 

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_gpu, needs_triton
 
 from benchmarks import attention, measuring, reporting, train_step
 from benchmarks.__main__ import main
 from lwpf_patch import lwpf_attention
 
 HERE, LEFT_OUT = attention.available("cpu", backend="cpu")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
 def inputs(**made) -> list[torch.Tensor]:
@@ -46,7 +45,7 @@ def test_a_variant_computes_what_its_func_d_says(name):
 
 
 @pytest.mark.gpu
-@needs_cuda
+@needs_gpu
 @pytest.mark.parametrize("name", attention.variants())
 def test_a_variant_computes_what_its_func_d_says_on_cuda(name):
     known, left_out = attention.available("cuda")
@@ -96,6 +95,7 @@ def test_attention(bench, tmp_path):
     assert said.err.count("left out: SDPA") == 2
 
 
+@needs_triton
 def test_tiles(python, tmp_path):
     """In Triton's interpreter, which has to be a process of its own."""
     arguments = ("tiles", "--device", "cpu", "--quick", "--output", "out/t")

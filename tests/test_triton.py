@@ -11,20 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_gpu, needs_triton
 
 import lwpf_patch
 from lwpf_patch import ReLU, backends, lwpf_attention
 from lwpf_patch.backends import triton as triton_backend
-from lwpf_patch.backends.triton import why_no_triton
 
 HERE = Path(__file__).parent
 CASES = (str(HERE / "triton_cases.py"), "-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "-s")
 #: The cases in parts of about the same time, by name, so that they run side by side.
 ORACLE, MEDIAN = "test_equals or test_the_attention or test_any_scale", "test_the_median or test_the_gradient"
 PARTS = {"oracle": ORACLE, "median": MEDIAN, "others": f"not ({ORACLE} or {MEDIAN})"}
-
-needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
 
 @needs_triton

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +53,49 @@ def _unpatched() -> Iterator[None]:
     lwpf_patch.revert()
 
 
+def environment_of_a_child(**variables: str) -> dict[str, str]:
+    """Returns the variables of a child interpreter: none of ours but the given ones, one thread, `quick_timm`."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")} | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(quick_timm()))))
+    return environment | variables
+
+
+@functools.cache
+def quick_timm() -> Path:
+    """Returns a folder in which timm and torchvision are installed, with few of timm's models.
+
+    Half of the time of `import timm` goes into torch._dynamo, which torchvision and NaFlexViT load, and a tenth into
+    models that no test takes. All files here are links to the installed ones but for the two that import these.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lwpf_timm_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if importlib.util.find_spec("timm") is None:
+        return folder
+    models = _linked("timm", "models/__init__.py", folder)
+    kept = ("deit", "eva", "resnet", "vision_transformer")
+    rest = "".join(rf"(?!{name} )" for name in kept)
+    models.write_text(re.sub(rf"^from \.(?!_){rest}\w+ import \*\n", "", models.read_text(), flags=re.MULTILINE))
+    align = _linked("torchvision", "ops/roi_align.py", folder)
+    eager = "from torch._dynamo.utils import is_compile_supported"
+    lazy = f"def is_compile_supported(device):\n    {eager}\n    return is_compile_supported(device)"
+    align.write_text(align.read_text().replace(f"\n{eager}\n", f"\n{lazy}\n"))
+    return folder
+
+
+def _linked(package: str, copied: str, folder: Path) -> Path:
+    """Links the files of a package and its metadata into a folder, and copies one of them, which is returned."""
+    source = Path(importlib.util.find_spec(package).origin).parent
+    for metadata in source.parent.glob(f"{package}-*.dist-info"):
+        (folder / metadata.name).symlink_to(metadata)
+    inner = Path(copied).parent
+    for place in (Path(), inner):
+        (folder / package / place).mkdir()
+        for entry in (source / place).iterdir():
+            if entry.name != "__pycache__" and place / entry.name not in (inner, Path(copied)):
+                (folder / package / place / entry.name).symlink_to(entry)
+    return shutil.copy(source / copied, folder / package / copied)
+
+
 @pytest.fixture
 def python(tmp_path: Path):
     """Runs a child interpreter in an empty folder, with no variable of ours but the given ones."""
@@ -57,11 +105,9 @@ def python(tmp_path: Path):
             script = tmp_path / "script.py"
             script.write_text(code)
             arguments = (str(script), *arguments)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
-        environment |= {"OMP_NUM_THREADS": "1", **variables}
         result = subprocess.run(
             [sys.executable, *arguments],
-            env=environment,
+            env=environment_of_a_child(**variables),
             cwd=cwd,
             capture_output=True,
             text=True,

@@ -70,8 +70,9 @@ def test_unset_nothing_of_ours_is_loaded(python):
 
 
 def test_an_unmodified_script_is_patched(python):
-    assert python(code=USE).stdout.strip() == "None"
-    out = python(code=USE, LWPF_PATCH="timm")
+    whole = {"PYTHONPATH": ""}  # of timm
+    assert python(code=USE, **whole).stdout.strip() == "None"
+    out = python(code=USE, LWPF_PATCH="timm", **whole)
     assert out.stdout.strip() == "ReLU()"
     line, backend = out.stderr.strip().splitlines()
     assert line.startswith("lwpf_patch: timm 1.")

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment_of_a_child
 
 #: Where `make test` puts the versions and the source of the newest, which carries its tests.
 VERSIONS = Path(sys.prefix) / "timm"
-
-
-def _environment(**variables: str) -> dict[str, str]:
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
-    return {**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
 
 
 @pytest.mark.parametrize("way", ["variable", "run", "before", "after"])
@@ -33,7 +27,7 @@ def test_a_version_of_timm(version, way):
         variables = {"LWPF_PATCH": "timm", "LWPF_FUNC_D": "relu", "LWPF_BACKEND": "eager"}
     out = subprocess.run(
         [sys.executable, "-W", "ignore", *command],
-        env=_environment(PYTHONPATH=str(folder), **variables), capture_output=True, text=True,
+        env=environment_of_a_child(PYTHONPATH=str(folder), **variables), capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("right: Attention")
@@ -45,7 +39,8 @@ def _run_timm_tests(report: Path, arguments: list[str], **variables: str) -> dic
     """Runs timm's own tests, and returns the outcome of each by its name."""
     out = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments],
-        cwd=VERSIONS / "source", env=_environment(**variables), capture_output=True, text=True,
+        cwd=VERSIONS / "source", env=environment_of_a_child(PYTHONPATH="", HF_HUB_OFFLINE="1", **variables),
+        capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode in (0, 1), out.stdout + out.stderr
     outcomes = {}

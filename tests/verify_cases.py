@@ -74,7 +74,7 @@ def call(name, tensors, **more):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in CALLS),
-     *((name, dtype) for name in ("relu", "the median", "dropout") for dtype in (torch.float16, torch.bfloat16))],
+     *((name, dtype) for name in ("relu", "the median") for dtype in (torch.float16, torch.bfloat16))],
 )  # fmt: skip
 def test_what_is_right_passes(name, dtype, warned):
     out = call(name, inputs(dtype), backend="triton")
@@ -135,14 +135,16 @@ def change(monkeypatch, result, factor=1.01):
     return count
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("result", RESULTS)
+@pytest.mark.parametrize(
+    ("result", "dtype"),
+    # In float16 a hundredth of rho or delta is less than rounding makes of the gradients.
+    [*((result, torch.float32) for result in RESULTS),
+     *((result, torch.float16) for result in ("output", "gradient of the query", "gradient of the key"))],
+)  # fmt: skip
 def test_a_kernel_that_is_off_by_a_hundredth_is_caught(result, dtype, warned, on_its_device, monkeypatch):
-    if dtype == torch.float16 and result in ("rho", "delta"):
-        pytest.skip("a hundredth of it is less than rounding makes of the gradients")
     torch.manual_seed(11)  # so that what rho adds up to is not about 0
     change(monkeypatch, result)
-    name, tensors = RESULTS[result][2], inputs(dtype)
+    name, tensors = RESULTS[result][2], inputs(dtype, heads=1)
     wanted = call(name, tensors, backend="eager")
     out = call(name, tensors)
     assert torch.equal(out, wanted)  # eager computes
@@ -154,7 +156,8 @@ def test_a_kernel_that_is_off_by_a_hundredth_is_caught(result, dtype, warned, on
         assert part in warned[0]
     with pytest.raises(lwpf_patch.SettingsError, match=r"its first run of this case was not right .* differs by "):
         call(name, tensors, backend="triton")
-    assert call(name, tensors, backend="triton", verify="off").shape == wanted.shape
+    if result == "output" and dtype == torch.float32:
+        torch.testing.assert_close(call(name, tensors, backend="triton", verify="off"), 1.01 * wanted)
 
 
 @pytest.mark.parametrize("off", [1.01, "another score"])
@@ -253,7 +256,7 @@ def test_under_torch_compile_it_is_checked_while_it_is_traced(result, warned, on
 def test_the_table_of_doctor(capsys, monkeypatch):
     from lwpf_patch.cli import doctor
 
-    monkeypatch.setattr(verifying, "TYPICAL", verifying.TYPICAL[:3])
+    monkeypatch.setattr(verifying, "TYPICAL", [(*each[:-1], 19) for each in verifying.TYPICAL[:3]])
     assert doctor.check_kernels(["cpu"])
     right = capsys.readouterr().out
     assert right.count("right") == 3

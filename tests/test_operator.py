@@ -661,8 +661,7 @@ def test_overriding_leaves_the_func_d_alone():
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
 
 
-@pytest.mark.parametrize("func_d", ["relu", "pfu"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("func_d", "dynamic"), [("relu", False), ("pfu", True)])
 def test_compiled_without_graph_breaks(func_d, dynamic, backend):
     sep = "softmax_n:n=0.5" if func_d == "pfu" else "softmax"
 

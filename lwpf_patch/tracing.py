@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from . import compiling
 
+
+@compiling.constant  # up to 2.9, at least, torch.compile takes it for True whatever it does
 def is_exporting() -> bool:
     """Return whether torch.export is at work."""
-    exporting = getattr(torch.compiler, "is_exporting", None)  # since 2.7
-    return exporting is not None and bool(exporting())
+    return torch.compiler.is_exporting()
 
 
 def is_jit_tracing() -> bool:

@@ -88,7 +88,7 @@ COMPUTED: dict[str, Call] = {
 try:
     _X = torch.zeros(1, 1, 1)
     torch.nn.functional.scaled_dot_product_attention(_X, _X, _X, torch.zeros(1, 1, 1, 1))
-except RuntimeError:  # PyTorch 2.5, whose SDPA also ends the process where there are no heads to share
+except RuntimeError:  # up to PyTorch 2.9, whose SDPA also ends the process where there are no heads to share
     for _case in ("no heads to be shared", "no heads that share none"):
         del COMPUTED[_case]
 else:

@@ -376,7 +376,6 @@ def test_other_normalisations_compile_without_graph_breaks(sep):
     compare(compiled(query, key, value, mask), attend(query, key, value, mask), [query, key, value])
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 7), reason="before 2.7 nothing tells that torch.export is at work")
 def test_softmax_n_is_exported():
     """With torch.export, to ONNX, and as torch.jit.script reads it."""
 

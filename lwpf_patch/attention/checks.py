@@ -1,4 +1,4 @@
-"""What the operator does to its arguments before a backend sees them: checks, and the casts of autocast."""
+"""The checks of the operator's arguments before a backend sees them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import compiling
+from ..autocasting import in_autocast
 from ..backends import Call
 from ..backends.arguments import batch_shape
-
-
-def in_autocast(device: str) -> bool:
-    """Return whether autocast is on for a kind of device; some, such as meta, do not know it."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
-
-
-@compiling.constant  # before 2.7 torch.compile stopped at it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-def autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as autocast does for SDPA: every floating tensor but float64."""
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def with_fitting_mask(call: Call) -> Call:
@@ -41,7 +26,7 @@ def with_fitting_mask(call: Call) -> Call:
 
 
 def _takes_four_dimensions() -> bool:
-    """Return whether SDPA does so; that of PyTorch 2.5 does not."""
+    """Return whether SDPA does so; that of PyTorch 2.9 does not."""
     x = torch.zeros(1, 1, 1, device="cpu")
     try:
         F.scaled_dot_product_attention(x, x, x, torch.zeros(1, 1, 1, 1, device="cpu"))

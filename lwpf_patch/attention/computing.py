@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, compiling, reporting
+from .. import autocasting, backends, compiling, reporting
 from ..backends import Call
-from .checks import autocast, check_inputs, in_autocast, with_fitting_mask
+from .checks import check_inputs, with_fitting_mask
 
 # While torch.compile traces, a note is made once, at tracing, and leaves neither a node nor a guard.
 mark_used = compiling.constant(reporting.mark_used)
@@ -36,11 +36,11 @@ def attend(call: Call, backend: str, host: str) -> Tensor:
     call = with_fitting_mask(call)
     check_inputs(call)
     device = call.query.device.type
-    if not in_autocast(device):
+    if not autocasting.in_autocast(device):
         return _compute(call, backend, host)
     dtype = torch.get_autocast_dtype(device)
-    query, key, value = (autocast(tensor, dtype) for tensor in (call.query, call.key, call.value))
-    with torch.autocast(device, enabled=False):
+    query, key, value = (autocasting.cast(tensor, dtype) for tensor in (call.query, call.key, call.value))
+    with autocasting.without_autocast(device):
         return _compute(call._replace(query=query, key=key, value=value), backend, host)
 
 

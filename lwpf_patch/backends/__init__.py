@@ -37,7 +37,7 @@ def choose(requested: str, call: Call) -> tuple[Backend, str]:
         SettingsError: There is no such backend, or it cannot do what is asked; the error says why.
     """
     backend: Backend | None = None
-    for each in BACKENDS:  # no generator, at which torch.compile of PyTorch 2.5 stops
+    for each in BACKENDS:
         if each.name == requested:
             backend = each
     if backend is None and requested != "auto":

@@ -75,7 +75,6 @@ class Call(NamedTuple):
     sep: Sep = Sep()
     verify: str = "first"
 
-    # No property, and no comparison of two Seps, at which torch.compile of PyTorch 2.5 stops.
     def is_plain(self) -> bool:
         """Return whether this is plain attention: nothing is forgotten, and the softmax normalises."""
         return not self.rule.forgets and self.sep.alpha == 1.0 and self.sep.n == 0.0

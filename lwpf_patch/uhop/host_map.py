@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .. import tracing
+from .. import autocasting, tracing
 from ..attached import Attached
 from ..errors import LwpfError
 from ..specs import UHop
@@ -220,8 +220,8 @@ def _map_query(query: Tensor, gram: Tensor) -> Tensor:
 def _gram_in_full_precision(feature_map: HostFeatureMap, query: Tensor) -> Tensor:
     """Compute Φ^T Φ in the dtype of Φ under autocast too, and round it once, to what the query has."""
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    if autocasting.in_autocast(device):
+        with autocasting.without_autocast(device):
             return feature_map.gram().to(query.dtype)
     return feature_map.gram().to(query.dtype)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import transforms
+from ..autocasting import without_autocast
 from ..errors import SettingsError, shown
 from ..options import LARGEST_COUNT, Option, check_name
 from ..specs import UHOP_OPTIONS
@@ -94,7 +95,7 @@ def separation_gradient(
     t, kind = _read_options(t, kind, "separation_gradient")
     _check_pair(weight, patterns, "separation_gradient")
     dtype = torch.promote_types(_wide(weight.dtype), _wide(patterns.dtype))
-    with _without_autocast(patterns.device):
+    with without_autocast(patterns.device.type):
         loss, gradient = _gradient_of_weight(weight.to(dtype), patterns.to(dtype), t, kind, with_gradient=True)
     assert gradient is not None
     return loss, gradient
@@ -204,7 +205,7 @@ class FeatureMap(nn.Module):
         dtype = torch.promote_types(_wide(self.weight.dtype), _wide(patterns.dtype))
         weight, patterns = self.weight.detach().to(dtype, copy=True), patterns.detach().to(dtype)
         losses = []
-        with _without_autocast(patterns.device), _progress_bar(iters, progress) as bar:
+        with without_autocast(patterns.device.type), _progress_bar(iters, progress) as bar:
             for step in range(iters + 1):
                 loss, gradient = _gradient_of_weight(weight, patterns, t, kind, with_gradient=step < iters)
                 losses.append(loss)
@@ -232,7 +233,7 @@ class _SeparationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, patterns: Tensor, t: float, kind: str, with_gradient: bool) -> Tensor:
-        with _without_autocast(patterns.device):
+        with without_autocast(patterns.device.type):
             loss, gradient = _pattern_loss(patterns.to(_wide(patterns.dtype)), t, kind, with_gradient)
         if gradient is not None:
             ctx.save_for_backward(patterns, gradient)
@@ -250,7 +251,7 @@ class _SeparationLoss(torch.autograd.Function):
 
 def _plain_loss(patterns: Tensor, t: float, kind: str) -> Tensor:
     """Compute the loss of patterns (..., M, d) by operators that can be transformed and differentiated without end."""
-    with _without_autocast(patterns.device):
+    with without_autocast(patterns.device.type):
         patterns = patterns.to(_wide(patterns.dtype))
         count = patterns.shape[-2]
         size = patterns.detach().abs().amax(-1, keepdim=True)
@@ -410,13 +411,6 @@ def _pairs_within(
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Keep autocast from computing similarities in half precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _progress_bar(iters: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:

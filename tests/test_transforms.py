@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import transform_cases
 from transform_cases import BACKENDS, PROGRAMS, SUBJECTS, TRANSFORMS
 
@@ -45,6 +47,10 @@ def check(table: tuple[str, list[str], list[str]], column: str, found: dict[str,
         return
     written = {row: cells[columns.index(column)] for row, *cells in table_of(text, head)}
     assert list(written) == rows
+    if torch.__version__ < re.search(r"those of PyTorch ([\d.]+\d)", text)[1]:
+        # What is wrong raised before: an older PyTorch may but refuse, or compile, what that of the page does not.
+        assert all(re.match(r"works|refused", cell) for cell in found.values()), found
+        return
     assert {row: written[row] for row in found} == found
 
 

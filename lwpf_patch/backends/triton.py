@@ -100,20 +100,18 @@ class Triton(FusedBackend):
             return None
         if not call.query.numel() or not call.key.numel() or not call.value.numel():  # there is nothing to be wrong
             return None
-        arguments = prepare(
-            call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa
-        )  # fmt: skip
-        case = _case_of(call, threshold, arguments)
+        case = verifying.case_of(call, threshold, call.key.shape[-2] >= KEYS_OF_LONG)
         if torch.compiler.is_compiling():  # what is traced has no figures
-            return _problem_when_traced(*case, arguments.key.shape[2])
-        part = verifying.part_of(*arguments[:4])
+            return _problem_when_traced(*case, call.key.shape[-2])
+
+        def part() -> Part:
+            return verifying.part_of(*_prepared(call)[:4])
+
         return verifying.problem_of(case, part, call.verify == "always", self.name, _compute_part, _dropout)
 
     def compute_threshold(self, call: Call, mu: float | None, bias: float | None, eps: Tensor | None) -> Tensor:
         """Compute a call; see :meth:`FusedBackend.compute_threshold`."""
-        query, key, value, mask, is_causal, factor, lead = prepare(
-            call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa
-        )  # fmt: skip
+        query, key, value, mask, is_causal, factor, lead = _prepared(call)
         # Drawn where it is used, so that a CUDA graph draws anew at every replay.
         seed = torch.randint(2**62, (), device=query.device) if call.dropout_p > 0 else None
         out = operator(query, key, value, mask, call.dropout_p, is_causal, factor, mu, bias, call.sep.n, eps, seed)
@@ -140,6 +138,10 @@ class Arguments(NamedTuple):
     is_causal: bool
     factor: float
     lead: torch.Size
+
+
+def _prepared(call: Call) -> Arguments:
+    return prepare(call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa)
 
 
 def prepare(
@@ -187,19 +189,6 @@ def prepare(
     return Arguments(query, key, value, mask, is_causal, factor, lead)
 
 
-def _case_of(call: Call, threshold: Threshold, arguments: Arguments) -> Case:
-    query, key, value, mask, is_causal, factor, _ = arguments
-    backward = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (query, key, value, mask)
-    )
-    return Case(
-        str(query.device), query.dtype, query.shape[3], value.shape[3], threshold.mu, threshold.bias, call.sep.n,
-        threshold.deviation if call.training else 0.0, None if mask is None else mask.dtype, call.dropout_p, is_causal,
-        factor, key.shape[1] != query.shape[1], key.shape[2] >= KEYS_OF_LONG, backward,
-        backward and mask is not None and mask.requires_grad,
-    )  # fmt: skip
-
-
 def _compute_part(case: Case, part: Part, noise: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute a part of a case by the kernels; see :data:`verifying.Compute`."""
     out, _, _, centre, _ = torch.ops.lwpf_patch.triton_attention(
@@ -213,8 +202,9 @@ def _compute_part(case: Case, part: Part, noise: Tensor | None, seed: Tensor | N
 @compiling.constant
 def _problem_when_traced(*case_and_keys: Any) -> str | None:
     case = Case(*case_and_keys[:-1])
-    part = verifying.drawn_part(case, case_and_keys[-1])
-    return verifying.problem_of(case, part, False, Triton.name, _compute_part, _dropout)
+    return verifying.problem_of(
+        case, lambda: verifying.drawn_part(case, case_and_keys[-1]), False, Triton.name, _compute_part, _dropout
+    )
 
 
 def check_device(device: str) -> Iterator[tuple[str, str | None]]:
@@ -224,7 +214,7 @@ def check_device(device: str) -> Iterator[tuple[str, str | None]]:
         device: Such as ``"cuda:0"``.
     """
     for case, keys in verifying.typical_cases(device):
-        part = verifying.drawn_part(case, keys)
+        part = functools.partial(verifying.drawn_part, case, keys)
         yield f"{case}, {keys} keys", verifying.problem_of(case, part, True, Triton.name, _compute_part, _dropout)
 
 

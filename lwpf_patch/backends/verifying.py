@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .. import reporting
 from . import eager_form
+from .arguments import representable_factor
+from .base import Call, Threshold
 
 #: At most so many queries of a part, and so many heads.
 ROWS, HEADS = 512, 2
@@ -135,12 +137,36 @@ def forget_cases() -> None:
         _problems.clear()
 
 
-def problem_of(case: Case, part: Part, always: bool, name: str, compute: Compute, dropout: Dropout) -> str | None:
+def case_of(call: Call, threshold: Threshold, is_long: bool) -> Case:
+    """Return the case of a call.
+
+    Args:
+        call: The call.
+        threshold: That of its rule.
+        is_long: Whether it has many keys.
+    """
+    query, key, value, mask = call.query, call.key, call.value, call.attn_mask
+    backward = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (query, key, value, mask)
+    )
+    of_mask = None if mask is None else torch.float32 if mask.dtype == torch.float64 else mask.dtype
+    return Case(
+        str(query.device), query.dtype, query.shape[-1], value.shape[-1], threshold.mu, threshold.bias, call.sep.n,
+        threshold.deviation if call.training else 0.0, of_mask, call.dropout_p, call.is_causal,
+        representable_factor(query, call.scale, torch.float32),
+        call.enable_gqa and query.shape[-3] != key.shape[-3] == value.shape[-3], is_long, backward,
+        backward and mask is not None and mask.requires_grad,
+    )  # fmt: skip
+
+
+def problem_of(
+    case: Case, part: Callable[[], Part], always: bool, name: str, compute: Compute, dropout: Dropout
+) -> str | None:
     """Return why a backend is not to be trusted with a case, in words that follow a colon; None: it is.
 
     Args:
         case: The case.
-        part: What to check it by.
+        part: Returns what to check it by.
         always: Whether to check it although it was checked before.
         name: The name of the backend.
         compute: How the backend computes.
@@ -153,9 +179,10 @@ def problem_of(case: Case, part: Part, always: bool, name: str, compute: Compute
             return None  # a graph is captured after a first run
         try:
             with _undisturbed():
-                found, is_sharp = _compare(case, part, compute, dropout)
+                checked = part()
+                found, is_sharp = _compare(case, checked, compute, dropout)
                 if found is None and not is_sharp:  # its figures cancel so far that they tell little
-                    found, _ = _compare(case, _drawn_like(case, part), compute, dropout)
+                    found, _ = _compare(case, _drawn_like(case, checked), compute, dropout)
         except torch.OutOfMemoryError:
             return None  # the next call is the first one, then
         except Exception as error:  # the compiler's, or the driver's

@@ -11,6 +11,7 @@ training, where the host runs ahead. What the host spends is kept as a figure of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,11 @@ def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str
     Returns:
         For each subject, for each of its passes: ``{pass}_seconds`` and ``{pass}_ratio``, on CUDA
         ``{pass}_host_seconds``; ``peak_bytes`` and ``peak_ratio``, on CUDA also ``activation_bytes`` and
-        ``activation_ratio``; and ``failures``, what failed and why.
+        ``activation_ratio``, on the CPU ``growth_bytes`` and ``growth_ratio``, of the first run of a process; and
+        ``failures``, what failed and why.
     """
-    timings = _times_in_turn(subjects, options.repeats, options.device)
+    with _busy_processes(options.load):
+        timings = _times_in_turn(subjects, options.repeats, options.device)
     rows: dict[str, Row] = {}
     for name, passes in timings.items():
         row: Row = {"variant": name, "failures": {}}
@@ -135,7 +138,7 @@ def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str
             row |= measured or {"failures": {"memory": failure}}
         rows[name] = row
     for row in rows.values():
-        for what in ("peak", "activation"):
+        for what in ("peak", "activation", "growth"):
             own, other = (each.get(f"{what}_bytes") for each in (row, rows[base]))
             if own is not None and other:
                 row[f"{what}_ratio"] = own / other
@@ -162,16 +165,21 @@ def memory(subject: Subject, device: str) -> dict[str, int]:
         held = torch.cuda.memory_allocated() - before
         subject.backward(between)
         return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "activation_bytes": held}
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew, from what is there now
-    before = _resident("VmRSS")
-    subject.whole()
-    return {"peak_bytes": _resident("VmHWM") - before}
+    return {"peak_bytes": _growth(subject)}
 
 
 def print_memory(subject: Subject, device: str) -> None:
-    """Measure one subject, as the child process does."""
-    subject.whole()  # libraries and compilers have what they need
-    print(json.dumps(memory(subject, device)))
+    """Measure one subject, as the child process on the CPU does: its first run, and a later one."""
+    growth = _growth(subject)  # what libraries and compilers need is in it
+    print(json.dumps({**memory(subject, device), "growth_bytes": growth}))
+
+
+def _growth(subject: Subject) -> int:
+    """Return by how many bytes the process is larger while a subject runs than it was before."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew, from what is there now
+    before = _resident("VmRSS")
+    subject.whole()
+    return _resident("VmHWM") - before
 
 
 def lines_of(rows: list[Row], passes: dict[str, str], device: str) -> tuple[list[str], list[list[str]]]:
@@ -182,7 +190,8 @@ def lines_of(rows: list[Row], passes: dict[str, str], device: str) -> tuple[list
         passes: The heading of each pass.
         device: ``"cpu"`` or ``"cuda"``.
     """
-    memories = {"peak": "peak memory"} | ({"activation": "activation memory"} if device == "cuda" else {})
+    other = {"activation": "activation memory"} if device == "cuda" else {"growth": "memory of the first run"}
+    memories = {"peak": "peak memory"} | other
     headings = ["variant", *passes.values(), *memories.values()]
     lines = []
     for row in rows:
@@ -272,6 +281,20 @@ class _CudaStopwatch(_Stopwatch):
         self.end.record()
         torch.cuda.synchronize()
         return self.start.elapsed_time(self.end) / 1e3, host_seconds
+
+
+@contextlib.contextmanager
+def _busy_processes(number: int) -> Iterator[None]:
+    """Have other processes compute meanwhile, each on one core, as data loaders do."""
+    # They end by themselves too, if this process is killed.
+    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**5))"
+    children = [subprocess.Popen([sys.executable, "-S", "-c", code]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def _memory_of(

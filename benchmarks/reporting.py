@@ -53,6 +53,9 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, repeats: dict[str, 
         "--backend", choices=BACKENDS, default="auto", help="the backend of our operator (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own)")
+    parser.add_argument(
+        "--load", type=int, default=0, metavar="N", help="measure time beside N busy processes (default: %(default)s)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out memory")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the child that measures one variant's
 

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", metavar="B,H,N,E", help=f"batch, heads, length and width of a head (default: {shapes})"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.set_defaults(only=None, no_memory=True, threads=None, memory_of=None)
+    parser.set_defaults(only=None, no_memory=True, threads=None, load=0, memory_of=None)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ def bench(monkeypatch, tmp_path, capsys):
 
 def test_attention(bench, tmp_path):
     only = ("SDPA flash", "ReLU, ours")
-    arguments = ("--shapes", "1,1,8,16", "1,1,16,16", "--only", *only, "--base", only[0], "--no-memory")
+    arguments = ("--shapes", "1,1,8,16", "1,1,16,16", "--only", *only, "--base", only[0], "--no-memory", "--load", "1")
     said = bench("attention", "--device", "cpu", "--quick", *arguments, "--output", "out/a")
     rows = check_files(said, tmp_path / "out" / "a", plot=True)
     assert [(row["length"], row["variant"]) for row in rows] == [(n, name) for n in (8, 16) for name in only]
@@ -93,6 +93,7 @@ def test_attention(bench, tmp_path):
         assert not row["failures"]
         assert len(row["forward_ratio"]) == len(row["both_ratio"]) == 3
     assert said.err.count("left out: SDPA") == 2
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["arguments"]["load"] == 1
 
 
 @needs_triton
@@ -118,7 +119,8 @@ def test_attention_memory(bench, tmp_path):
     (row,) = check_files(said, tmp_path / "out" / "a", plot=True)
     assert not row["failures"]
     assert row["peak_bytes"] > 512 * 512 * 4  # the scores
-    assert row["peak_ratio"] == 1
+    assert row["growth_bytes"] > 512 * 512 * 4
+    assert row["peak_ratio"] == row["growth_ratio"] == 1
 
 
 def test_train_step(bench, tmp_path):

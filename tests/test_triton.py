@@ -82,7 +82,13 @@ TYPES = {
 backend.capability = lambda device: divmod(int(sys.argv[1]), 10)
 COLLECTING = "atom.relaxed.gpu.global.add.u32 place"  # what a thread does that collects scores near the median
 launched = []
-triton_kernels.launch = lambda kernel, programs, *values, **options: launched.append((kernel, values, options))
+programs = {}
+
+def launch(kernel, number, *values, **options):
+    programs[kernel] = number
+    launched.append((kernel, values, options))
+
+triton_kernels.launch = launch
 
 def launches(dtype, width, mu, of_mask, dropout_p, length=197, n=0.0):
     '''Has the backend start its kernels, as for a vision transformer, without starting them.'''
@@ -150,12 +156,18 @@ COMPILED = {
             ("bfloat16", 128, 0.0, None, 0.1, 4096),
             ("bfloat16", 64, 0.0, None, 0.0, 197, 1.0),
             ("bfloat16", 128, None, None, 0.0, 197, 1.0),
+            *(("bfloat16", width, mu, None, 0.0, 257) for width, mu in ((64, 0.0), (64, None), (128, 0.0))),
         ],
-        39,
+        50,
     ),
     80: (
-        [("bfloat16", 64, 0.0, "bfloat16", 0.0), ("bfloat16", 128, None, None, 0.0), ("float16", 64, 0.0, None, 0.0)],
-        12,
+        [
+            ("bfloat16", 64, 0.0, "bfloat16", 0.0),
+            ("bfloat16", 128, None, None, 0.0),
+            ("float16", 64, 0.0, None, 0.0),
+            ("bfloat16", 64, None, None, 0.0, 257),
+        ],
+        17,
     ),
 }
 
@@ -181,6 +193,36 @@ def test_the_kernels_compile_and_spill_nothing(python, capability):
         assert collecting == (2 if name[0] == "count_kernel" else 0), name
         # One instruction makes the scores in all of them, so that they are the same bit by bit.
         assert products == (["wgmma.mma_async"] if capability == 90 else ["mma.sync"]), name
+
+
+PLAN = (
+    COMPILE.split("def compile(")[0]
+    + """
+own = {"forward_kernel": "ROWS", "query_kernel": "ROWS", "key_kernel": "KEYS"}
+for width in (64, 128):
+    for length in (196, 197, 201, 257, 577):
+        for kernel, values, options in launches(torch.bfloat16, width, 0.0, None, 0.0, length):
+            if kernel.__name__ in own:
+                axis = own[kernel.__name__]
+                of_program, step = options[axis], options["KEYS" if axis == "ROWS" else "ROWS"]
+                rest = triton_kernels.REST.value
+                other = length // step * step + -(-(length % step) // rest) * rest
+                print(json.dumps((kernel.__name__, width, length, programs[kernel] * of_program * other)))
+"""
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", COMPILED)
+def test_few_scores_are_computed_that_nobody_wants(python, capability):
+    """By the programs that are started, their tiles, and what of the other sequence full tiles leave."""
+    result = python(str(capability), code=PLAN)
+    computed = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(computed) == 2 * 5 * 3
+    for kernel, width, length, scores in computed:
+        ratio = scores / (64 * 12 * length**2)
+        print(f"sm_{capability} {kernel}, width {width}, length {length}: {ratio:.2f}")
+        assert 1 <= ratio <= 1.4, (kernel, width, length)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -100,9 +100,10 @@ class Triton(FusedBackend):
             return None
         if not call.query.numel() or not call.key.numel() or not call.value.numel():  # there is nothing to be wrong
             return None
-        case = verifying.case_of(call, threshold, call.key.shape[-2] >= KEYS_OF_LONG)
+        length, keys = call.query.shape[-2], call.key.shape[-2]
+        case = verifying.case_of(call, threshold, variant_of(length, keys))
         if torch.compiler.is_compiling():  # what is traced has no figures
-            return _problem_when_traced(*case, call.key.shape[-2])
+            return _problem_when_traced(*case, length, keys)
 
         def part() -> Part:
             return verifying.part_of(*_prepared(call)[:4])
@@ -200,11 +201,11 @@ def _compute_part(case: Case, part: Part, noise: Tensor | None, seed: Tensor | N
 
 # The kernels run while torch.compile traces, by figures that are drawn, so that nothing of it is in the graph.
 @compiling.constant
-def _problem_when_traced(*case_and_keys: Any) -> str | None:
-    case = Case(*case_and_keys[:-1])
-    return verifying.problem_of(
-        case, lambda: verifying.drawn_part(case, case_and_keys[-1]), False, Triton.name, _compute_part, _dropout
-    )
+def _problem_when_traced(*case_and_lengths: Any) -> str | None:
+    *fields, length, keys = case_and_lengths
+    case = Case(*fields)
+    part = functools.partial(verifying.drawn_part, case, length, keys)
+    return verifying.problem_of(case, part, False, Triton.name, _compute_part, _dropout)
 
 
 def check_device(device: str) -> Iterator[tuple[str, str | None]]:
@@ -213,8 +214,8 @@ def check_device(device: str) -> Iterator[tuple[str, str | None]]:
     Args:
         device: Such as ``"cuda:0"``.
     """
-    for case, keys in verifying.typical_cases(device):
-        part = functools.partial(verifying.drawn_part, case, keys)
+    for case, keys in verifying.typical_cases(device, variant_of):
+        part = functools.partial(verifying.drawn_part, case, keys, keys)
         yield f"{case}, {keys} keys", verifying.problem_of(case, part, True, Triton.name, _compute_part, _dropout)
 
 
@@ -332,7 +333,7 @@ class _Call(NamedTuple):
         width = max(_block(self.query.shape[3]), _block(self.value.shape[3]))
         return tile_of(
             kernel, self.query.dtype, width, capability(self.query.device), self.mask is not None,
-            self.key.shape[2] >= KEYS_OF_LONG,
+            variant_of(self.query.shape[2], self.key.shape[2]),
         )  # fmt: skip
 
 
@@ -386,8 +387,26 @@ _TILES_FLOAT32: _Tiles = {
 }
 
 
+#: What the numbers of queries and keys decide about tiles: whether there are many keys, and whether tiles with half of
+#: the rows of queries, or of the keys, leave clearly less to be computed.
+Variant = tuple[bool, bool, bool]
+#: Which rows each program of a kernel has for itself: those of queries or of keys.
+_OWN = {"forward": "ROWS", "query": "ROWS", "key": "KEYS"}
+_LARGE = 128
+
+
+def variant_of(length: int, keys: int) -> Variant:
+    """Return what numbers of queries and keys decide about tiles."""
+
+    def halve(rows: int) -> bool:
+        half, whole = (-(-rows // size) * size for size in (_LARGE // 2, _LARGE))
+        return half < 0.9 * whole
+
+    return keys >= KEYS_OF_LONG, halve(length), halve(keys)
+
+
 def tile_of(
-    kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool, long: bool
+    kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool, variant: Variant
 ) -> dict[str, int]:
     """Return the size of a kernel's tiles, and how it is compiled.
 
@@ -397,8 +416,9 @@ def tile_of(
         width: The features that a tile holds, a power of 2.
         device: The device's capability.
         masked: Whether there is a mask.
-        long: Whether there are many keys.
+        variant: What the numbers of queries and keys decide.
     """
+    long, *halves = variant
     width, before_hopper = max(64, width), device < (9, 0)
     tile = _TILES[kernel][width]
     for table, wanted in (
@@ -411,7 +431,12 @@ def tile_of(
         if wanted:
             tile = table.get(kernel, {}).get(width, tile)
     rows, keys, warps, stages = tile
-    return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+    fitting = {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+    own = _OWN.get(kernel)
+    # Not with a mask: the kernel for keys would spill, and there the others have small tiles as it is.
+    if own is not None and not masked and fitting[own] == _LARGE and halves[own == "KEYS"]:
+        fitting |= {own: _LARGE // 2, "num_warps": warps // 2}
+    return fitting
 
 
 def capability(device: torch.device) -> tuple[int, int]:

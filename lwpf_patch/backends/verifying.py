@@ -48,7 +48,7 @@ class Case(NamedTuple):
         is_causal: Whether query i sees the keys 0 to i only.
         scale: Factor of the scores.
         shared: Whether heads share keys.
-        long: Whether there are many keys.
+        variant: What the numbers of queries and keys decide about tiles.
         backward: Whether gradients are wanted.
         of_mask: Whether that of the mask is, too.
     """
@@ -66,7 +66,7 @@ class Case(NamedTuple):
     is_causal: bool
     scale: float
     shared: bool
-    long: bool
+    variant: tuple[bool, ...]
     backward: bool
     of_mask: bool
 
@@ -117,6 +117,7 @@ TYPICAL: list[tuple[torch.dtype, int, float | None, float | None, torch.dtype | 
     for width, *rest in (
         (64, 0.0, 0.0, None, 0.0, False, 197),
         (64, None, None, None, 0.0, False, 197),
+        (64, 0.0, 0.0, None, 0.0, False, 257),
         (64, 0.1, -0.3, torch.bool, 0.0, False, 197),
         (64, None, None, torch.float32, 0.0, False, 197),
         (64, 0.0, 0.0, None, 0.1, True, 197),
@@ -137,13 +138,13 @@ def forget_cases() -> None:
         _problems.clear()
 
 
-def case_of(call: Call, threshold: Threshold, is_long: bool) -> Case:
+def case_of(call: Call, threshold: Threshold, variant: tuple[bool, ...]) -> Case:
     """Return the case of a call.
 
     Args:
         call: The call.
         threshold: That of its rule.
-        is_long: Whether it has many keys.
+        variant: What its numbers of queries and keys decide about tiles.
     """
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
     backward = torch.is_grad_enabled() and any(
@@ -154,7 +155,7 @@ def case_of(call: Call, threshold: Threshold, is_long: bool) -> Case:
         str(query.device), query.dtype, query.shape[-1], value.shape[-1], threshold.mu, threshold.bias, call.sep.n,
         threshold.deviation if call.training else 0.0, of_mask, call.dropout_p, call.is_causal,
         representable_factor(query, call.scale, torch.float32),
-        call.enable_gqa and query.shape[-3] != key.shape[-3] == value.shape[-3], is_long, backward,
+        call.enable_gqa and query.shape[-3] != key.shape[-3] == value.shape[-3], variant, backward,
         backward and mask is not None and mask.requires_grad,
     )  # fmt: skip
 
@@ -199,12 +200,17 @@ def problem_of(
     return _problems[case]
 
 
-def typical_cases(device: str) -> Iterator[tuple[Case, int]]:
-    """Yield cases that are typical of models, each with a number of keys."""
+def typical_cases(device: str, variant_of: Callable[[int, int], tuple[bool, ...]]) -> Iterator[tuple[Case, int]]:
+    """Yield cases that are typical of models, each with a number of queries and keys.
+
+    Args:
+        device: Such as ``"cuda:0"``.
+        variant_of: Returns what numbers of queries and keys decide about tiles.
+    """
     for dtype, width, mu, bias, mask, dropout_p, is_causal, keys in TYPICAL:
         yield Case(
             device, dtype, width, width, mu, bias, 0.0, 0.0, mask, dropout_p, is_causal, width**-0.5, False,
-            keys >= 1024, True, mask is not None and mask != torch.bool,
+            variant_of(keys, keys), True, mask is not None and mask != torch.bool,
         ), keys  # fmt: skip
 
 
@@ -223,8 +229,15 @@ def part_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> P
     return Part(query[:1, :heads, :ROWS], key[:1, : heads // group], value[:1, : heads // group], kept)
 
 
-def drawn_part(case: Case, keys: int) -> Part:
-    """Draw a part of a case, where no call is at hand: the same at every time."""
+def drawn_part(case: Case, length: int, keys: int) -> Part:
+    """Draw a part of a case, where no call is at hand: the same at every time.
+
+    Args:
+        case: The case.
+        length: How many queries a call has.
+        keys: How many keys.
+    """
+    length = min(length, ROWS)
     generator = torch.Generator().manual_seed(keys)
 
     def draw(*shape: int) -> Tensor:
@@ -232,12 +245,12 @@ def drawn_part(case: Case, keys: int) -> Part:
 
     mask = None
     if case.mask == torch.bool:
-        mask = torch.rand(1, 1, min(keys, ROWS), keys, generator=generator).to(case.device) < 0.8
+        mask = torch.rand(1, 1, length, keys, generator=generator).to(case.device) < 0.8
     elif case.mask is not None:
-        mask = torch.randn(1, 1, min(keys, ROWS), keys, generator=generator).to(case.device, case.mask)
+        mask = torch.randn(1, 1, length, keys, generator=generator).to(case.device, case.mask)
     shared = 1 if case.shared else HEADS
     return Part(
-        draw(1, HEADS, min(keys, ROWS), case.features), draw(1, shared, keys, case.features),
+        draw(1, HEADS, length, case.features), draw(1, shared, keys, case.features),
         draw(1, shared, keys, case.values), mask,
     )  # fmt: skip
 
@@ -252,7 +265,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _drawn_like(case: Case, part: Part) -> Part:
-    return drawn_part(case, max(1, min(part.key.shape[2], 4 * ROWS)))
+    return drawn_part(case, max(1, part.query.shape[2]), max(1, min(part.key.shape[2], 4 * ROWS)))
 
 
 def _compare(case: Case, part: Part, compute: Compute, dropout: Dropout) -> tuple[str | None, bool]:

@@ -191,6 +191,18 @@ def test_copies_keep_what_was_changed_by_hand_and_need_no_patch_after_revert():
         copy.deepcopy(each)
 
 
+def test_what_an_older_version_pickled_gets_the_settings_that_it_did_not_have():
+    lwpf_patch.apply("timm", func_d="relu", masking="paper")
+    model, x = vit().eval(), images()
+    wanted, shown = model(x), repr(model)
+    for block in model.blocks:
+        for name in ("sep", "verify"):
+            delattr(block.attn.func_d, name)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(x), wanted)
+    assert repr(loaded) == shown
+
+
 def test_models_of_patch_model_need_no_patch():
     model, x = vit().eval(), images()
     lwpf_patch.patch_model(model, func_d=PFU, uhop="on")

@@ -5,6 +5,7 @@ It becomes a call of that very module, so that the traced model follows train() 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,10 +14,23 @@ from torch import fx, nn
 from . import compiling
 
 
-@compiling.constant  # up to 2.9, at least, torch.compile takes it for True whatever it does
 def is_exporting() -> bool:
     """Return whether torch.export is at work."""
-    return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and _is_exporting()
+
+
+# What torch.compile traces of PyTorch's own question is always True up to 2.9, at least; and what answers it, False
+# where torch.export traces by torch.compile (strict=True).
+@compiling.constant
+def _is_exporting() -> bool:
+    if torch.compiler.is_exporting():
+        return True
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.export" and frame.f_code.co_name.startswith("export"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def is_jit_tracing() -> bool:

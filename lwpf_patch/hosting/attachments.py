@@ -109,7 +109,7 @@ class Attachment(ABC):
             is_asked: Whether the settings ask for it.
         """
 
-    def adopt(self, part: nn.Module, settings: Settings) -> bool:
+    def take_over(self, part: nn.Module, settings: Settings) -> bool:
         """Have a submodule that is there already go on under other settings; return whether it can."""
         return False
 
@@ -229,7 +229,7 @@ class FeatureMapAttachment(Attachment):
             return []
         if getattr(existing, "attached", False) and hasattr(existing, "take_settings"):
             # of a model that was saved; it keeps what it has learnt
-            return [partial(self.adopt, existing, order.asked), partial(order.mark, existing)]
+            return [partial(self.take_over, existing, order.asked), partial(order.mark, existing)]
         if not is_free(module, self.name, order.replace) or self._is_replaced(module, order):
             return []
         feature_map = self.make(module, order)
@@ -255,7 +255,7 @@ class FeatureMapAttachment(Attachment):
 
         return without_module
 
-    def adopt(self, part: Any, settings: Settings) -> bool:
+    def take_over(self, part: Any, settings: Settings) -> bool:
         """Have a feature map go on from where it is under other settings; return whether it can."""
         if not hasattr(part, "take_settings") or settings.uhop is None:
             return False

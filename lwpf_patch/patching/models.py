@@ -82,7 +82,7 @@ def patch_model(
             f"patch_model: {type(model).__name__} has no attention module that can be patched; those are "
             + ", ".join(site.name for host in _rewritten_hosts() for site in host.sites)
         )
-    chosen = _choose(found, settings)
+    chosen = _included(found, settings)
     for name in chosen:
         _refuse_own_forward(name, model.get_submodule(name), found[name][1])
     if settings.uhop is not None and not any(found[name][1].feature_map for name in chosen):
@@ -166,7 +166,7 @@ def _parts(module: nn.Module, host: RewrittenHost, site: Site, settings: Setting
         if not each.is_asked(settings):
             continue
         part: Any = module._modules.get(each.name)
-        if part is None or not each.adopt(part, settings):
+        if part is None or not each.take_over(part, settings):
             prototype = each.prototype(host.name, settings)
             part = each.make(module, Order(host.name, site.module, site.qualname, settings, settings, prototype))
         part.attached = False
@@ -175,7 +175,7 @@ def _parts(module: nn.Module, host: RewrittenHost, site: Site, settings: Setting
     return parts
 
 
-def _choose(found: dict[str, Any], settings: Settings) -> list[str]:
+def _included(found: dict[str, Any], settings: Settings) -> list[str]:
     chosen = names_included(settings, found, f"attention module of the model; they are {', '.join(found)}")
     if not chosen:
         raise SettingsError("patch_model: include and exclude leave no attention module to be patched")

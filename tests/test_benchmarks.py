@@ -172,7 +172,7 @@ def test_a_failure_stays_in_its_row(failing):
 
         return measuring.Subject(forward, lambda out: None, {"forward": forward, "both": lambda: None})
 
-    options = argparse.Namespace(device="cpu", repeats=3, no_memory=True)
+    options = argparse.Namespace(device="cpu", repeats=3, load=0, no_memory=True)
     rows = measuring.compare(options, {name: subject(name) for name in ("base", "other", "third")}, "base")
     for row in rows:
         assert row["failures"] == ({"forward": "ValueError: no memory"} if row["variant"] == failing else {})

@@ -6,6 +6,8 @@ processes compile nothing.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,6 +27,16 @@ def constant(function: _Function) -> _Function:
     function.__code__ = code.replace(co_name=f"_result_of_{code.co_name.strip('<>')}")
     _when_it_comes(lambda _: torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
     return function
+
+
+def whole(number: int) -> int:
+    """Return a whole number as one that torch.compile does not leave open: what it compiles is for this one."""
+    return operator.index(number)
+
+
+def real(number: float) -> float:
+    """Return a number as one that torch.compile does not leave open: what it compiles is for this one."""
+    return math.ldexp(*math.frexp(number))  # the same bit by bit; of float() the number stays open
 
 
 def opaque(function: _Function) -> _Function:

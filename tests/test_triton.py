@@ -214,7 +214,7 @@ for width in (64, 128):
 
 @needs_triton
 @pytest.mark.parametrize("capability", COMPILED)
-def test_few_scores_are_computed_that_nobody_wants(python, capability):
+def test_tiles_compute_few_scores_in_vain(python, capability):
     """By the programs that are started, their tiles, and what of the other sequence full tiles leave."""
     result = python(str(capability), code=PLAN)
     computed = [json.loads(line) for line in result.stdout.splitlines()]

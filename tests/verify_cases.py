@@ -6,6 +6,7 @@ compute is changed behind them.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -251,6 +252,34 @@ def test_under_torch_compile_it_is_checked_while_it_is_traced(result, warned, on
     assert sum("triton_attention" in target for target in targets) == (result is None)
     compiled(*tensors)
     assert len(verifying._problems) == 1
+
+
+@pytest.mark.parametrize(("dynamic", "func_d"), [(None, "relu"), (True, "pfu:mu=0.1,bias=-0.3,sigma=0")])
+def test_what_torch_compile_leaves_open_is_no_obstacle(func_d, dynamic, warned, on_its_device):
+    """Lengths from the second on, with dynamic=True widths, heads and numbers too; a graph is for many lengths."""
+    torch._dynamo.reset()
+    graphs = []
+    module = HostFuncD(func_d)
+
+    def keep(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    def attend(query, key, value, scale, n):
+        return lwpf_attention(query, key, value, func_d=module, scale=scale, sep=f"softmax_n:n={n}", enable_gqa=True)
+
+    def plainly(*tensors):
+        return module.scaled_dot_product_attention(*tensors, dropout_p=0.0)
+
+    for function, numbers in ((functools.partial(attend, n=1.0), (0.3,)), (plainly, ())):
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=keep)
+        for length in (9, 13, 17):
+            query, key, value = (torch.randn(1, 1, length, 16) for _ in range(3))
+            out, wanted = (each(query, key, value, *numbers) for each in (compiled, function))
+            torch.testing.assert_close(out, wanted)
+    assert not warned
+    assert len(graphs) <= 4
+    assert all("triton_attention" in graph.code for graph in graphs)
 
 
 def test_the_table_of_doctor(capsys, monkeypatch):

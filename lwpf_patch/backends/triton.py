@@ -100,10 +100,9 @@ class Triton(FusedBackend):
             return None
         if not call.query.numel() or not call.key.numel() or not call.value.numel():  # there is nothing to be wrong
             return None
-        length, keys = call.query.shape[-2], call.key.shape[-2]
-        case = verifying.case_of(call, threshold, variant_of(length, keys))
+        case = verifying.case_of(call, threshold, standing_for(call.query.shape[-2]), standing_for(call.key.shape[-2]))
         if torch.compiler.is_compiling():  # what is traced has no figures
-            return _problem_when_traced(*case, length, keys)
+            return _problem_when_traced(*case)
 
         def part() -> Part:
             return verifying.part_of(*_prepared(call)[:4])
@@ -201,10 +200,9 @@ def _compute_part(case: Case, part: Part, noise: Tensor | None, seed: Tensor | N
 
 # The kernels run while torch.compile traces, by figures that are drawn, so that nothing of it is in the graph.
 @compiling.constant
-def _problem_when_traced(*case_and_lengths: Any) -> str | None:
-    *fields, length, keys = case_and_lengths
+def _problem_when_traced(*fields: Any) -> str | None:
     case = Case(*fields)
-    part = functools.partial(verifying.drawn_part, case, length, keys)
+    part = functools.partial(verifying.drawn_part, case, case.length, case.keys)
     return verifying.problem_of(case, part, False, Triton.name, _compute_part, _dropout)
 
 
@@ -214,7 +212,7 @@ def check_device(device: str) -> Iterator[tuple[str, str | None]]:
     Args:
         device: Such as ``"cuda:0"``.
     """
-    for case, keys in verifying.typical_cases(device, variant_of):
+    for case, keys in verifying.typical_cases(device):
         part = functools.partial(verifying.drawn_part, case, keys, keys)
         yield f"{case}, {keys} keys", verifying.problem_of(case, part, True, Triton.name, _compute_part, _dropout)
 
@@ -333,7 +331,7 @@ class _Call(NamedTuple):
         width = max(_block(self.query.shape[3]), _block(self.value.shape[3]))
         return tile_of(
             kernel, self.query.dtype, width, capability(self.query.device), self.mask is not None,
-            variant_of(self.query.shape[2], self.key.shape[2]),
+            self.query.shape[2], self.key.shape[2],
         )  # fmt: skip
 
 
@@ -387,26 +385,27 @@ _TILES_FLOAT32: _Tiles = {
 }
 
 
-#: What the numbers of queries and keys decide about tiles: whether there are many keys, and whether tiles with half of
-#: the rows of queries, or of the keys, leave clearly less to be computed.
-Variant = tuple[bool, bool, bool]
-#: Which rows each program of a kernel has for itself: those of queries or of keys.
-_OWN = {"forward": "ROWS", "query": "ROWS", "key": "KEYS"}
-_LARGE = 128
+#: Rows of the tiles that are halved where few rows are left over.
+LARGE = 128
 
 
-def variant_of(length: int, keys: int) -> Variant:
-    """Return what numbers of queries and keys decide about tiles."""
+def _halves(rows: int) -> bool:
+    """Return whether tiles with half of so many rows of their own leave less than nine tenths to be computed."""
+    return 10 * (LARGE // 2) * -(-rows // (LARGE // 2)) < 9 * LARGE * -(-rows // LARGE)
 
-    def halve(rows: int) -> bool:
-        half, whole = (-(-rows // size) * size for size in (_LARGE // 2, _LARGE))
-        return half < 0.9 * whole
 
-    return keys >= KEYS_OF_LONG, halve(length), halve(keys)
+def standing_for(rows: int) -> int:
+    """Return a number of queries or keys with the tiles of another: one of three, whatever the other is.
+
+    A number that torch.compile leaves open becomes a plain one.
+    """
+    if rows >= KEYS_OF_LONG:
+        return KEYS_OF_LONG
+    return 2 * LARGE + 1 if _halves(rows) else 2 * LARGE - 59
 
 
 def tile_of(
-    kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool, variant: Variant
+    kernel: str, dtype: torch.dtype, width: int, device: tuple[int, int], masked: bool, length: int, keys: int
 ) -> dict[str, int]:
     """Return the size of a kernel's tiles, and how it is compiled.
 
@@ -416,13 +415,13 @@ def tile_of(
         width: The features that a tile holds, a power of 2.
         device: The device's capability.
         masked: Whether there is a mask.
-        variant: What the numbers of queries and keys decide.
+        length: How many queries there are.
+        keys: How many keys.
     """
-    long, *halves = variant
     width, before_hopper = max(64, width), device < (9, 0)
     tile = _TILES[kernel][width]
     for table, wanted in (
-        (_TILES_LONG, long),
+        (_TILES_LONG, keys >= KEYS_OF_LONG),
         (_TILES_BEFORE_HOPPER, before_hopper),
         (_TILES_MASKED, masked),
         (_TILES_MASKED_BEFORE_HOPPER, masked and before_hopper),
@@ -430,13 +429,13 @@ def tile_of(
     ):
         if wanted:
             tile = table.get(kernel, {}).get(width, tile)
-    rows, keys, warps, stages = tile
-    fitting = {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
-    own = _OWN.get(kernel)
-    # Not with a mask: the kernel for keys would spill, and there the others have small tiles as it is.
-    if own is not None and not masked and fitting[own] == _LARGE and halves[own == "KEYS"]:
-        fitting |= {own: _LARGE // 2, "num_warps": warps // 2}
-    return fitting
+    found = dict(zip(("ROWS", "KEYS", "num_warps", "num_stages"), tile, strict=True))
+    # What each program of a kernel has for itself. Not with a mask: the kernel for keys would spill, and there the
+    # others have small tiles as it is.
+    own, rows = {"forward": ("ROWS", length), "query": ("ROWS", length), "key": ("KEYS", keys)}.get(kernel, ("", 0))
+    if found.get(own) == LARGE and not masked and _halves(rows):
+        found |= {own: LARGE // 2, "num_warps": found["num_warps"] // 2}
+    return found
 
 
 def capability(device: torch.device) -> tuple[int, int]:

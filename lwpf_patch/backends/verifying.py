@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reporting
+from ..compiling import real, whole
 from . import eager_form
 from .arguments import representable_factor
 from .base import Call, Threshold
@@ -48,7 +49,8 @@ class Case(NamedTuple):
         is_causal: Whether query i sees the keys 0 to i only.
         scale: Factor of the scores.
         shared: Whether heads share keys.
-        variant: What the numbers of queries and keys decide about tiles.
+        length: A number of queries that has the same tiles as that of the call.
+        keys: The same of keys.
         backward: Whether gradients are wanted.
         of_mask: Whether that of the mask is, too.
     """
@@ -66,7 +68,8 @@ class Case(NamedTuple):
     is_causal: bool
     scale: float
     shared: bool
-    variant: tuple[bool, ...]
+    length: int
+    keys: int
     backward: bool
     of_mask: bool
 
@@ -138,24 +141,32 @@ def forget_cases() -> None:
         _problems.clear()
 
 
-def case_of(call: Call, threshold: Threshold, variant: tuple[bool, ...]) -> Case:
+def case_of(call: Call, threshold: Threshold, length: int, keys: int) -> Case:
     """Return the case of a call.
 
     Args:
         call: The call.
         threshold: That of its rule.
-        variant: What its numbers of queries and keys decide about tiles.
+        length: A number of queries that has the same tiles.
+        keys: The same of keys.
     """
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
     backward = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (query, key, value, mask)
     )
+    # A case is a constant, as what a kernel is compiled for, of which torch.compile may leave numbers open.
+    features, values = whole(query.shape[-1]), whole(value.shape[-1])
+    scale = features**-0.5 if call.scale is None else call.scale
+    shared = False
+    if call.enable_gqa:
+        of_query, of_key, of_value = (whole(tensor.shape[-3]) for tensor in (query, key, value))
+        shared = of_query != of_key == of_value
     of_mask = None if mask is None else torch.float32 if mask.dtype == torch.float64 else mask.dtype
+    mu, bias = (None if number is None else real(number) for number in (threshold.mu, threshold.bias))
     return Case(
-        str(query.device), query.dtype, query.shape[-1], value.shape[-1], threshold.mu, threshold.bias, call.sep.n,
-        threshold.deviation if call.training else 0.0, of_mask, call.dropout_p, call.is_causal,
-        representable_factor(query, call.scale, torch.float32),
-        call.enable_gqa and query.shape[-3] != key.shape[-3] == value.shape[-3], variant, backward,
+        str(query.device), query.dtype, features, values, mu, bias, real(call.sep.n),
+        real(threshold.deviation) if call.training else 0.0, of_mask, real(call.dropout_p), call.is_causal,
+        real(representable_factor(query, scale, torch.float32)), shared, length, keys, backward,
         backward and mask is not None and mask.requires_grad,
     )  # fmt: skip
 
@@ -200,17 +211,12 @@ def problem_of(
     return _problems[case]
 
 
-def typical_cases(device: str, variant_of: Callable[[int, int], tuple[bool, ...]]) -> Iterator[tuple[Case, int]]:
-    """Yield cases that are typical of models, each with a number of queries and keys.
-
-    Args:
-        device: Such as ``"cuda:0"``.
-        variant_of: Returns what numbers of queries and keys decide about tiles.
-    """
+def typical_cases(device: str) -> Iterator[tuple[Case, int]]:
+    """Yield cases that are typical of models, each with a number of queries and keys."""
     for dtype, width, mu, bias, mask, dropout_p, is_causal, keys in TYPICAL:
         yield Case(
             device, dtype, width, width, mu, bias, 0.0, 0.0, mask, dropout_p, is_causal, width**-0.5, False,
-            variant_of(keys, keys), True, mask is not None and mask != torch.bool,
+            keys, keys, True, mask is not None and mask != torch.bool,
         ), keys  # fmt: skip
 
 

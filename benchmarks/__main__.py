@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import attention, reporting, separation, startup, tiles, train_step
+from . import attention, gpu, reporting, separation, startup, tiles, train_step
 
 BENCHMARKS = {
     "attention": attention,
@@ -17,20 +17,26 @@ BENCHMARKS = {
     "separation": separation,
     "startup": startup,
     "tiles": tiles,
+    "gpu": gpu,
 }
 
 
-def main() -> None:
-    """Run the benchmark that the command line names."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="NAME", dest="benchmark")
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_arguments(command)
-        reporting.add_arguments(command)
+        reporting.add_arguments(command, getattr(module, "OUTPUT_HELP", reporting.OUTPUT_HELP))
         command.set_defaults(run=module.run)
+    return parser
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
     arguments = sys.argv[1:]
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     options.command_line = arguments  # what a child that measures memory is started with
     options.run(options)
 

@@ -1,15 +1,22 @@
 """One attention layer: time and memory of SDPA, FlexAttention, the hand-edited forms and ours, over the length.
 
 SDPA stands there backend by backend; LwPF by hand is what one would write into a library's source, as it is and under
-torch.compile; FlexAttention takes LwPF-ReLU in two passes; ours is lwpf_attention, with whatever backend "auto" picks
-or --backend names, as it is and under torch.compile. Forward alone and forward with backward are timed in turn within
-one process; what counts are the ratios to the base, repeat by repeat. Peak memory is what one forward and backward
-pass adds; on CUDA, activation memory is what is held between the two, the output included.
+torch.compile; FlexAttention takes softmax in one pass and LwPF-ReLU in two; ours is lwpf_attention, with whatever
+backend "auto" picks or --backend names, as it is and under torch.compile. Forward alone and forward with backward are
+timed in turn within one process; what counts are the ratios to the base, repeat by repeat, and to each variant that
+computes softmax. Peak memory is what one forward and backward pass adds; on CUDA, activation memory is what is held
+between the two, the output included.
+
+TFLOP/s and GB/s are of the median and nominal: of the products that attention cannot do without (4BHNNE operations
+forward, 14BHNNE with backward) and of each tensor read or written once (4 and 12 of them). An output matches if its
+error, against the eager form in float64 and relative in the Frobenius norm, is within the tolerance of its dtype.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +37,15 @@ SHAPES = {
 REPEATS = {"cpu": 15, "cuda": 30}
 QUICK_SHAPES = ["1,2,64,32"]
 
+#: The error of an output that still matches the reference; a few times what rounding makes.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+#: Operations of a pass in units of BHNNE, and tensors of BHNE elements that it reads or writes: Q, K, V and the output;
+#: backward, these and the gradient of the output, and the gradients of Q, K and V.
+WORK = {"forward": (4, 4), "both": (14, 12)}
+
 PASSES = {"forward": "forward", "both": "forward + backward"}
+
+MEDIAN, CONSTANT = "pfu:mu=dmedian,bias=mu,sigma=0", "pfu:mu=0.1,bias=mu,sigma=0"
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", metavar="B,H,N,E", help=f"batch, heads, sequence length and width of a head ({shapes})"
     )
+    parser.add_argument("--if-there", action="store_true", help="of --only, leave out what this machine lacks")
     parser.add_argument("--base", metavar="VARIANT", help=f"what ratios are taken to ({reporting.defaults(BASES)})")
 
 
@@ -86,6 +102,8 @@ def run(options: argparse.Namespace) -> None:
     known, left_out = available(options.device, options.backend)
     for name, why in left_out.items():
         say(f"left out: {name}: {why}")
+    if options.if_there:
+        options.only = [name for name in options.only or () if name not in left_out]
     chosen = measuring.chosen(options, options.base, known)
 
     def plot(rows: list[Row], figure: Any) -> None:
@@ -96,10 +114,22 @@ def run(options: argparse.Namespace) -> None:
         say(f"B,H,N,E = {shape}")
         rows += (own := _measure(options, shape, chosen))
         print(f"\nB,H,N,E = {shape}, {options.dtype}; ratios to {options.base!r} (quartiles)")
-        print(reporting.table(*measuring.lines_of(own, PASSES, options.device)))
+        print(reporting.table(*_lines_of(own, options.device)))
         print(*measuring.failures_of(own), sep="\n", flush=True)
         # After every shape, so that a run that is cut short has not measured in vain.
         reporting.write(options, rows, device=options.device, plot=plot, left_out=left_out)
+
+
+def _lines_of(rows: list[Row], device: str) -> tuple[list[str], list[list[str]]]:
+    from . import measuring
+
+    headings, lines = measuring.lines_of(rows, PASSES, device)
+    for row, cells in zip(rows, lines, strict=True):
+        for which in PASSES:
+            rates = (row.get(f"{which}_tflops"), row.get(f"{which}_gbps"))
+            cells.append("-" if None in rates else f"{rates[0]:.3g}, {rates[1]:.3g}")
+        cells.append({True: "yes", False: f"no: {row.get('output_error')}", None: "-"}[row.get("output_matches")])
+    return [*headings, *(f"{title}: TFLOP/s, GB/s" for title in PASSES.values()), "output matches"], lines
 
 
 def variants(backend: str = "auto") -> dict[str, Variant]:
@@ -111,8 +141,6 @@ def variants(backend: str = "auto") -> dict[str, Variant]:
     from torch.nn.attention import SDPBackend
 
     from lwpf_patch import lwpf_attention
-
-    median = "pfu:mu=dmedian,bias=mu,sigma=0"
 
     def ours(func_d: str, compiled: bool = False) -> Variant:
         from lwpf_patch.forgetting import make_func_d
@@ -126,19 +154,24 @@ def variants(backend: str = "auto") -> dict[str, Variant]:
 
     return {
         "eager softmax": Variant(_softmax),
+        "eager softmax, compiled": Variant(_softmax, compiled=True),
         "SDPA math": Variant(_sdpa_by(SDPBackend.MATH)),
         "SDPA flash": Variant(_sdpa_by(SDPBackend.FLASH_ATTENTION)),
         "SDPA efficient": Variant(_sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
         "SDPA cudnn": Variant(_sdpa_by(SDPBackend.CUDNN_ATTENTION)),
+        "FlashAttention 4": Variant(_flash_attention_4),
+        "FlexAttention": Variant(_softmax_by_flex_attention, compiled=True),
         "ReLU, FlexAttention": Variant(_relu_by_flex_attention, "relu", compiled=True),
         "ReLU by hand": Variant(_relu_by_hand, "relu"),
-        "dmedian by hand": Variant(_dmedian_by_hand, median),
+        "dmedian by hand": Variant(_dmedian_by_hand, MEDIAN),
         "ReLU by hand, compiled": Variant(_relu_by_hand, "relu", compiled=True),
-        "dmedian by hand, compiled": Variant(_dmedian_by_hand, median, compiled=True),
+        "dmedian by hand, compiled": Variant(_dmedian_by_hand, MEDIAN, compiled=True),
         "ReLU, ours": ours("relu"),
-        "dmedian, ours": ours(median),
+        "PFU, ours": ours(CONSTANT),
+        "dmedian, ours": ours(MEDIAN),
         "ReLU, ours, compiled": ours("relu", compiled=True),
-        "dmedian, ours, compiled": ours(median, compiled=True),
+        "PFU, ours, compiled": ours(CONSTANT, compiled=True),
+        "dmedian, ours, compiled": ours(MEDIAN, compiled=True),
     }
 
 
@@ -155,8 +188,10 @@ def available(device: str, backend: str = "auto") -> tuple[dict[str, Variant], d
     lacking = {}
     for name in known:
         why = _why_no_sdpa(known[name], device) if name.startswith("SDPA") else ""
-        if name == "ReLU, FlexAttention":
+        if "FlexAttention" in name:
             why = _why_no_flex_attention()
+        if name == "FlashAttention 4":
+            why = _why_no_flash_attention_4(device)
         if why:
             lacking[name] = why
     return {name: variant for name, variant in known.items() if name not in lacking}, lacking
@@ -191,6 +226,19 @@ def _sdpa_by(backend: Any) -> Callable[..., Any]:
             return scaled_dot_product_attention(q, k, v)
 
     return function
+
+
+def _softmax_by_flex_attention(q: Any, k: Any, v: Any) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v)
+
+
+def _flash_attention_4(q: Any, k: Any, v: Any) -> Any:
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(*(tensor.transpose(1, 2) for tensor in (q, k, v)))  # it wants (B, N, H, E)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # with the log-sum-exp, in some versions
 
 
 def _relu_by_flex_attention(q: Any, k: Any, v: Any) -> Any:
@@ -232,6 +280,16 @@ def _why_no_sdpa(variant: Variant, device: str) -> str:
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
     return why
+
+
+def _why_no_flash_attention_4(device: str) -> str:
+    if device != "cuda":
+        return "it is made for CUDA"
+    try:
+        from flash_attn.cute import flash_attn_func  # noqa: F401
+    except Exception as error:  # what it is built on may be missing, or fail when it is imported
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return ""
 
 
 def _why_no_flex_attention() -> str:
@@ -277,13 +335,62 @@ def _measure(options: argparse.Namespace, shape: str, chosen: dict[str, Variant]
     torch.compiler.reset()  # every shape compiles anew: no limit on how often, and no program for changing shapes
     inputs, cotangent = make_inputs(options, shape)
     subjects = {name: _subject(variant, inputs, cotangent) for name, variant in chosen.items()}
-    rows = measuring.compare(options, subjects, options.base, "--shapes", shape)
+    softmax = [name for name, variant in chosen.items() if variant.func_d == "none"]
+    rows = measuring.compare(options, subjects, options.base, "--shapes", shape, others=softmax)
     batch, heads, length, width = (int(part) for part in shape.split(","))
+    references: dict[str, Any] = {}
     what = {"shape": shape, "batch": batch, "heads": heads, "length": length, "width": width, "dtype": options.dtype}
     for number, row in enumerate(rows):
         variant = chosen[row["variant"]]
+        row |= _rates(row, batch * heads * length * width, length, inputs[0].element_size())
+        if not row["failures"].keys() & PASSES.keys():
+            matching, failure = measuring.attempt(
+                functools.partial(_matching, subjects[row["variant"]], variant.func_d, inputs, references),
+                options.device,
+            )
+            row |= matching or {"failures": {**row["failures"], "reference": failure}}
         rows[number] = {**what, "func_d": variant.func_d, "backend": _backend_of(variant, inputs), **row}
     return rows
+
+
+def _rates(row: Row, elements: int, length: int, bytes_of_one: int) -> Row:
+    """Return the nominal rates of a row's medians; see the module."""
+    rates: Row = {}
+    for which, (operations, tensors) in WORK.items():
+        if f"{which}_seconds" in row:
+            seconds = row[f"{which}_seconds"][1]
+            rates[f"{which}_tflops"] = operations * elements * length / seconds / 1e12
+            rates[f"{which}_gbps"] = tensors * elements * bytes_of_one / seconds / 1e9
+    return rates
+
+
+def _matching(subject: Subject, func_d: str, inputs: list[Any], references: dict[str, Any]) -> Row:
+    """Compare the output for the first item of the batch to the reference, which is kept for the next variant."""
+    if func_d not in references:
+        references[func_d] = _reference(func_d, inputs)
+    out, expected = subject.forward().detach()[:1].double(), references[func_d]
+    error = ((out - expected).norm() / expected.norm()).item()
+    tolerance = TOLERANCES[str(inputs[0].dtype).removeprefix("torch.")]
+    # NaN is no number in JSON.
+    return {"output_error": error if math.isfinite(error) else None, "output_matches": error <= tolerance}
+
+
+def _reference(func_d: str, inputs: list[Any]) -> Any:
+    """Compute the output for the first item of the batch by the eager form in float64."""
+    import torch
+
+    from lwpf_patch import PFU, lwpf_attention
+    from lwpf_patch.forgetting import make_func_d
+
+    with torch.no_grad():
+        module = make_func_d(func_d)
+        if func_d == MEDIAN:  # that of all items
+            query, key = (tensor.float() for tensor in inputs[:2])
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+            module = PFU(mu=scores.median().item(), bias="mu", sigma=0.0)
+            del scores
+        query, key, value = (tensor[:1].double() for tensor in inputs)
+        return lwpf_attention(query, key, value, func_d=module, training=False, backend="eager")
 
 
 def _backend_of(variant: Variant, inputs: list[Any]) -> str:

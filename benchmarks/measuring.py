@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class _Timing:
         """Measure once; None if it fails, or has failed before."""
         if self.failure:
             return None
-        clocked, self.failure = _attempt(functools.partial(stopwatch.clock, work, self.pause), device)
+        clocked, self.failure = attempt(functools.partial(stopwatch.clock, work, self.pause), device)
         if self.failure:
             say(f"{self.label}, failed: {self.failure}")
         return clocked
@@ -103,7 +103,13 @@ def chosen(options: argparse.Namespace, base: str, known: dict[str, Any]) -> dic
     return {name: known[name] for name in known if not options.only or name in (base, *options.only)}
 
 
-def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str, *overrides: str) -> list[Row]:
+def compare(
+    options: argparse.Namespace,
+    subjects: dict[str, Subject],
+    base: str,
+    *overrides: str,
+    others: Sequence[str] = (),
+) -> list[Row]:
     """Measure all subjects.
 
     Args:
@@ -111,9 +117,11 @@ def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str
         subjects: What to measure, by name.
         base: Which of them the ratios are taken to.
         *overrides: What of the command line is different in the child that measures memory on the CPU.
+        others: Subjects that ratios of time are taken to as well.
 
     Returns:
-        For each subject, for each of its passes: ``{pass}_seconds`` and ``{pass}_ratio``, on CUDA
+        For each subject, for each of its passes: ``{pass}_seconds`` and ``{pass}_ratio``, with `others`
+        ``{pass}_ratios``, by their names, on CUDA
         ``{pass}_host_seconds``; ``peak_bytes`` and ``peak_ratio``, on CUDA also ``activation_bytes`` and
         ``activation_ratio``, on the CPU ``growth_bytes`` and ``growth_ratio``, of the first run of a process; and
         ``failures``, what failed and why.
@@ -131,8 +139,13 @@ def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str
             if options.device == "cuda":
                 row[f"{which}_host_seconds"] = reporting.quartiles(timing.host_seconds)
             if not timings[base][which].failure:
-                pairs = zip(timing.seconds, timings[base][which].seconds, strict=True)
-                row[f"{which}_ratio"] = reporting.quartiles([own / other for own, other in pairs])
+                row[f"{which}_ratio"] = _ratio(timing, timings[base][which])
+            if others:
+                row[f"{which}_ratios"] = {
+                    other: _ratio(timing, timings[other][which])
+                    for other in others
+                    if not timings[other][which].failure
+                }
         if not options.no_memory and not row["failures"]:  # it would fail for the same reason
             measured, failure = _memory_of(options, name, subjects[name], overrides)
             row |= measured or {"failures": {"memory": failure}}
@@ -143,6 +156,11 @@ def compare(options: argparse.Namespace, subjects: dict[str, Subject], base: str
             if own is not None and other:
                 row[f"{what}_ratio"] = own / other
     return list(rows.values())
+
+
+def _ratio(timing: _Timing, other: _Timing) -> list[float]:
+    """Return the quartiles of the ratios of two timings, repeat by repeat."""
+    return reporting.quartiles([one / two for one, two in zip(timing.seconds, other.seconds, strict=True)])
 
 
 def memory(subject: Subject, device: str) -> dict[str, int]:
@@ -242,7 +260,7 @@ def _times_in_turn(subjects: dict[str, Subject], repeats: int, device: str) -> d
     return timings
 
 
-def _attempt(measure: Callable[[], Any], device: str) -> tuple[Any, str]:
+def attempt(measure: Callable[[], Any], device: str) -> tuple[Any, str]:
     """Return what was measured and empty text, or None and why it could not be."""
     try:
         return measure(), ""
@@ -303,7 +321,7 @@ def _memory_of(
     """Return what `memory` measures and empty text, or None and why it could not be measured."""
     say(f"{name}: memory")
     if options.device == "cuda":
-        return _attempt(functools.partial(memory, subject, options.device), options.device)
+        return attempt(functools.partial(memory, subject, options.device), options.device)
     # A process of its own, as other variants leave memory behind that would be used again. glibc gives what was
     # allocated in one piece back to the system, so that a second run needs it anew, if this threshold is fixed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}

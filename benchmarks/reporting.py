@@ -26,15 +26,21 @@ ROOT = Path(__file__).parent.parent
 _QUARTILES = ("q1", "median", "q3")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every benchmark has."""
+OUTPUT_HELP = (
+    "write NAME.json, NAME.csv and NAME.png; results that are kept are called benchmarks/results/<machine>-<benchmark>"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser, output_help: str = OUTPUT_HELP) -> None:
+    """Add the options that every benchmark has.
+
+    Args:
+        parser: Where to.
+        output_help: What --output names.
+    """
     parser.add_argument("--quick", action="store_true", help="smoke test: tiny and soon over; its figures mean nothing")
-    parser.add_argument(
-        "--output",
-        metavar="NAME",
-        help="write NAME.json, NAME.csv and NAME.png; results that are kept are called "
-        "benchmarks/results/<machine>-<benchmark>",
-    )
+    parser.add_argument("--output", metavar="NAME", help=output_help)
+    parser.add_argument("--no-plot", action="store_true", help="write no NAME.png")
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, repeats: dict[str, int]) -> None:
@@ -159,22 +165,29 @@ def write(
         return
     path = Path(options.output.removesuffix(".json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = ("run", "command_line", "memory_of", "output", "benchmark")
+    hidden = ("run", "command_line", "memory_of", "output", "benchmark", "no_plot")
     arguments = {name: value for name, value in vars(options).items() if name not in hidden}
     described, found = machine(device), versions()
     results = {"benchmark": options.benchmark, "arguments": arguments, "machine": described, "versions": found}
     # Not with_suffix(): what follows a dot in the name, of a version say, is no suffix.
     data, lines, picture = (path.with_name(path.name + suffix) for suffix in (".json", ".csv", ".png"))
-    data.write_text(json.dumps({**results, **more, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    replace_text(data, json.dumps({**results, **more, "rows": rows}, indent=2) + "\n")
     flat = [{**_flattened(row), **described, **found} for row in rows]
     with lines.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in flat for name in line)))
         writer.writeheader()
         writer.writerows(flat)
     written = [data, lines]
-    if plot is not None and _draw(plot, rows, described, picture):
+    if plot is not None and not getattr(options, "no_plot", False) and _draw(plot, rows, described, picture):
         written.append(picture)
     say(f"wrote {', '.join(map(str, written))}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one piece: a process that is killed meanwhile leaves the former one whole."""
+    written = path.with_name(path.name + ".part")
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)
 
 
 def _draw(plot: Callable[[list[Row], Any], None], rows: list[Row], described: dict[str, Any], picture: Path) -> bool:

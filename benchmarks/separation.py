@@ -19,6 +19,7 @@ DIRECT = "pdist"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--patterns", type=int, help="M (default: 2000; 100 with --quick)")
     parser.add_argument("--dim", type=int, default=784, help="d (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own)")
@@ -33,17 +34,21 @@ def run(options: argparse.Namespace) -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.patterns = options.patterns or (100 if options.quick else 2000)
     options.repeats = options.repeats or (reporting.QUICK_REPEATS if options.quick else 7)
     options.model = options.model or ("test_vit" if options.quick else "vit_small_patch16_224")
-    rows = [*_losses(options), *_stage_one(options)]
+    rows = _losses(options)
+    # Already now, so that a run that is cut short has not measured in vain.
+    reporting.write(options, rows, device=options.device)
+    rows += _stage_one(options)
     print(
         f"{options.patterns} patterns of {options.dim} dimensions, {torch.get_num_threads()} threads; {options.model}"
     )
     cells = [[row["variant"], reporting.spread(row["seconds"], 1e3, 1), reporting.spread(row["ratio"])] for row in rows]
     print(reporting.table(["variant", "milliseconds (quartiles)", "ratio (quartiles)"], cells))
     print(f"ratios: to {DIRECT}; for Stage I: how many training steps of batch {options.batch} take as long")
-    reporting.write(options, rows)
+    reporting.write(options, rows, device=options.device)
 
 
 def _losses(options: argparse.Namespace) -> list[Row]:
@@ -57,7 +62,7 @@ def _losses(options: argparse.Namespace) -> list[Row]:
     def direct(patterns: Tensor) -> Tensor:
         return torch.pdist(F.normalize(patterns, dim=-1)).square().mul(-2.0).exp().mean().log()
 
-    patterns = torch.rand(options.patterns, options.dim, requires_grad=True)
+    patterns = torch.rand(options.patterns, options.dim, device=options.device, requires_grad=True)
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         DIRECT: direct,
         "separation_loss": separation_loss,
@@ -67,10 +72,10 @@ def _losses(options: argparse.Namespace) -> list[Row]:
     for repeat in range(options.repeats + 1):  # the first one warms up
         say(f"loss, repeat {repeat} of {options.repeats}")
         for name, form in forms.items():
-            start = time.perf_counter()
+            start = _now(options.device)
             torch.autograd.grad(form(patterns), patterns)
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_now(options.device) - start)
     return [_row(name, own, seconds[DIRECT]) for name, own in seconds.items()]
 
 
@@ -88,33 +93,43 @@ def _stage_one(options: argparse.Namespace) -> list[Row]:
     steps: list[float] = []
     for repeat in range(max(2, options.repeats // 2) + 1):
         say(f"Stage I of {options.model}, repeat {repeat}")
-        model: Any = timm.create_model(options.model).train()
+        model: Any = timm.create_model(options.model).train().to(options.device)
         patch_model(model, uhop="on")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        images = torch.randn(options.batch, *resolve_data_config({}, model=model)["input_size"])
-        labels = torch.randint(model.num_classes, (options.batch,))
+        size = resolve_data_config({}, model=model)["input_size"]
+        images = torch.randn(options.batch, *size, device=options.device)
+        labels = torch.randint(model.num_classes, (options.batch,), device=options.device)
         of_run: list[float] = []
         original = stage_one.run_stage_one
 
         def timed(maps: Any, original: Any = original, of_run: list[float] = of_run) -> None:
-            start = time.perf_counter()
+            start = _now(options.device)
             original(maps)
-            of_run.append(time.perf_counter() - start)
+            of_run.append(_now(options.device) - start)
 
         stage_one.run_stage_one = timed
         try:
             for step in range(4):
-                start = time.perf_counter()
+                start = _now(options.device)
                 optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
                 optimizer.step()
                 if repeat and step > 1:
-                    steps.append(time.perf_counter() - start)
+                    steps.append(_now(options.device) - start)
         finally:
             stage_one.run_stage_one = original
         stages += of_run * bool(repeat)
     middle = reporting.quartiles(steps)[1]
     return [_row("a training step", steps, [middle] * len(steps)), _row("Stage I", stages, [middle] * len(stages))]
+
+
+def _now(device: str) -> float:
+    """Return the time at which a device has done all that it was given, in seconds."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _row(name: str, own: list[float], base: list[float]) -> Row:

@@ -2,16 +2,19 @@
 
 For each kernel, the pass that it takes part in is timed with one candidate after another in the place of the tile that
 the backend has for it (the base of the ratios); all other kernels keep theirs. What is fastest here can be written into
-the tables of lwpf_patch/backends/triton.py. A candidate that the GPU has no room for fails, and the others go on. Each
-has to be compiled first, for seconds: --kernels and --shapes make it shorter.
+the tables of lwpf_patch/backends/triton.py: with --output NAME, NAME.tables.txt has these tables with each tile that is
+beaten replaced. A tile is beaten if the quartiles of the times do not overlap. A candidate that the GPU has no room for
+fails, and the others go on. Each has to be compiled first, for seconds: --kernels, --shapes and --near make it shorter.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import attention, reporting
@@ -35,6 +38,8 @@ CANDIDATES = [
         ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)), (4, 8), (2, 3)
     )
 ]
+#: What a tile that is near another may be made of.
+NEAR = ((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
 REPEATS = {"cpu": 2, "cuda": 20}
 
 
@@ -43,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu: in Triton's interpreter, to see that all works")
     parser.add_argument("--repeats", type=int, help=f"repeats of each candidate ({reporting.defaults(REPEATS)})")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
+    parser.add_argument(
+        "--near", action="store_true", help="only candidates that differ from the present tile in one number"
+    )
     shapes = " ".join(attention.SHAPES["cuda"])
     parser.add_argument(
         "--shapes", nargs="+", metavar="B,H,N,E", help=f"batch, heads, length and width of a head (default: {shapes})"
@@ -69,21 +77,149 @@ def run(options: argparse.Namespace) -> None:
         for kernel in options.kernels:
             say(f"B,H,N,E = {shape}: {kernel}")
             func_d, which = KERNELS[kernel]
+            found = _call(func_d, inputs).tile(kernel)
+            current = (found["ROWS"], found["KEYS"], found["num_warps"], found["num_stages"])
             # The kernel for keys has them along the rows of its products, of which fewer than 64 would have Hopper take
             # another instruction than the other kernels, and round scores in another way.
-            candidates = [tile for tile in CANDIDATES if kernel != "key" or tile[1] >= 64]
+            known = near(current) if options.near else CANDIDATES
+            candidates = [tile for tile in known if kernel != "key" or tile[1] >= 64]
             if options.quick:
                 candidates = candidates[:2]
             subjects = {
                 _name(tile): _subject(kernel, tile, func_d, which, inputs, cotangent) for tile in (None, *candidates)
             }
             own = measuring.compare(options, subjects, BASE)
-            rows += [{"shape": shape, "kernel": kernel, "dtype": options.dtype, **row} for row in own]
+            what = {"shape": shape, "kernel": kernel, "dtype": options.dtype, "current": ", ".join(map(str, current))}
+            rows += [{**what, **row} for row in own]
             done = [row for row in own if "time_ratio" in row]
             print(f"\nB,H,N,E = {shape}, {options.dtype}, {kernel}; ratios to the tile that it has (quartiles)")
             lines = sorted(done, key=lambda row: row["time_ratio"][1])
             print(reporting.table(["rows, keys, warps, stages", "time"], [_cells(row) for row in lines]), flush=True)
-            reporting.write(options, rows, device=options.device)
+            found = beaten(rows, backend.capability(inputs[0].device))
+            reporting.write(options, rows, device=options.device, beaten=found)
+            if options.output:
+                path = Path(options.output.removesuffix(".json"))
+                text = tables(found, reporting.machine(options.device)["device"])
+                reporting.replace_text(path.with_name(path.name + ".tables.txt"), text)
+
+
+def near(tile: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the tiles that differ from one in one number, which is the next larger or smaller one."""
+    others = []
+    for place, (number, numbers) in enumerate(zip(tile, NEAR, strict=True)):
+        below, above = ([n for n in numbers if n < number][-1:], [n for n in numbers if n > number][:1])
+        others += [(*tile[:place], other, *tile[place + 1 :]) for other in (*below, *above)]
+    return others
+
+
+def beaten(rows: list[Row], capability: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return which entries of the backend's tables are beaten, and by what.
+
+    A candidate beats a tile if the quartiles of its times lie below those of the tile at one shape at least, and above
+    them at no other shape that the same entry serves; of several, the one with the smallest ratio on average is taken.
+
+    Args:
+        rows: The results.
+        capability: Of the device that was measured.
+    """
+    entries: dict[tuple[str, str, int], dict[str, dict[str, Row]]] = {}
+    for (shape, kernel, dtype), own in _grouped(rows).items():
+        if (entry := entry_of(kernel, dtype, shape, capability)) is not None and BASE in own:
+            entries.setdefault(entry, {})[f"{shape} {dtype}"] = own
+    found = []
+    for (table, kernel, width), of_shape in entries.items():
+        names = set.intersection(*(set(own) for own in of_shape.values())) - {BASE}
+        better = {}
+        for name in names:
+            pairs = [(own[name]["time_seconds"], own[BASE]["time_seconds"]) for own in of_shape.values()]
+            wins, losses = (any(one[2] < two[0] for one, two in each) for each in (pairs, [p[::-1] for p in pairs]))
+            if wins and not losses:
+                ratios = [own[name]["time_ratio"][1] for own in of_shape.values()]
+                better[name] = math.fsum(ratios) / len(ratios)
+        if better:
+            name = min(better, key=lambda name: better[name])
+            found.append(
+                {
+                    "table": table,
+                    "kernel": kernel,
+                    "width": width,
+                    "current": next(iter(of_shape.values()))[BASE]["current"],
+                    "better": name,
+                    "ratios": {shape: own[name]["time_ratio"] for shape, own in of_shape.items()},
+                }
+            )
+    return found
+
+
+def _grouped(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
+    grouped: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        if "time_ratio" in row:
+            grouped.setdefault((row["shape"], row["kernel"], row["dtype"]), {})[row["variant"]] = row
+    return grouped
+
+
+def entry_of(kernel: str, dtype: str, shape: str, capability: tuple[int, int]) -> tuple[str, str, int] | None:
+    """Return the table, kernel and width of the entry that a new tile for a shape belongs in.
+
+    Args:
+        kernel: Which kernel.
+        dtype: What it computes in.
+        shape: B, H, N and E.
+        capability: Of the device.
+
+    Returns:
+        None if there is none: the tile of the table is halved for this length.
+    """
+    from lwpf_patch.backends import triton as backend
+
+    _, _, length, features = (int(part) for part in shape.split(","))
+    long, *halves = backend.variant_of(length, length)
+    if any(halves) and kernel in backend._OWN:
+        return None
+    table = "_TILES_LONG" if long else "_TILES"
+    if capability < (9, 0):
+        table = "_TILES_BEFORE_HOPPER"
+    if dtype == "float32":
+        table = "_TILES_FLOAT32"
+    return table, kernel, max(64, backend._block(features))
+
+
+def tables(found: list[dict[str, Any]], device: str) -> str:
+    """Return the tables of the backend as source text, with the tiles that are beaten replaced.
+
+    Args:
+        found: What `beaten` returned.
+        device: What it was measured on.
+    """
+    from lwpf_patch.backends import triton as backend
+
+    lines = [f"# Measured on {device}."]
+    if not found:
+        lines.append("# No tile of those measured so far is beaten: the tables are as they were.")
+    for entry in found:
+        spreads = "; ".join(f"{reporting.spread(own, decimals=3)} on {shape}" for shape, own in entry["ratios"].items())
+        lines.append(
+            f"# {entry['table']}, {entry['kernel']}, width {entry['width']}: ({entry['better']}) in place of "
+            f"({entry['current']}) takes {spreads} of its time"
+        )
+    lines.append("# After replacing them, tests/test_triton.py tells whether a kernel spills registers.")
+    for name in ("_TILES", "_TILES_LONG", "_TILES_BEFORE_HOPPER", "_TILES_FLOAT32"):
+        table = {kernel: dict(tiles) for kernel, tiles in getattr(backend, name).items()}
+        for entry in found:
+            if entry["table"] == name:
+                tile = tuple(int(number) for number in entry["better"].split(","))
+                table.setdefault(entry["kernel"], {})[entry["width"]] = tile
+        lines += [f"{name}: _Tiles = {{", *(f'    "{kernel}": {tiles},' for kernel, tiles in table.items()), "}"]
+    return "\n".join(lines) + "\n"
+
+
+def _call(func_d: str, inputs: list[Any]) -> Any:
+    """Return what the kernels are told of a call, by which they find their tiles."""
+    from lwpf_patch.backends import triton as backend
+
+    mu = None if "dmedian" in func_d else 0.0
+    return backend._Call(*inputs, None, None, None, 0.0, False, inputs[0].shape[-1] ** -0.5, mu, mu)
 
 
 def _name(tile: tuple[int, ...] | None) -> str:

@@ -6,15 +6,18 @@ import argparse
 import csv
 import importlib.util
 import json
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, needs_gpu, needs_triton
 
-from benchmarks import attention, measuring, reporting, train_step
-from benchmarks.__main__ import main
+from benchmarks import attention, gpu, gpu_report, measuring, reporting, tiles, train_step
+from benchmarks.__main__ import main, make_parser
 from lwpf_patch import lwpf_attention
 
 HERE, LEFT_OUT = attention.available("cpu", backend="cpu")
@@ -161,6 +164,236 @@ def check_files(said, path, *, plot):
     elif plot:
         assert "no plot" in said.err
     return results["rows"]
+
+
+# --- all of them on a GPU ---------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_gpu_in_the_interpreter(python, tmp_path):
+    arguments = ("gpu", "--device", "cpu", "--quick", "--minutes", "3", "--output", "out")
+    said = python("-m", "benchmarks", *arguments, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    names = ["environment", "tests", "tiles", "attention-float32", "train_step-test_vit-eager", "separation"]
+    assert [(step["name"], step["state"]) for step in report["steps"]] == [(name, "finished") for name in names]
+    assert report["environment"]["versions"].keys() >= {"torch", "triton", "python"}
+    assert (report["tests"]["passed"], report["tests"]["failed"]) == (1, 0)
+    assert list(report["results"]) == names[2:]
+    for name in names:
+        assert (out / f"{name}.log").exists()
+        assert f"{name}: finished after" in said.stderr
+    rows = {row["variant"]: row for row in report["results"]["attention-float32"]["rows"]}
+    assert rows.keys() == {"eager softmax", "SDPA flash", "ReLU, ours", "PFU, ours", "dmedian, ours"}
+    for row in rows.values():
+        assert not row["failures"]
+        assert row["output_matches"]
+        assert row["both_tflops"] > 0
+        assert row["both_gbps"] > 0
+        assert set(row["both_ratios"]) == {"eager softmax", "SDPA flash"}
+    assert {row["backend"] for row in rows.values()} == {"", "triton"}
+    assert {one["verdict"] for one in report["verdicts"]} == {"not measured"}
+    assert '"forward": {64: (' in (out / "tiles.tables.txt").read_text()
+    text = (out / "report.md").read_text()
+    for heading in ("Steps", "Environment", "Tests", "Goals", *names[2:]):
+        assert f"## {heading}\n" in text
+    assert "1 passed, 0 failed" in text
+
+
+ROWS = {"rows": [{"variant": "plain", "dtype": "bfloat16", "failures": {}, "step_seconds": [1.0, 2.0, 3.0]}]}
+
+
+def stub(name, code):
+    return gpu.Step(name, ["-c", code])
+
+
+def writes(folder, name):
+    return f"import json, pathlib; pathlib.Path({str(folder / name)!r}).write_text(json.dumps({ROWS!r}))\n"
+
+
+def test_gpu_a_step_that_hangs_is_cut(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
+    (tmp_path / "separation.json").write_text(json.dumps(ROWS))  # of an earlier run
+    child = tmp_path / "child"
+    hangs = (
+        writes(tmp_path, "train_step-a.json")
+        + "import subprocess, sys, time\n"
+        + "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        + f"open({str(child)!r}, 'w').write(str(child.pid))\ntime.sleep(60)"
+    )
+    steps = [stub("train_step-a", hangs), stub("train_step-b", writes(tmp_path, "train_step-b.json"))]
+    report = gpu.run_steps([*steps, stub("separation", "")], tmp_path, 0.1, [])
+    assert [step["state"] for step in report["steps"]] == ["cut", "finished", "finished"]
+    assert list(report["results"]) == ["train_step-a", "train_step-b"]
+    assert not gpu_report.failed(report)
+    text = (tmp_path / "report.md").read_text()
+    assert "The step was cut (at its limit of" in text
+    assert text.count("| plain | 2000.00 (1000.00, 3000.00) |") == 2
+    assert "train_step-a: cut (at its limit of" in capsys.readouterr().err
+    status = Path("/proc", child.read_text(), "status")
+    assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_gpu_a_step_without_time_is_left_out(tmp_path, capsys):
+    report = gpu.run_steps([stub("tiles", ""), stub("separation", "")], tmp_path, 0, [])
+    assert [step["state"] for step in report["steps"]] == ["left out"] * 2
+    assert "no time was left" in (tmp_path / "report.md").read_text()
+    assert "separation: left out: no time was left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["tiles", "tests"])
+def test_gpu_a_step_that_crashes_loses_no_other(monkeypatch, tmp_path, step):
+    crashes = stub(step, "import sys; print('so far'); sys.exit('out | of order')")
+    if step == "tests":
+        crashes = stub(step, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    steps = [crashes, stub("train_step-a", writes(tmp_path, "train_step-a.json"))]
+    monkeypatch.setattr(gpu, "steps", lambda options, folder: steps)
+    with pytest.raises(SystemExit) as ended:
+        gpu.run(argparse.Namespace(output=str(tmp_path), minutes=1, command_line=["gpu"]))
+    assert ended.value.code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [one["state"] for one in report["steps"]] == ["crashed", "finished"]
+    assert report["steps"][0]["why"] == (
+        "status 1: out | of order" if step == "tiles" else "status -11: it said nothing"
+    )
+    assert list(report["results"]) == ["train_step-a"]
+
+
+def test_gpu_without_a_device_measures_nothing(tmp_path):
+    steps = [stub("environment", "import sys; sys.exit('no device')"), stub("tiles", "")]
+    report = gpu.run_steps(steps, tmp_path, 1, [])
+    assert [step["state"] for step in report["steps"]] == ["crashed", "left out"]
+
+
+def test_gpu_that_is_killed_keeps_what_has_finished(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks import gpu\n"
+        f"steps = [gpu.Step('train_step-a', ['-c', {writes(tmp_path, 'train_step-a.json')!r}]),"
+        " gpu.Step('tiles', ['-c', 'import time; time.sleep(5)'])]\n"
+        f"gpu.run_steps(steps, Path({str(tmp_path)!r}), 1, [])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True) as parent:
+        for line in parent.stderr:
+            if "step 2 of 2" in line:
+                break
+        time.sleep(0.5)
+        parent.kill()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [step["state"] for step in report["steps"]] == ["finished", "running"]
+    assert list(report["results"]) == ["train_step-a"]
+    assert "train_step-a" in (tmp_path / "report.md").read_text()
+
+
+def test_gpu_tells_which_tests_failed(python, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest\n"
+        "@pytest.fixture(autouse=True)\ndef seed(): print('TESTS_SEED=' + os.environ['TESTS_SEED'])\n"
+        "def test_passes(): pass\n"
+        "def test_fails():\n    print('FAILED inner.py::test_x - ValueError: 3')\n    assert 1 == 2, 'one\\ntwo'\n"
+        "def test_skips(): pytest.skip('no')\n"
+        "def test_hangs(): os.kill(os.getpid(), 9)\n"
+    )
+    arguments = ("-m", "pytest", "-p", "benchmarks.pytest_results", "--results", "tests.jsonl", "test_some.py")
+    python(*arguments, check=False, PYTHONPATH=str(ROOT), TESTS_SEED="17")
+    found = gpu_report.tests_of(tmp_path / "tests.jsonl")
+    (failure,) = found["failures"]
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert (failure["id"], failure["seed"]) == ("test_some.py::test_fails", 17)
+    assert failure["error"] == "AssertionError: one"
+    assert failure["inner"] == ["inner.py::test_x - ValueError: 3"]
+    assert found["unfinished"] == ["test_some.py::test_hangs"]
+
+
+def attention_row(variant="ReLU, ours", **more):
+    what = {"variant": variant, "length": 197, "width": 64, "dtype": "bfloat16", "failures": {}, "output_matches": True}
+    return {**what, **more}
+
+
+def verdict_of(goal, row, gpu_name="NVIDIA H100 80GB HBM3", step="attention-bfloat16"):
+    (found,) = (one for one in gpu_report.verdicts({step: [row]}, gpu_name) if one["goal"] == goal)
+    return found
+
+
+FORWARD = "ReLU, ours: forward, N 197, d 64"
+RATIOS = {"SDPA flash": [1.0, 1.05, 1.1], "SDPA cudnn": [1.1, 1.14, 1.2], "eager softmax": [0.2, 0.3, 0.4]}
+
+
+def test_gpu_verdicts():
+    met = verdict_of(FORWARD, attention_row(forward_ratios=RATIOS))
+    assert (met["verdict"], met["against"], met["figure"]) == ("met", "SDPA cudnn", [1.1, 1.14, 1.2])
+    slower = {**RATIOS, "SDPA flash": [1.1, 1.16, 1.2]}
+    missed = verdict_of(FORWARD, attention_row(forward_ratios=slower))
+    assert (missed["verdict"], missed["against"]) == ("missed", "SDPA flash")
+    assert missed["cudnn"] == [1.1, 1.14, 1.2]
+    longer = attention_row(length=4096, both_ratios={"SDPA flash": [1.2, 1.25, 1.3], "SDPA cudnn": [1.6, 1.7, 1.8]})
+    flash = verdict_of("ReLU, ours: forward + backward, N 4096, d 64", longer)
+    assert (flash["verdict"], flash["against"], flash["cudnn"]) == ("met", "SDPA flash", [1.6, 1.7, 1.8])
+    assert verdict_of("ReLU, ours: peak memory, N 197, d 64", attention_row(peak_ratio=1.06))["verdict"] == "missed"
+    step = {"variant": "relu", "model": "vit_base_patch16_224", "dtype": "bfloat16", "compile": True, "failures": {}}
+    step["step_ratio"] = [1.0, 1.01, 1.02]
+    goal = "relu: training step, vit_base_patch16_224, compiled"
+    assert verdict_of(goal, step, "NVIDIA H200", step="train_step-x")["verdict"] == "met"
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (attention_row(variant="PFU, ours", forward_ratios=RATIOS), "no result"),
+        (attention_row(dtype="float16", forward_ratios=RATIOS), "no result"),
+        (attention_row(failures={"forward": "OutOfMemoryError"}), "OutOfMemoryError"),
+        (attention_row(output_matches=None, forward_ratios=RATIOS), "the output was not compared to the reference"),
+    ],
+)
+def test_gpu_goals_that_are_not_measured(row, why):
+    found = verdict_of(FORWARD, row)
+    assert (found["verdict"], found["why"]) == ("not measured", why)
+
+
+def test_gpu_goals_are_for_some_gpus_and_right_outputs():
+    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB"):
+        found = verdict_of(FORWARD, attention_row(forward_ratios=RATIOS), name)
+        assert (found["verdict"], found["figure"]) == ("not measured", [1.1, 1.14, 1.2])
+    wrong = verdict_of(FORWARD, attention_row(forward_ratios=RATIOS, output_matches=False))
+    assert (wrong["verdict"], wrong["why"]) == ("missed", "the output does not match the reference")
+
+
+def test_every_step_of_gpu_has_a_share(tmp_path):
+    options = argparse.Namespace(device="cuda", quick=False, tests=None)
+    steps = gpu.steps(options, tmp_path)
+    assert [step.name for step in steps] == list(gpu.SHARES)
+    assert sum(gpu.SHARES.values()) == pytest.approx(1)
+    assert {"tests/test_triton.py", "tests/test_benchmarks.py"} <= set(steps[1].command)
+    names = set()
+    for step in steps:
+        if step.command[1] == "benchmarks":
+            parsed = make_parser().parse_args(step.command[2:])
+            assert parsed.output == str(tmp_path / step.name)
+            names |= {*(getattr(parsed, "only", None) or ())}
+            if parsed.benchmark == "train_step":
+                assert set(parsed.only) <= train_step.VARIANTS.keys()
+    assert {*gpu.ANCHORS, *gpu.OURS, *gpu.COMPILED} <= names & attention.variants().keys()
+
+
+def test_tiles_that_are_beaten():
+    def rows(shape, kernel="forward", **seconds):
+        what = {"shape": shape, "kernel": kernel, "dtype": "bfloat16", "current": "128, 64, 8, 3"}
+        base = seconds["current"]
+        return [
+            {**what, "variant": name.replace("_", ", "), "time_seconds": own, "time_ratio": [own[1] / base[1]] * 3}
+            for name, own in seconds.items()
+        ]
+
+    clear = {"current": [9.0, 10.0, 11.0], "64_64_8_3": [7.0, 8.0, 8.5], "64_64_4_3": [6.0, 9.0, 9.5]}
+    (found,) = tiles.beaten(rows("1,1,197,64", **clear), (9, 0))
+    assert (found["table"], found["width"], found["better"]) == ("_TILES", 64, "64, 64, 8, 3")
+    text = tiles.tables([found], "some GPU")
+    assert '"forward": {64: (64, 64, 8, 3), 128: (128, 64, 8, 2)' in text
+    assert "0.800 (0.800, 0.800) on 1,1,197,64 bfloat16" in text
+    assert tiles.beaten(rows("1,1,4096,64", **clear), (9, 0))[0]["table"] == "_TILES_LONG"
+    assert tiles.beaten(rows("1,1,4096,64", **clear), (8, 0))[0]["table"] == "_TILES_BEFORE_HOPPER"
+    other = {**clear, "64_64_8_3": [12.0, 13.0, 14.0]}  # it loses where the same entry serves
+    assert tiles.beaten(rows("1,1,197,64", **clear) + rows("1,1,577,64", **other), (9, 0)) == []
+    assert tiles.beaten(rows("1,1,300,64", **clear), (9, 0)) == []  # half of the tile stands in for it
 
 
 @pytest.mark.parametrize("failing", ["base", "other"])

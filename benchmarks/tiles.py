@@ -174,10 +174,9 @@ def entry_of(kernel: str, dtype: str, shape: str, capability: tuple[int, int]) -
     from lwpf_patch.backends import triton as backend
 
     _, _, length, features = (int(part) for part in shape.split(","))
-    long, *halves = backend.variant_of(length, length)
-    if any(halves) and kernel in backend._OWN:
+    if backend._halves(length) and kernel in ("forward", "query", "key"):
         return None
-    table = "_TILES_LONG" if long else "_TILES"
+    table = "_TILES_LONG" if length >= backend.KEYS_OF_LONG else "_TILES"
     if capability < (9, 0):
         table = "_TILES_BEFORE_HOPPER"
     if dtype == "float32":

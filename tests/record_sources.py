@@ -35,8 +35,9 @@ def record(host: str, version: str, folder: Path | None) -> None:
             sys.path.remove(str(folder))
             sys.path_importer_cache.clear()
     for plan in plans:
+        keys = {site.qualname: site.key for site in HOSTS[host].sites if site.module == plan.module}
         for qualname, digest in plan.hashes.items():
-            known.add(host, qualname, digest, version)
+            known.add(host, keys[qualname], digest, version)
             print(f"{host} {version}: {plan.module}.{qualname} {digest}")
 
 

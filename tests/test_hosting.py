@@ -72,7 +72,6 @@ def _windows() -> RewrittenHost:
             Site("windows.attention", f"{name}.forward", {}, (FuncDAttachment(mask_sentinel=-100.0),))
             for name in ("WindowAttention", "FusedWindowAttention")
         ),
-        required=("WindowAttention.forward",),
     )
 
 

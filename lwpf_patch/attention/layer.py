@@ -58,6 +58,29 @@ class HostFuncD(OwnedFuncD):
         computed = normalising.normalise((scores.float() if half else scores).transpose(dim, -1), alpha, n)
         return computed.transpose(dim, -1).to(scores.dtype)
 
+    def softmax(self, scores: Tensor, dim: int = -1) -> Tensor:
+        """Return attention weights with partial forgetting, in place of ``torch.softmax``: D', times that of D(scores).
+
+        Args:
+            scores: (..., S), or the keys in another dimension, with masks already added.
+            dim: The dimension of the keys.
+
+        Returns:
+            The weights, of the scores' shape and dtype.
+        """
+        if torch.jit.is_scripting():
+            if self.is_plain():
+                return scores.softmax(dim)
+            forgotten, mask = self.forward(scores, None, dim)
+        else:
+            if isinstance(scores, fx.Proxy):
+                return tracing.call_method(self, HostFuncD.softmax.__name__, (scores,), {"dim": dim})
+            if self.is_plain() and not has_torch_function_unary(scores):
+                mark_used(self.host)
+                return scores.softmax(dim)
+            forgotten, mask = self(scores, dim=dim)
+        return mask * self.normalise(forgotten, dim)
+
     def scaled_dot_product_attention(
         self,
         query: Tensor,

@@ -91,13 +91,19 @@ class OwnedFuncD(Attached, nn.Module):
         sentinel = self.mask_sentinel
         return eager.lowest(scores.dtype) if sentinel is None else 0.5 * sentinel
 
-    def with_infinity(self, attn_mask: Optional[Tensor]) -> Optional[Tensor]:
-        """Return a mask with -inf in place of the host's own number, as every backend reads it."""
-        if attn_mask is None or self.mask_sentinel is None or attn_mask.dtype == torch.bool:
+    def with_infinity(self, attn_mask: Optional[Tensor], sentinel: Optional[float] = None) -> Optional[Tensor]:
+        """Return a mask with -inf in place of the host's own number, as every backend reads it.
+
+        Args:
+            attn_mask: The mask.
+            sentinel: The number that it has for hidden keys; None: ``mask_sentinel``.
+        """
+        hidden = self.mask_sentinel if sentinel is None else sentinel
+        if attn_mask is None or hidden is None or attn_mask.dtype == torch.bool:
             return attn_mask
         if self.masking == "paper" or self.is_plain():  # which compute with the mask as it is
             return attn_mask
-        return attn_mask.masked_fill(attn_mask <= self.highest_hidden(attn_mask), float("-inf"))
+        return attn_mask.masked_fill(attn_mask <= 0.5 * hidden, float("-inf"))
 
     def is_plain(self) -> bool:
         """Return whether attention is computed as it is without this package."""

@@ -6,7 +6,7 @@ Describe a library by a :class:`RewrittenHost` (its sites, what their modules ge
 """
 
 from ..reporting import info, warn
-from ..rewriting import Edit, Function, Splice, forget_around_softmax, map_query
+from ..rewriting import Edit, Function, Splice, forget_around_softmax, hide, map_query, sdpa_calls, softmax_call
 from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, HostModule, Order
 from .contract import Host, RegisteredHost, SiteStatus
 from .rewritten import RewrittenHost, Site, multiply_rows
@@ -30,8 +30,11 @@ __all__ = [
     "SiteStatus",
     "Splice",
     "forget_around_softmax",
+    "hide",
     "info",
     "map_query",
     "multiply_rows",
+    "sdpa_calls",
+    "softmax_call",
     "warn",
 ]

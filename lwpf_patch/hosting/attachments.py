@@ -57,7 +57,7 @@ class Order(NamedTuple):
 
     def mark(self, part: Any) -> None:
         """Mark a part as attached by this order."""
-        part.attached, part.site, part.request = True, self.qualname, self.settings
+        part.attached, part.site, part.request = True, f"{self.module}.{self.qualname}", self.settings
 
 
 @dataclass(frozen=True)

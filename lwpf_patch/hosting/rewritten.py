@@ -30,6 +30,8 @@ class Site:
         attachments: What the modules of its class get. Each comes with the edit that has the function use it.
         edit: What else turns it into attention with partial forgetting, such as for a function without a class, which
             is passed what its callers got; it may ask which attachments come in (``function.parts``).
+        one_of: A name that it shares with other sites, one of which is where a version of the host has it.
+        required: Whether every version has it, or another one of that name.
     """
 
     module: str
@@ -37,6 +39,18 @@ class Site:
     known: Mapping[str, str]
     attachments: tuple[Attachment, ...] = ()
     edit: Edit | None = None
+    one_of: str = ""
+    required: bool = False
+
+    @property
+    def function(self) -> str:
+        """The name of the function with that of its module."""
+        return f"{self.module}.{self.qualname}"
+
+    @property
+    def key(self) -> str:
+        """What tells it from all sites but those that stand where other versions have it."""
+        return self.one_of or self.function
 
     @property
     def name(self) -> str:
@@ -74,8 +88,7 @@ class RewrittenHost(Host):
     """A library whose functions with softmax attention get other code.
 
     Attributes:
-        sites: Its sites. Those of the same qualified name are alternatives: where versions of the host have it.
-        required: Qualified names that some site must provide in every version.
+        sites: Its sites.
         inseparable: Whether its sites work only together, so that none can be left out.
         names_in_call: Gives the names of the model that one of its functions is making, from the function's name and
             its local variables; none for any other function.
@@ -83,7 +96,6 @@ class RewrittenHost(Host):
     """
 
     sites: tuple[Site, ...] = ()
-    required: tuple[str, ...] = ()
     inseparable: bool = False
     names_in_call: Callable[[str, Mapping[str, object]], Iterable[str]] | None = None
     names_of_model: Callable[[HostModule], Iterable[str]] | None = None
@@ -210,31 +222,27 @@ class RewrittenHost(Host):
             HostNotInstalledError: Python does not find the host from here.
             RewriteError: A site that every version should have is in none of the places where it is known to be.
         """
-        names = {site.qualname for site in found}
+        keys = {site.key for site in found}
         seen = set() if seen is None else seen
-        expected: dict[str, list[str]] = {}
-        places: dict[str, list[str]] = {}
+        alternatives: dict[str, list[Site]] = {}
         for site in self.sites:
-            places.setdefault(site.qualname, []).append(site.module)
-        for qualname in dict.fromkeys(site.qualname for site in self.chosen_sites(settings)):
-            if qualname not in names:
-                left = [module for module in places[qualname] if module not in imported]
-                seen |= {module for module in left if module not in seen and self.find(module) is not None}
-                expected[qualname] = [module for module in left if module in seen]
+            alternatives.setdefault(site.key, []).append(site)
+        expected: dict[str, list[str]] = {}
+        wanted = {site.key: site for site in self.chosen_sites(settings)}
+        for key in wanted.keys() - keys:
+            left = [each.module for each in alternatives[key] if each.module not in imported]
+            seen |= {module for module in left if module not in seen and self.find(module) is not None}
+            expected[key] = [module for module in left if module in seen]
         # What is not required is not in every version. But something has to be there.
-        nothing_left = not names and not any(expected.values())
-        for qualname in sorted(expected, key=lambda name: (name not in self.required, name)):
-            if not expected[qualname] and (qualname in self.required or nothing_left):
+        nothing_left = not keys and not any(expected.values())
+        for key in sorted(expected, key=lambda key: (not wanted[key].required, key)):
+            if not expected[key] and (wanted[key].required or nothing_left):
                 raise RewriteError(
-                    f"{self.described()} has no {qualname} in {' or '.join(places[qualname])}: this version is not "
-                    "supported; nothing was patched"
+                    f"{self.described()} has no {wanted[key].qualname} in "
+                    f"{' or '.join(each.module for each in alternatives[key])}: this version is not supported; "
+                    "nothing was patched"
                 )
-        return [
-            module
-            for qualname, modules in expected.items()
-            if qualname in self.required or not names
-            for module in modules
-        ]
+        return [module for key, modules in expected.items() if wanted[key].required or not keys for module in modules]
 
 
 def multiply_rows(rows: Tensor, matrix: Tensor) -> None:

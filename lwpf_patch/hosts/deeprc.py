@@ -256,13 +256,14 @@ HOST = RewrittenHost(
         Site(
             "deeprc.architectures",
             "DeepRC.forward",
-            known.sources("deeprc", "DeepRC.forward"),
+            known.sources("deeprc", "deeprc.architectures.DeepRC.forward"),
             attachments=(FuncDAttachment(edit=forget_in_bags, forward_hook=notice_dead_bags),),
+            required=True,
         ),
         Site(
             "deeprc.architectures",
             "AttentionNetwork.forward",
-            known.sources("deeprc", "AttentionNetwork.forward"),
+            known.sources("deeprc", "deeprc.architectures.AttentionNetwork.forward"),
             attachments=(
                 FeatureMapAttachment(
                     edit=map_features,
@@ -273,6 +274,5 @@ HOST = RewrittenHost(
             ),
         ),
     ),
-    required=("DeepRC.forward",),
     shims=SHIMS,
 )

@@ -177,19 +177,25 @@ HOST = RewrittenHost(
     distribution="hopfield-layers",
     install='pip install "hopfield-layers @ git+https://github.com/ml-jku/hopfield-layers"',
     sites=(
-        Site("hflayers.functional", _CORE, known.sources("hflayers", _CORE), edit=forget_in_update_loop),
+        Site(
+            "hflayers.functional",
+            _CORE,
+            known.sources("hflayers", f"hflayers.functional.{_CORE}"),
+            edit=forget_in_update_loop,
+            required=True,
+        ),
         Site(
             "hflayers.activation",
             "HopfieldCore.forward",
-            known.sources("hflayers", "HopfieldCore.forward"),
+            known.sources("hflayers", "hflayers.activation.HopfieldCore.forward"),
             attachments=(
                 FuncDAttachment(edit=None),
                 FeatureMapAttachment(edit=None, shape=heads, folding=Folding(projections, multiply, example)),
             ),
             edit=pass_parts,
+            required=True,
         ),
     ),
-    required=(_CORE, "HopfieldCore.forward"),
     inseparable=True,
     shims=(UINT8_MASKS,),
 )

@@ -401,7 +401,9 @@ def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> 
 
 def _is_defined_here(module: ModuleType, site: Site) -> bool:
     found = getattr(module, site.owner or site.qualname, None)
-    return getattr(found, "__module__", None) == module.__name__
+    if getattr(found, "__module__", None) != module.__name__:
+        return False
+    return not site.owner or site.qualname.rpartition(".")[2] in vars(found)
 
 
 def _changed(before: list[PatchedSite], after: list[PatchedSite]) -> list[PatchedSite]:

@@ -69,9 +69,14 @@ def settings_of(host: str) -> Settings | None:
     return None if applied is None else applied.settings
 
 
-def is_patched(host: str, qualname: str) -> bool:
-    """Return whether a function of a host was asked to be patched, and not left out."""
+def is_patched(host: str, function: str) -> bool:
+    """Return whether a function of a host was asked to be patched, and not left out.
+
+    Args:
+        host: The host's name.
+        function: The function's qualified name with that of its module; without in models that an older version saved.
+    """
     applied = PATCHED.get(host)
     if applied is None or not isinstance(applied.host, RewrittenHost):
         return applied is not None
-    return any(site.qualname == qualname for site in applied.host.chosen_sites(applied.settings))
+    return any(function in (site.function, site.qualname) for site in applied.host.chosen_sites(applied.settings))

@@ -7,7 +7,6 @@ that code needs is taken away only when no frame runs it any more; see :mod:`lwp
 from __future__ import annotations
 
 import sys
-from collections.abc import Container
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -19,6 +18,9 @@ from .attaching import module_classes
 
 #: The code that stood in each function that has patched code now.
 _originals: dict[FunctionType, CodeType] = {}
+
+#: What has been planned and compiled, by file, source, sites and parts: what is patched again needs it again.
+_planned: dict[tuple[str, str, tuple[int, ...], frozenset[str]], tuple[rewriting.Plan, rewriting.Codes]] = {}
 
 
 @dataclass
@@ -60,7 +62,7 @@ class PatchedSite:
 
 
 def locate(
-    host: RewrittenHost, module: ModuleType, sites: list[Site], parts: Container[str], earlier: bool = False
+    host: RewrittenHost, module: ModuleType, sites: list[Site], parts: frozenset[str], earlier: bool = False
 ) -> list[PatchedSite]:
     """Find the functions of some sites and their patched code, and check that nothing stands in the way.
 
@@ -77,8 +79,11 @@ def locate(
         ConflictError: A function is not what the module's source says.
     """
     path, source = rewriting.source_of(module.__spec__)
-    plan = host.plan(path, source, sites, parts)
-    codes, whole = plan.compile(), False
+    key = (path, source, tuple(map(id, sites)), frozenset(parts))
+    if key not in _planned:
+        plan = host.plan(path, source, sites, parts)
+        _planned[key] = plan, plan.compile()
+    (plan, codes), whole = _planned[key], False
     classes = module_classes() if earlier else []
     found = []
     for site in sites:

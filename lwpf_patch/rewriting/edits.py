@@ -3,28 +3,100 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 
 from ..errors import RewriteError
-from .source import Function, Splice, called_name
+from .source import Edit, Function, Splice, called_name
 
 SDPA = "scaled_dot_product_attention"
 SOFTMAX = "softmax"
 
 
-def forget_around_softmax(function: Function) -> list[Splice]:
-    """Edit softmax attention over the last dimension, fused or written out or both in branches.
+def forget_around_softmax(function: Function, dim: str = "-1") -> list[Splice]:
+    """Edit softmax attention, fused or written out or both in branches: whatever it calls becomes a call of func_d.
+
+    ``F.scaled_dot_product_attention(...)`` becomes ``self.func_d.scaled_dot_product_attention(...)``, and a softmax
+    over the last dimension ``self.func_d.softmax(...)``: the paper's two lines in one, since the mask on the weights
+    commutes with the dropout that may follow.
+
+    Args:
+        function: The function.
+        dim: The dimension of the keys, as it is written.
 
     Raises:
         RewriteError: There is none, or some of it has another shape: nothing is patched by halves.
     """
-    splices = [*sdpa_calls(function), *softmax_lines(function)]
-    # One splice for each SDPA call, three for each softmax: anything else would patch one branch and not the other.
-    anchors = len(function.calls(SDPA)) + 3 * len(function.calls(SOFTMAX))
-    if not anchors:
+    splices = [*sdpa_calls(function), *(softmax_call(function, call, dim) for call in function.calls(SOFTMAX))]
+    if not splices:
         raise RewriteError(f"{function.where} has no softmax over keys")
-    if len(splices) != anchors:
-        raise RewriteError(f"{function.where} has a softmax or attention call that no edit covers")
     return splices
+
+
+def sdpa_calls(function: Function) -> list[Splice]:
+    """``F.scaled_dot_product_attention(...)`` becomes ``self.func_d.scaled_dot_product_attention(...)``."""
+    return [function.new_callee(call, f"self.func_d.{SDPA}") for call in function.calls(SDPA)]
+
+
+def softmax_call(function: Function, call: ast.Call, dim: str = "-1") -> Splice:
+    """Have a call of a softmax, in any of its spellings, call ``self.func_d.softmax``.
+
+    These are ``x.softmax(dim=-1)``, ``F.softmax(x, dim=-1)`` (of ``torch`` too), and ``self.softmax(x)``, a module
+    whose dimension the function does not tell.
+
+    Args:
+        function: The function that holds it.
+        call: The call.
+        dim: The dimension of the keys, as it is written.
+
+    Raises:
+        RewriteError: It has another form, or runs over another dimension.
+    """
+    found: str | None = None
+    match call:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="self")), args=[scores], keywords=[]):
+            found = dim
+        case ast.Call(func=ast.Attribute(value=module), args=[scores, *args], keywords=options) if _is_torch(module):
+            found = _dimension(args, options)
+        case ast.Call(func=ast.Attribute(value=scores), args=args, keywords=options):
+            found = _dimension(args, options)
+        case _:
+            scores = call
+    if found != dim:
+        raise RewriteError(f"{function.where} has a softmax that no edit covers: {ast.unparse(call)}")
+    return Splice(function.start(call), function.end(call), f"self.func_d.softmax({function.text(scores)}, dim={dim})")
+
+
+def _is_torch(node: ast.expr) -> bool:
+    return ast.unparse(node) in ("F", "torch", "nn.functional", "torch.nn.functional")
+
+
+def _dimension(args: list[ast.expr], options: list[ast.keyword]) -> str | None:
+    values = [*args, *(option.value for option in options if option.arg == "dim")]
+    return ast.unparse(values[0]) if len(args) + len(options) == len(values) == 1 else None
+
+
+def hide(mask: str, sentinel: float) -> Edit:
+    """Return the edit that has a mask hide keys in earnest, where its host adds a finite number to their scores.
+
+    It is a line of its own before all others: ``mask = self.func_d.with_infinity(mask, -100.0)``.
+
+    Args:
+        mask: The name of the parameter.
+        sentinel: The number.
+    """
+
+    def edit(function: Function) -> list[Splice]:
+        arguments = function.node.args
+        if mask not in [each.arg for each in (*arguments.args, *arguments.kwonlyargs)]:
+            raise RewriteError(f"{function.where} has no parameter {mask}")
+        first = next(statement for statement in function.node.body if not _is_docstring(statement))
+        return [function.line_before(first, f"{mask} = self.func_d.with_infinity({mask}, {sentinel})")]
+
+    return edit
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def map_query(function: Function) -> list[Splice]:
@@ -37,7 +109,7 @@ def map_query(function: Function) -> list[Splice]:
         RewriteError: There is none, or the names differ.
     """
     for statement in function.node.body:
-        names = {pair for node in ast.walk(statement) if (pair := _scored(node)) is not None}
+        names = set(_scored(statement))
         if len(names) == 1:
             ((query, key),) = names
             return [function.line_before(statement, f"{query} = self.feature_map({query}, {key})")]
@@ -46,78 +118,36 @@ def map_query(function: Function) -> list[Splice]:
     raise RewriteError(f"{function.where}: there is no product of query and key to put a feature map before")
 
 
-def _scored(node: ast.AST) -> tuple[str, str] | None:
-    """Return the names of query and key where an expression makes scores of them."""
+def _scored(statement: ast.stmt) -> Iterator[tuple[str, str]]:
+    """Yield the names of query and key wherever a statement makes scores of them."""
+    for node in ast.walk(statement):
+        query: ast.expr | None = None
+        match node:
+            case ast.Call(args=[first, second, *_]) if called_name(node) == SDPA:
+                query, key = first, second
+            case ast.BinOp(left=left, op=ast.MatMult(), right=right):
+                transposed = _without_contiguous(right)
+                if isinstance(transposed, ast.Call) and called_name(transposed) == "transpose":
+                    assert isinstance(transposed.func, ast.Attribute)
+                    query, key = left, transposed.func.value
+        if query is not None:
+            names = _name_of(query), _name_of(key)
+            if names[0] is not None and names[1] is not None:
+                yield names[0], names[1]
+
+
+def _name_of(node: ast.expr) -> str | None:
+    """Return x for ``x``, ``x.contiguous()`` and ``x * self.scale``."""
+    match _without_contiguous(node):
+        case ast.Name(id=name):
+            return name
+        case ast.BinOp(left=ast.Name(id=name), op=ast.Mult(), right=factor) if ast.unparse(factor) == "self.scale":
+            return name
+    return None
+
+
+def _without_contiguous(node: ast.expr) -> ast.expr:
     match node:
-        case ast.Call(args=[ast.Name(id=query), ast.Name(id=key), *_]) if called_name(node) == SDPA:
-            return query, key
-        case ast.BinOp(
-            left=ast.Name(id=query),
-            op=ast.MatMult(),
-            right=ast.Call(func=ast.Attribute(value=ast.Name(id=key), attr="transpose")),
-        ):
-            return query, key
-    return None
-
-
-def sdpa_calls(function: Function) -> list[Splice]:
-    """``F.scaled_dot_product_attention(...)`` becomes ``self.func_d.scaled_dot_product_attention(...)``."""
-    return [function.new_callee(call, f"self.func_d.{SDPA}") for call in function.calls(SDPA)]
-
-
-def softmax_lines(function: Function) -> list[Splice]:
-    """Put the paper's two lines around a softmax that is written out: before it, and before its result meets values.
-
-    The softmax itself becomes ``self.func_d.normalise``, which is the softmax where no other ``sep`` is asked for.
-
-    Anchors: ``attn = attn.softmax(dim=-1)`` and, later in the same block with nothing but dropout in between, a
-    statement that holds ``attn @ v``.
-    """
-    splices = []
-    for block in function.blocks():
-        for index, statement in enumerate(block):
-            name = _softmax_of(statement)
-            if name is not None:
-                assert isinstance(statement, ast.Assign)
-                use = _use_of_weights(function, block[index + 1 :], name)
-                mask = next(n for n in ("mask", "forget_mask", "func_d_mask") if n not in function.names())
-                splices.append(function.line_before(statement, f"{name}, {mask} = self.func_d({name})"))
-                call = statement.value
-                splices.append(Splice(function.start(call), function.end(call), f"self.func_d.normalise({name})"))
-                splices.append(function.line_before(use, f"{name} = {mask} * {name}"))
-    return splices
-
-
-def _softmax_of(statement: ast.stmt) -> str | None:
-    """Return x for the statement ``x = x.softmax(dim=-1)``."""
-    match statement:
-        case ast.Assign(
-            targets=[ast.Name(id=target)],
-            value=ast.Call(func=ast.Attribute(value=ast.Name(id=scores), attr="softmax"), args=args, keywords=keywords),
-        ) if target == scores and _is_last_dimension(args, keywords):
-            return target
-    return None
-
-
-def _is_last_dimension(args: list[ast.expr], keywords: list[ast.keyword]) -> bool:
-    values = [*args, *(keyword.value for keyword in keywords if keyword.arg == "dim")]
-    return len(args) + len(keywords) == 1 and len(values) == 1 and ast.unparse(values[0]) == "-1"
-
-
-def _use_of_weights(function: Function, rest: list[ast.stmt], name: str) -> ast.stmt:
-    for statement in rest:
-        for node in ast.walk(statement):
-            match node:
-                case ast.BinOp(left=ast.Name(id=left), op=ast.MatMult()) if left == name:
-                    return statement
-        match statement:
-            case ast.Assign(
-                targets=[ast.Name(id=target)],
-                value=ast.Call(func=ast.Attribute(attr=method), args=[ast.Name(id=argument)], keywords=[]),
-            ) if target == argument == name and "drop" in method:
-                continue
-        if name in {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}:
-            break
-    raise RewriteError(
-        f"{function.where}: no '{name} @ ...' follows the softmax over keys with nothing but dropout in between"
-    )
+        case ast.Call(func=ast.Attribute(value=inner, attr="contiguous"), args=[], keywords=[]):
+            return inner
+    return node

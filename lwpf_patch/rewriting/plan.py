@@ -20,9 +20,13 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import CodeType
+from typing import TypeAlias
 
 from ..errors import RewriteError
 from .source import Edit, Function, Splice
+
+#: The code of functions, by qualified name: what their source gives, and the patched code.
+Codes: TypeAlias = "dict[str, tuple[CodeType, CodeType]]"
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Plan:
     hashes: Mapping[str, str]
     _statements: tuple[_Statement, ...]
 
-    def compile(self, whole: bool = False) -> dict[str, tuple[CodeType, CodeType]]:
+    def compile(self, whole: bool = False) -> Codes:
         """Compile both sources.
 
         Args:
@@ -60,7 +64,7 @@ class Plan:
             before = compile(self.source, self.path, "exec", dont_inherit=True)
             after = compile(self.patched, filename, "exec", dont_inherit=True)
             return {name: (_code(before, name), _code(after, name)) for name in self.hashes}
-        codes: dict[str, tuple[CodeType, CodeType]] = {}
+        codes: Codes = {}
         try:
             for statement in self._statements:
                 before = statement.compile(self.source, self.path)

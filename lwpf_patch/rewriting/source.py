@@ -47,6 +47,10 @@ class Function:
         assert node.end_col_offset is not None
         return self._line_starts[node.end_lineno - 1] + node.end_col_offset
 
+    def text(self, node: ast.expr) -> str:
+        """Return the source of an expression, without brackets around it."""
+        return self._source[self.start(node) : self.end(node)].decode()
+
     def line_before(self, statement: ast.stmt, text: str) -> Splice:
         """Return the splice that puts a line of its own in front of a statement, equally indented.
 

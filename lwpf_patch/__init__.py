@@ -25,6 +25,7 @@ _EXPORTS = {
     "hosts": ("register_host",),
     "errors": (
         "ConflictError",
+        "CoverageError",
         "FoldError",
         "HostNotInstalledError",
         "LwpfError",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .attention import lwpf_attention as lwpf_attention
     from .attention import partial_forgetting as partial_forgetting
     from .errors import ConflictError as ConflictError
+    from .errors import CoverageError as CoverageError
     from .errors import FoldError as FoldError
     from .errors import HostNotInstalledError as HostNotInstalledError
     from .errors import LwpfError as LwpfError

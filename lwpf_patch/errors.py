@@ -26,6 +26,10 @@ class RewriteError(LwpfError):
     """A function does not have the shape that its edits need; nothing was patched."""
 
 
+class CoverageError(LwpfError):
+    """A model holds attention that is not patched, where whole models alone were asked for."""
+
+
 class FoldError(RewriteError):
     """A feature map cannot become part of the projections of its module; nothing was folded."""
 

@@ -8,10 +8,10 @@ before anything heavy is loaded.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
 
 from .attached import Attached
@@ -25,6 +25,8 @@ BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
 VERIFICATIONS = ("first", "always", "off")
 #: What holds where neither the user nor the func_d says anything else.
 DEFAULTS: dict[str, Any] = {"sep": Sep(), "masking": "exclude", "backend": "auto", "verify": "first"}
+#: What becomes of a model whose attention cannot be patched whole.
+PARTIALS = ("warn", "allow", "error")
 #: What becomes of a model that was pickled with its host patched, where that is not patched.
 UNPICKLINGS = ("error", "patch")
 #: Variables with our prefix that mean something elsewhere (the test suite).
@@ -154,6 +156,7 @@ class SettingsStatus(TypedDict):
     include: list[str]
     exclude: list[str]
     exclude_models: list[str]
+    partial: str
     compat: bool
 
 
@@ -175,6 +178,7 @@ class Settings:
         include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
         exclude: Glob patterns over the names of the sites to be left alone.
         exclude_models: Glob patterns over the names of models whose attention stays plain.
+        partial: What becomes of a model that holds attention which is not patched, when it is made.
         compat: Whether to mend what a current environment breaks in a host.
 
     Raises:
@@ -199,7 +203,7 @@ class Settings:
     )
     masking: str = field(
         metadata=_declaration(
-            partial(_word, "masking", MASKINGS),
+            functools.partial(_word, "masking", MASKINGS),
             "|".join(MASKINGS),
             "whether keys hidden by a mask are kept out of everything, or are as in the official code "
             f"(default: {DEFAULTS['masking']})",
@@ -207,14 +211,14 @@ class Settings:
     )
     backend: str = field(
         metadata=_declaration(
-            partial(_word, "backend", BACKENDS),
+            functools.partial(_word, "backend", BACKENDS),
             "BACKEND",
             f"which implementation computes: {', '.join(BACKENDS)} (default: {DEFAULTS['backend']})",
         )
     )
     verify: str = field(
         metadata=_declaration(
-            partial(_word, "verify", VERIFICATIONS),
+            functools.partial(_word, "verify", VERIFICATIONS),
             "|".join(VERIFICATIONS),
             "when the kernels of a GPU are checked against the eager form: at the first call of each case, at every "
             f"call, or never (default: {DEFAULTS['verify']})",
@@ -230,30 +234,40 @@ class Settings:
     )
     include: tuple[str, ...] = field(
         metadata=_declaration(
-            partial(_patterns, "include", ("*",)),
+            functools.partial(_patterns, "include", ("*",)),
             "GLOBS",
             "patch only sites that match one of these glob patterns (default: all)",
         )
     )
     exclude: tuple[str, ...] = field(
         metadata=_declaration(
-            partial(_patterns, "exclude", ()),
+            functools.partial(_patterns, "exclude", ()),
             "GLOBS",
             "leave alone sites that match one of these glob patterns (default: none)",
         )
     )
     exclude_models: tuple[str, ...] = field(
         metadata=_declaration(
-            partial(_patterns, "exclude_models", ()),
+            functools.partial(_patterns, "exclude_models", ()),
             "GLOBS",
             "leave alone models, such as a distillation teacher, whose class or timm name matches one of these glob "
             "patterns (default: none)",
             in_patch_model=False,
         )
     )
+    partial: str = field(
+        metadata=_declaration(
+            functools.partial(_word, "partial", PARTIALS),
+            "|".join(PARTIALS),
+            "what becomes of a model of timm that holds attention which is not patched, when it is made: a warning, "
+            "nothing, or an error (default: warn)",
+            default="warn",
+            in_patch_model=False,
+        )
+    )
     compat: bool = field(
         metadata=_declaration(
-            partial(_flag, "compat"),
+            functools.partial(_flag, "compat"),
             "on|off",
             "whether to mend what a current environment breaks in a host (default: on)",
             default=True,

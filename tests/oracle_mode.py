@@ -86,7 +86,7 @@ class ForgettingSoftmax(TorchFunctionMode):
 def makes_scores(left: Tensor, right: Tensor) -> bool:
     """Tells whether a product is that of what the module that is at work calls q, perhaps scaled, with its k."""
     query, key = (caller().f_locals.get(name) for name in "qk")
-    return isinstance(query, Tensor) and left.shape == query.shape and right.data_ptr() == key.data_ptr()
+    return isinstance(query, Tensor) and left.shape == query.shape and torch.equal(right, key.transpose(-2, -1))
 
 
 def caller() -> FrameType:

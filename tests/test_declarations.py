@@ -33,6 +33,7 @@ SAMPLES = {
     "include": ("*.Attention, *Rope", ["*.Attention", "*Rope"]),
     "exclude": ("*Rope", ["*Rope"]),
     "exclude_models": ("a_teacher,b*", ["a_teacher", "b*"]),
+    "partial": ("error", "error"),
     "compat": ("No", False),
     "unpickle": ("patch", None),
 }
@@ -66,7 +67,7 @@ def test_every_option_of_run_reaches_the_script(python, tmp_path):
     options = [part for setting in VARIABLES for part in (setting.flag, SAMPLES[setting.name][0])]
     others = {"LWPF_PATCH": "hflayers", "LWPF_UNPICKLE": "error", "LWPF_FUNC_D": "relu", "LWPF_SEP": "softmax",
               "LWPF_MASKING": "exclude", "LWPF_BACKEND": "auto", "LWPF_VERIFY": "first", "LWPF_UHOP": "off",
-              "LWPF_INCLUDE": "*", "LWPF_EXCLUDE_MODELS": "c", "LWPF_COMPAT": "1"}  # fmt: skip
+              "LWPF_INCLUDE": "*", "LWPF_EXCLUDE_MODELS": "c", "LWPF_PARTIAL": "allow", "LWPF_COMPAT": "1"}  # fmt: skip
     out = python("-m", "lwpf_patch", "run", *options, "script.py", **others)
     settings, hosts, environment = json.loads(out.stdout)
     assert settings == {name: shown for name, (_, shown) in SAMPLES.items() if name not in ("patch", "unpickle")}

@@ -384,14 +384,14 @@ def test_source_and_tracebacks_show_the_patched_lines():
     import traceback
 
     lwpf_patch.apply("timm")
-    assert "attn, mask = self.func_d(attn)" in inspect.getsource(Attention.forward)
+    assert "attn = self.func_d.softmax(attn, dim=-1)" in inspect.getsource(Attention.forward)
     module = Attention(12, num_heads=3)
     module.fused_attn = False
     module.func_d.forward = lambda scores: 1 / 0
     with pytest.raises(ZeroDivisionError) as caught:
         module(X)
     shown = "".join(traceback.format_exception(caught.value))
-    assert "attn, mask = self.func_d(attn)" in shown
+    assert "attn = self.func_d.softmax(attn, dim=-1)" in shown
     assert "<lwpf_patch timm.layers.attention" in shown
 
 

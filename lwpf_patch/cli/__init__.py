@@ -12,7 +12,7 @@ from .. import __version__
 from ..comparing import command as comparing
 from ..errors import LwpfError
 from ..patching import importing, registry
-from . import diff, doctor, run, status
+from . import diff, doctor, models, run, status
 from .hook import require_hook
 
 
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     comparing.add_parser(commands, run.add_parser(commands), require_hook)
     status.add_parser(commands)
+    models.add_parser(commands)
     diff.add_parser(commands)
     doctor.add_parser(commands)
     return parser

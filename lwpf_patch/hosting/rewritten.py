@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Site:
             is passed what its callers got; it may ask which attachments come in (``function.parts``).
         one_of: A name that it shares with other sites, one of which is where a version of the host has it.
         required: Whether every version has it, or another one of that name.
+        passed: Of a function without a class: whether its callers pass it what modules get.
     """
 
     module: str
@@ -41,6 +42,7 @@ class Site:
     edit: Edit | None = None
     one_of: str = ""
     required: bool = False
+    passed: bool = False
 
     @property
     def function(self) -> str:
@@ -90,6 +92,10 @@ class RewrittenHost(Host):
     Attributes:
         sites: Its sites.
         inseparable: Whether its sites work only together, so that none can be left out.
+        partly: Whether it is patched without those of its sites, none of them required, whose source has a shape that
+            is not known; models that have them are reported when they are made.
+        refused: Classes whose softmax is left as it is, by name, and why.
+        no_attention: Classes whose softmax is not one of attention.
         names_in_call: Gives the names of the model that one of its functions is making, from the function's name and
             its local variables; none for any other function.
         names_of_model: Gives the names that it has for a model that exists.
@@ -97,6 +103,9 @@ class RewrittenHost(Host):
 
     sites: tuple[Site, ...] = ()
     inseparable: bool = False
+    partly: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+    no_attention: frozenset[str] = frozenset()
     names_in_call: Callable[[str, Mapping[str, object]], Iterable[str]] | None = None
     names_of_model: Callable[[HostModule], Iterable[str]] | None = None
 
@@ -191,11 +200,38 @@ class RewrittenHost(Host):
                 continue
             path, source = rewriting.source_of(spec)
             sites = [site for site in sites if rewriting.defines(source, site.qualname)]
+            sites, _ = self.fitting(path, source, sites, settings)
             if sites:
                 plans.append(self.plan(path, source, sites, self.parts(settings)))
                 found += sites
         self.modules_to_come(found, settings, imported=self.modules())
         return plans
+
+    def fitting(
+        self, path: str, source: str, sites: Iterable[Site], settings: Settings
+    ) -> tuple[list[Site], dict[str, str]]:
+        """Return the sites of one module whose source has a shape that is known, and why others are left out.
+
+        Args:
+            path: The file of the source.
+            source: The module's source.
+            sites: Sites that it has.
+            settings: What is asked for.
+
+        Raises:
+            RewriteError: One that cannot be left out does not have the shape that its edits need.
+        """
+        fitting: list[Site] = []
+        misfits: dict[str, str] = {}
+        for site in sites:
+            if self.partly and not site.required and settings.include == ("*",):
+                try:
+                    self.plan(path, source, (site,), self.parts(settings))
+                except RewriteError as error:
+                    misfits[site.name] = str(error)
+                    continue
+            fitting.append(site)
+        return fitting, misfits
 
     def plan(self, path: str, source: str, sites: Iterable[Site], parts: Container[str]) -> Plan:
         """Plan the edits of some sites of one module; see :func:`lwpf_patch.rewriting.plan`.

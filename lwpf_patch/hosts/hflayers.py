@@ -183,6 +183,7 @@ HOST = RewrittenHost(
             known.sources("hflayers", f"hflayers.functional.{_CORE}"),
             edit=forget_in_update_loop,
             required=True,
+            passed=True,
         ),
         Site(
             "hflayers.activation",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..hosting import HostModule, RewrittenHost
-from .timm_classes import SITES
+from ..hosting import HostModule, RewrittenHost, Site
+from . import known
+from .timm_classes import NO_ATTENTION, REFUSED, SITES
+from .timm_edits import report_the_model
 
 # The functions that make a model, each with its argument that names it; all versions have them.
 _MAKERS = {"create_model": "model_name", "build_model_with_cfg": "variant"}
@@ -29,10 +31,19 @@ def _names(name: object, configuration: object) -> list[str]:
     return [name, f"{name}.{tag}"] if isinstance(tag, str) and tag else [name]
 
 
+_BUILDER = "build_model_with_cfg"
+_BUILDERS = tuple(
+    Site(module, _BUILDER, known.sources("timm", _BUILDER), edit=report_the_model, one_of=_BUILDER)
+    for module in ("timm.models._builder", "timm.models.helpers")
+)
+
 HOST = RewrittenHost(
     name="timm",
     install="pip install timm",
-    sites=SITES,
+    sites=(*SITES, *_BUILDERS),
+    partly=True,
+    refused=REFUSED,
+    no_attention=NO_ATTENTION,
     names_in_call=names_in_call,
     names_of_model=names_of_model,
 )

@@ -55,3 +55,18 @@ def map_before_branches(function: Function) -> list[Splice]:
         if isinstance(statement, ast.If) and ast.unparse(statement.test) == "self.fused_attn":
             return [function.line_before(statement, "q = self.feature_map(q, k)")]
     raise RewriteError(f"{function.where}: no 'if self.fused_attn:' to put a feature map before")
+
+
+def report_the_model(function: Function) -> list[Splice]:
+    """Have the function that makes timm's models say which of their attention is not patched.
+
+    Anchor: its last statement, ``return model``.
+
+    Raises:
+        RewriteError: It is another one.
+    """
+    last = function.node.body[-1]
+    if ast.unparse(last) != "return model":
+        raise RewriteError(f"{function.where} does not end with 'return model'")
+    lines = ("from lwpf_patch.patching.coverage import report_model", 'report_model(model, "timm")')
+    return [function.line_before(last, line) for line in lines]

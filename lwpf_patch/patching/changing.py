@@ -9,14 +9,16 @@ methods are all patched, and revert is exact. What the patched code calls are su
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import reporting
-from ..errors import ConflictError, HostNotInstalledError, LwpfError
+from ..errors import ConflictError, HostNotInstalledError, LwpfError, RewriteError
 from ..hosting import Host, RegisteredHost, RewrittenHost, Site
 from ..hosting.shims import AppliedShim
 from ..hosts import HOSTS
+from ..rewriting import source_of
 from ..settings import Settings, in_words
 from ..specs import FuncDSpec
 from . import exit_report, frames, importing
@@ -27,6 +29,9 @@ from .swapping import PatchedSite, describe, locate
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_MANY = 8
 
 
 def request(name: str, settings: Settings) -> None:
@@ -370,15 +375,20 @@ def _rewritten(applied: PatchedHost) -> RewrittenHost:
 def _announce(applied: PatchedHost, just_imported: str = "") -> None:
     """Say what was patched once all that was asked for has been found; raises as :func:`_missing` does."""
     if applied.complete:
+        _say_what_is_not_known(applied)
         return
+    root = sys.modules.get(applied.host.name)
+    if root is not None and just_imported != applied.host.name and importing.is_initializing(root):
+        return  # more of it comes, and it is told of at once
     if isinstance(applied.host, RegisteredHost):
         waits, places = not applied.registered, list(applied.registered)
     else:
         waits = bool(_missing(applied, applied.sites, just_imported))
-        places = list(dict.fromkeys(site.site.owner or site.site.qualname for site in applied.sites))
+        places = _in_few_words(site.site for site in applied.sites)
     if waits:
         return
     applied.complete = True
+    _say_what_is_not_known(applied)
     settings = applied.settings.describe()
     left_out = f", but not in {', '.join(settings['exclude_models'])}" if settings["exclude_models"] else ""
     reporting.info(
@@ -395,7 +405,16 @@ def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> 
     if not sites:
         return []
     done = {site.function for site in applied.sites}
-    found = locate(host, module, sites, host.parts(applied.settings), earlier)
+    parts = host.parts(applied.settings)
+    try:
+        found = locate(host, module, sites, parts, earlier)
+    except RewriteError:
+        path, source = source_of(module.__spec__)
+        sites, misfits = host.fitting(path, source, sites, applied.settings)
+        if not misfits:
+            raise
+        applied.misfits |= misfits
+        found = locate(host, module, sites, parts, earlier) if sites else []
     return [site for site in found if site.function not in done]
 
 
@@ -494,18 +513,38 @@ def _swap(applied: PatchedHost, sites: list[PatchedSite], functions: bool = True
     for site in sorted(sites, key=lambda site: site.owner is not None):
         if functions or site.owner is not None:
             site.put()
-        if not site.known:
-            reporting.warn(
-                f"{site.site.module}.{site.site.qualname} of {applied.host.described()} is a version that lwpf_patch "
-                "has not been tested with; its shape is known, and it is patched. `lwpf diff "
-                f"{applied.host.name}` shows how"
-            )
     applied.sites += sites
+    if applied.complete:
+        _say_what_is_not_known(applied)
+
+
+def _say_what_is_not_known(applied: PatchedHost) -> None:
+    """Warn of sources that lwpf_patch has not been tested with, once of each."""
+    unknown = [site.site for site in applied.sites if not site.known and site.site.function not in applied.told]
+    applied.told |= {site.function for site in unknown}
+    if unknown:
+        functions = ", ".join(dict.fromkeys(site.function for site in unknown))
+        reporting.warn(
+            f"{functions} of {applied.host.described()}: versions that lwpf_patch has not been tested with; their "
+            f"shape is known, and they are patched. `lwpf diff {applied.host.name}` shows how"
+        )
+    for name, why in applied.misfits.items():
+        if name not in applied.told:
+            applied.told.add(name)
+            reporting.warn(f"{name} is left as it is: {why}")
+
+
+def _in_few_words(sites: Iterable[Site]) -> list[str]:
+    """Return the names of classes, or where there are many, how many."""
+    classes = dict.fromkeys(site.name for site in sites if site.attachments or site.passed)
+    if len(classes) > _MANY:
+        return [f"{len(classes)} classes (lwpf status lists them)"]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in classes))
 
 
 def _set_interim_defaults(sites: list[PatchedSite], host: RewrittenHost, applied: PatchedHost | None = None) -> None:
     """Have functions compute as the new state (None: unpatched) for callers that pass nothing yet, or no longer."""
-    functions = [site.function for site in sites if site.owner is None]
+    functions = [site.function for site in sites if site.site.passed]
     prototypes = applied.attachments().prototypes if functions and applied is not None else {}
     for function in functions:
         function.__kwdefaults__ = {
@@ -515,7 +554,7 @@ def _set_interim_defaults(sites: list[PatchedSite], host: RewrittenHost, applied
 
 def _set_defaults(sites: list[PatchedSite], applied: PatchedHost) -> None:
     """Have functions that are called without func_d, past the modules of their library, forget as their host does."""
-    functions = [site.function for site in sites if site.owner is None]
+    functions = [site.function for site in sites if site.site.passed]
     prototypes = applied.attachments().prototypes if functions else {}  # which needs torch
     for function in functions:
         function.__kwdefaults__ = {

@@ -114,10 +114,11 @@ def _of_host(name: str, applied: PatchedHost) -> str | None:
         )
     if not reporting.was_used(name):
         classes = sorted({site.site.name for site in applied.sites} or applied.registered)
+        shown = ", ".join(classes) if len(classes) <= 8 else f"its {len(classes)} classes (lwpf status lists them)"
         left_out = ", or was left out by exclude_models" if applied.settings.exclude_models else ""
         return (
             f"{name} was patched, but no patched forward was ever called: nothing ran with partial forgetting. The "
-            f"model uses none of {', '.join(classes)}{left_out}"
+            f"model uses none of {shown}{left_out}"
         )
     if applied.settings.uhop is not None:
         from ..uhop import report as uhop

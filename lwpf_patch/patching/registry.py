@@ -39,6 +39,7 @@ def apply(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
     exclude_models: Patterns | None = None,
+    partial: str = "warn",
     compat: bool | str = True,
 ) -> None:
     """Patch a host, now or when it is imported. Applying again with other settings replaces them.
@@ -68,6 +69,8 @@ def apply(
         exclude: Glob patterns over site names to leave alone.
         exclude_models: Glob patterns over names of models that stay plain, such as the teacher of a distillation: the
             class of a model, or of any module around the attention, and what ``timm.create_model`` calls it.
+        partial: What becomes of a model of timm that holds attention which is not patched, when it is made:
+            ``"warn"``, ``"allow"``, or ``"error"``. What ``include`` and ``exclude`` leave out does not count.
         compat: Whether to mend what a current environment breaks in a host; ``lwpf status`` lists these shims.
 
     Raises:
@@ -80,7 +83,8 @@ def apply(
     names = check_hosts(host, "apply()", HOSTS)
     settings = Settings(
         func_d=func_d, sep=sep, masking=masking, backend=backend, verify=verify, uhop=uhop,
-        include=include, exclude=exclude, exclude_models=exclude_models, compat=compat,
+        include=include, exclude=exclude, exclude_models=exclude_models, partial=partial,
+        compat=compat,
     )  # fmt: skip
     for name in names:  # all of them can be met before any of them is
         HOSTS[name].check(settings)

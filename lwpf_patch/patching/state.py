@@ -35,6 +35,8 @@ class PatchedHost:
         registered: Of a host with an interface: for each module that has it, what undoes the registration.
         seen: The modules that are known to be there, imported or not.
         complete: Whether every site that was asked for has been found.
+        misfits: The sites that are left as they are, since the shape of their source is not known, and why.
+        told: The names of functions that the user has been warned of.
     """
 
     host: Host
@@ -45,6 +47,8 @@ class PatchedHost:
     registered: dict[str, Callable[[], None]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     complete: bool = False
+    misfits: dict[str, str] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
     _attachments: Attachments | None = None
 
     def attachments(self) -> Attachments:

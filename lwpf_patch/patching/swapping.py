@@ -56,7 +56,7 @@ class PatchedSite:
     def take_out(self) -> None:
         """Put the code back that stood there before."""
         self.function.__code__ = self.original
-        if self.owner is None:
+        if self.site.passed:
             self.function.__kwdefaults__ = None
         _originals.pop(self.function, None)
 

@@ -87,10 +87,10 @@ def test_run_passes_signals_on(tmp_path):
         (["run", "--func-d", "reul", "x.py"], "unknown func_d 'reul' (from --func-d)"),
         (["run", "--masking", "no", "x.py"], "unknown masking 'no' (from --masking)"),
         (["run", "--backend", "no", "x.py"], "unknown backend 'no' (from --backend)"),
-        (["run", "--include", "*swin*", "x.py"], "include pattern '*swin*' (from --include)"),
+        (["run", "--include", "*no_such*", "x.py"], "include pattern '*no_such*' (from --include)"),
         (["run", "--fun", "relu", "x.py"], None),
         (["diff", "tim"], "unknown host 'tim' (from lwpf diff)"),
-        (["diff", "timm", "--include", "*swin*"], "include pattern '*swin*' (from --include)"),
+        (["diff", "timm", "--include", "*no_such*"], "include pattern '*no_such*' (from --include)"),
         (["stauts"], "invalid choice: 'stauts'"),
         ([], "COMMAND"),
     ],
@@ -140,7 +140,7 @@ def test_the_patch_applies(tmp_path, capsys):
 
     import timm.layers.attention as module
 
-    main(["diff", "timm"])
+    main(["diff", "timm", "--include", "timm.layers.attention.*"])
     diff = capsys.readouterr().out
     file = tmp_path / "timm" / "layers" / "attention.py"
     file.parent.mkdir(parents=True)
@@ -162,10 +162,9 @@ def test_status(python):
     assert "LWPF_PATCH=timm" in plain
     assert "timm.layers.attention.AttentionRope" in plain
     data = json.loads(python("-m", "lwpf_patch", "status", "--json").stdout)
-    assert [site["function"] for site in data["hosts"]["timm"]["sites"]] == [
-        "Attention.forward",
-        "AttentionRope.forward",
-    ]
+    names = [site["name"] for site in data["hosts"]["timm"]["sites"]]
+    assert len(names) > 50
+    assert {"timm.layers.attention.Attention", "timm.models.swin_transformer.WindowAttention"} <= set(names)
     assert data["backend"].startswith("auto (triton on CUDA of capability 8.0 and later; cpu for many scores")
     assert data["hook"]
     wrong = python("-m", "lwpf_patch", "status", LWPF_PATCH="tim").stdout
@@ -191,8 +190,11 @@ print(json.dumps(lwpf_patch.status()))
         mine, other = ours["hosts"][name], theirs["hosts"][name]
         assert set(mine) == keys(schema.HostStatus) - {"problem"}
         assert set(other) == keys(HostReport) - {"problem"}
-        for key in keys(schema.HostDescription) - {"problem"}:
+        for key in keys(schema.HostDescription) - {"problem", "sites"}:
             assert mine[key] == other[key], key
+        # Some modules may not have been imported, or later.
+        assert mine["sites"]
+        assert all(site in other["sites"] for site in mine["sites"])
         assert all(set(site) == keys(schema.SiteStatus) for site in mine["sites"])
         assert all(set(shim) == keys(schema.AppliedShimStatus) for shim in mine["shims"])
         assert all(set(shim) == keys(schema.ShimStatus) for shim in other["shims"])

@@ -213,7 +213,11 @@ def test_include_and_exclude(plain_code):
         (["timm"], {"func_d": 3}, "func_d 3 .* is neither text nor callable"),
         (["timm"], {"masking": "Paper"}, "unknown masking 'Paper'.*allowed are exclude, paper; did you mean 'paper'"),
         (["timm"], {"backend": "trtion"}, "unknown backend 'trtion'"),
-        (["timm"], {"include": ["*swin*"]}, r"include pattern '\*swin\*' .* matches no site of timm; its sites are"),
+        (
+            ["timm"],
+            {"include": ["*none*"]},
+            r"include pattern '\*none\*' .* matches no site of timm; its sites are",
+        ),
         (["timm"], {"exclude": "*"}, "leave no site of timm"),
         (["timm"], {"include": [3]}, "include 3 .* is not text"),
     ],
@@ -334,10 +338,8 @@ def test_status_is_plain_data():
     assert status["state"] == "patched"
     assert status["called"] is False
     assert status["settings"]["func_d"] == "pfu"
-    assert [site["name"] for site in status["sites"]] == [
-        "timm.layers.attention.Attention",
-        "timm.layers.attention.AttentionRope",
-    ]
+    names = [site["name"] for site in status["sites"]]
+    assert {"timm.layers.attention.Attention", "timm.models.swin_transformer.WindowAttention"} <= set(names)
     gc.collect()  # what other tests have left
     before = lwpf_patch.status()["hosts"]["timm"]["modules"]
     model = vit()
@@ -387,7 +389,7 @@ def test_source_and_tracebacks_show_the_patched_lines():
     assert "attn = self.func_d.softmax(attn, dim=-1)" in inspect.getsource(Attention.forward)
     module = Attention(12, num_heads=3)
     module.fused_attn = False
-    module.func_d.forward = lambda scores: 1 / 0
+    module.func_d.forward = lambda scores, dim: 1 / 0
     with pytest.raises(ZeroDivisionError) as caught:
         module(X)
     shown = "".join(traceback.format_exception(caught.value))

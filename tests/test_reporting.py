@@ -31,11 +31,12 @@ def test_a_script_that_configures_logging_silences_nothing(python):
     configure = "logging.config.dictConfig(config)\n"
     use = "timm.create_model('test_resnet')(torch.randn(2, 3, 64, 64))\n"
     before = python(code=f"{LOGGING}{configure}import timm, torch\n{use}", LWPF_PATCH="timm").stderr.strip()
-    banner, report = before.splitlines()
+    banner, of_model, report = before.splitlines()
+    assert of_model.startswith("LOG WARNING lwpf_patch: timm: test_resnet has no softmax attention")
     assert banner.startswith("LOG INFO lwpf_patch: timm 1.")
     assert report.startswith("LOG WARNING lwpf_patch: timm was patched, but no patched forward was ever called")
     without_handlers = f"import timm, torch{LOGGING}del config['root']\n{configure}{use}"
-    banner, report = python(code=without_handlers, LWPF_PATCH="timm").stderr.strip().splitlines()
+    banner, _, report = python(code=without_handlers, LWPF_PATCH="timm").stderr.strip().splitlines()
     assert banner.startswith("lwpf_patch: timm 1.")
     assert report.startswith("lwpf_patch: timm was patched, but no patched forward was ever called")
 

@@ -271,12 +271,12 @@ class Folding:
         parameters: Returns, for a model and a module of it, the names of the parameters that are multiplied, relative
             to the module; or raises a FoldError that says what stands between them and the scores.
         multiply: Multiplies them by the matrix of Φ, (heads, d, d) or (d, d), of float64 and on the CPU.
-        example: Returns random arguments for a call of the module, of float64 and on the CPU.
+        example: Returns random arguments for a call of the module, tensors of float64 and on the CPU.
     """
 
     parameters: Callable[[HostModule, HostModule], list[str]]
     multiply: Callable[[HostModule, Tensor], None]
-    example: Callable[[HostModule], tuple[Tensor, ...]]
+    example: Callable[[HostModule], tuple[Any, ...]]
 
 
 class _ForgetNothing:

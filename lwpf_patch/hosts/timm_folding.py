@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FoldError
 from ..hosting import Folding, HostModule, multiply_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 #: The names of the layers that make queries and keys, and of how many projections of equal size each holds the rows:
 #: a layer for both, which come first, or one for each, that of the key first in its own.
@@ -31,7 +31,7 @@ def twice_as_many_heads(module: HostModule) -> tuple[int, int]:
     return 2 * module.num_heads, module.head_dim
 
 
-def _layers(module: HostModule) -> list[tuple[nn.Module, int]]:
+def _layers(module: HostModule) -> list[tuple[HostModule, int]]:
     """Return the layers that make queries and keys, each with how many projections it holds the rows of."""
     for names in _LAYERS:
         found = [(getattr(module, name, None), parts) for name, parts in names]
@@ -76,7 +76,7 @@ def _width(module: HostModule) -> int:
     return int(_layers(module)[0][0].weight.shape[1])
 
 
-def _folding(example: Callable[[HostModule], tuple[object, ...]]) -> Folding:
+def _folding(example: Callable[[HostModule], tuple[Any, ...]]) -> Folding:
     return Folding(projections, multiply, example)
 
 

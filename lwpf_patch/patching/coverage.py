@@ -100,7 +100,7 @@ def _why_plain(cls: type, applied: PatchedHost) -> str | None:
 
 
 def _computes_weights(cls: type) -> bool:
-    """Return whether a function of a class calls a softmax, or attention; one of PyTorch's own that is a layer of it."""
+    """Return whether a function of a class calls a softmax, or attention, by the names in its code."""
     if cls.__module__ == "torch.nn.modules.activation" and cls.__name__ != "MultiheadAttention":
         return False  # nn.Softmax itself, whoever uses it
     functions = [value for value in vars(cls).values() if type(value) is FunctionType]

@@ -214,7 +214,7 @@ def _patched_class(cls: type, parts: frozenset[str]) -> type:
             "so that it cannot be patched for one model alone; use lwpf_patch.apply()"
         )
     # The functions that the method passes its func_d to; it finds them in globals of its own.
-    helpers = [_patched_function(host, other, parts) for other in host.sites if not other.owner]
+    helpers = [_patched_function(host, other, parts) for other in host.sites if other.passed]
     function = _patched_function(host, site, parts, {helper.__name__: helper for helper in helpers})
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:

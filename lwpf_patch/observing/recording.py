@@ -75,6 +75,9 @@ class Observation:
 
     def add(self, model: nn.Module) -> Root:
         """Observe a model; return what there is of it already, if there is."""
+        for root in [root for root in self.roots if root.model() is None]:
+            root.end()
+            self.roots.remove(root)
         for root in self.roots:
             if root.model() is model:
                 root.find_layers()
@@ -182,7 +185,8 @@ class Root:
         return known
 
     def note_step(self) -> None:
-        """Note a step of an optimizer of the model."""
+        """Note a step of an optimizer of the model, until which the pass in which a model is found has ended."""
+        self.end()
         self._stepped = self._is_optimized = True
 
     def begin(self, training: bool) -> None:
@@ -286,8 +290,9 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         return
     for roots in list(_roots_of.values()):
         for root in roots:
-            if root.is_of(optimizer):
-                root.note_step()
+            with _harmless(root.observation):
+                if root.is_of(optimizer):
+                    root.note_step()
 
 
 def _in_backward() -> bool:

@@ -105,11 +105,10 @@ def observe(
     path = None if path is None else os.path.abspath(path)
     check_path(path, " (from observe(path=...))")
     _check_layers(model)
-    from .. import __version__
     from . import recording, writing
 
     observation = recording.Observation(every, lambda records: None)
-    handle = Observing(observation, writing.Writer(Observe(every, path, tensorboard), __version__))
+    handle = Observing(observation, writing.Writer(Observe(every, path, tensorboard)))
     observation.add(getattr(model, "module", model) if type(model).__name__ in recording.WRAPPERS else model)
     recording.start(observation)
     return handle
@@ -171,11 +170,10 @@ class _Request:
 
     def start(self) -> Any:
         """Begin to observe, with torch; return what calls are shown to from now on."""
-        from .. import __version__
         from . import recording, writing
 
         if self.observation is None:
-            self.writer = writing.Writer(self.asked, __version__)
+            self.writer = writing.Writer(self.asked)
             self.observation = recording.Observation(
                 self.asked.every, self.writer.write, finds_models=True, takes_part=self.writer.takes_part
             )

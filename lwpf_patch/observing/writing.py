@@ -29,14 +29,13 @@ class Writer:
 
     Args:
         asked: What was asked for; its path is an absolute one, or None.
-        version: That of this package.
 
     Attributes:
         problem: Why nothing could be written; empty: it could.
     """
 
-    def __init__(self, asked: Observe, version: str) -> None:
-        self.asked, self.version = asked, version
+    def __init__(self, asked: Observe) -> None:
+        self.asked = asked
         self.problem = ""
         self._process = 0
         self._said = -SECONDS
@@ -77,7 +76,7 @@ class Writer:
         self._process = os.getpid()
         self._board = self._open_board()
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self._to_file([{"lwpf_patch": self.version, "observe": str(self.asked), "time": now, "pid": os.getpid()}])
+        self._to_file([{"lwpf_patch": _version(), "observe": str(self.asked), "time": now, "pid": os.getpid()}])
 
     def _to_file(self, lines: list[Record]) -> None:
         path = self.path()
@@ -144,6 +143,11 @@ class Writer:
                         tag = f"{kind}{name}/{record['model']}/{record['layer']}"
                         self._board.add_scalar(tag, mean, record["step"])
             self._board.flush()
+
+
+def _version() -> str:
+    # An import of the package would be one of what lies above.
+    return str(vars(sys.modules[__name__.partition(".")[0]])["__version__"])
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -508,6 +508,36 @@ raise SystemError
     assert read_records(tmp_path / "a.jsonl") == lines[3:]
 
 
+def test_of_several_ranks_the_first_one_writes(python, tmp_path):
+    """And a process without a rank to a file of its own."""
+    code = (
+        LAYER
+        + """
+import torch.distributed as dist, torch.multiprocessing as processes
+model.linear = torch.nn.Linear(3, 3)
+model.register_forward_hook(lambda module, inputs, output: module.linear(output))
+
+def work(rank, init):
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):
+        parallel(x).sum().backward()
+    dist.destroy_process_group()
+
+def alone(rank):
+    model(x), model(x)
+
+processes.start_processes(work, (f"file://{os.getcwd()}/init",), nprocs=2, start_method="fork")
+processes.start_processes(alone, nprocs=1, start_method="fork")
+"""
+    )
+    out = python(code=code, LWPF_OBSERVE="every=2,path=a.jsonl,tensorboard=0")
+    assert "nothing was seen" not in out.stderr
+    assert [(r["step"], r["layer"]) for r in read_records(tmp_path / "a.jsonl")] == [(1, "Layer"), (3, "Layer")]
+    (other,) = tmp_path.glob("a.*.jsonl")
+    assert [r["step"] for r in read_records(other)] == [1]
+
+
 def test_a_request_that_saw_nothing_says_so(python):
     code = "import torch\ntorch.nn.Linear(1, 1)(torch.ones(1))"
     assert "observe was asked for, but nothing was seen" in python(code=code, LWPF_OBSERVE="on").stderr

@@ -6,8 +6,11 @@ Nothing here imports torch before a model is given, or called.
 from __future__ import annotations
 
 import atexit
+import glob
 import os
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .. import reporting, watching
@@ -165,6 +168,7 @@ class _Request:
 
     def __init__(self, asked: Observe) -> None:
         self.asked = replace(asked, path=os.path.abspath(str(asked.path)))
+        self.since = time.time()
         self.observation: Observation | None = None
         self.writer: Writer | None = None
 
@@ -179,6 +183,12 @@ class _Request:
             )
         recording.start(self.observation)
         return watching.watcher
+
+    def has_been_answered(self) -> bool:
+        """Return whether another process has written since, as those do that this one has started."""
+        path = Path(str(self.asked.path))
+        files = [path, *path.parent.glob(f"{glob.escape(path.stem)}.*{glob.escape(path.suffix)}")]
+        return any(file.is_file() and file.stat().st_mtime >= self.since for file in files)
 
     def see_call(self, func_d: Any, call: Any) -> None:
         """See the first call."""
@@ -243,6 +253,8 @@ def report() -> None:
     writer = _request.writer
     if writer is not None and not writer.takes_part():
         return  # of another rank, whose first one says it
+    if not found["samples"] and not found["reasons"] and _request.has_been_answered():
+        return
     if not found["samples"]:
         why = "; ".join(found["reasons"]) or "no patched attention was called"
         reporting.warn(f"observe was asked for, but nothing was seen, and {found['path']} has nothing of it: {why}")

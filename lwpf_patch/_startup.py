@@ -6,12 +6,14 @@ kept and raised where training begins: when torch, or a host, is first imported.
 
 try:
     from .hosts import HOSTS
+    from .observing import requesting
     from .patching import registry
-    from .settings import from_environment
+    from .settings import asked_to_observe, from_environment
 
     _hosts, _settings = from_environment(HOSTS)
     for _host in _hosts:
         registry.request(_host, _settings)
+    requesting.request(asked_to_observe())
 except BaseException as _error:
     from .patching.importing import arm
 

@@ -138,6 +138,7 @@ class Option(NamedTuple):
         whole: Whether a number must be a whole one.
         exclusive: Whether a number must be above the minimum.
         flag: Whether it takes a boolean and nothing else.
+        text: Whether it takes any text, such as the name of a file.
         default: What it is where it is not given, in words.
         help: What it does, in words.
         former: An earlier name of it, which is taken as well.
@@ -150,6 +151,7 @@ class Option(NamedTuple):
     whole: bool = False
     exclusive: bool = False
     flag: bool = False
+    text: bool = False
     default: str = ""
     help: str = ""
     former: str = ""
@@ -159,6 +161,8 @@ class Option(NamedTuple):
         """Describe the values that it takes."""
         if self.flag:
             return "true or false"
+        if self.text:
+            return "text"
         values = [repr(word) for word in self.words]
         if self.minimum is not None:
             number = "a whole number" if self.whole else "a number"
@@ -179,6 +183,8 @@ class Option(NamedTuple):
         if self.flag:
             return read_flag(value)
         word = _text(value)
+        if self.text:
+            return word
         word = self.former_words.get(word, word)
         if word in self.words:
             return word

@@ -17,7 +17,19 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
 from .attached import Attached
 from .errors import SettingsError, shown, unknown_value
 from .options import FLAGS, check_name, read_flag, texts
-from .specs import FUNC_D_OPTIONS, SEPS, FuncDSpec, Sep, UHop, parse_sep, parse_uhop, read_func_d, require_entmax
+from .specs import (
+    FUNC_D_OPTIONS,
+    SEPS,
+    FuncDSpec,
+    Observe,
+    Sep,
+    UHop,
+    parse_observe,
+    parse_sep,
+    parse_uhop,
+    read_func_d,
+    require_entmax,
+)
 
 MASKINGS = ("exclude", "paper")
 BACKENDS = ("auto", "cpu", "eager", "plain", "triton")
@@ -140,6 +152,15 @@ UNPICKLE = Setting(
     "|".join(UNPICKLINGS),
     "what becomes of a pickled model whose host was patched and is not patched here: an error, or the host is patched "
     "as the model says (default: error)",
+    in_patch_model=False,
+)
+#: What is observed of the layers; a variable and an option of lwpf run alone, since it is no matter of a host.
+OBSERVE = Setting(
+    "observe",
+    parse_observe,
+    "on|off|OPTIONS",
+    "write down what each layer forgets while the script trains, with options as in every=50,path=forgetting.jsonl "
+    "(default: off)",
     in_patch_model=False,
 )
 
@@ -329,7 +350,7 @@ SETTINGS: tuple[Setting, ...] = tuple(
     each.metadata["setting"]._replace(name=each.name) for each in fields(Settings) if "setting" in each.metadata
 )
 #: All that has a variable and an option of ``lwpf run``.
-VARIABLES: tuple[Setting, ...] = (PATCH, *SETTINGS, UNPICKLE)
+VARIABLES: tuple[Setting, ...] = (PATCH, *SETTINGS, UNPICKLE, OBSERVE)
 
 
 def _plain(value: object) -> Any:
@@ -379,6 +400,7 @@ def from_environment(
             raise unknown_value("variable", name, "the environment", known_variables)
     # It may stand alone: which hosts, the models say.
     UNPICKLE.read(given.get(UNPICKLE.variable, ""), UNPICKLE.variable)
+    asked_to_observe(environ)  # so may this: the script may patch by itself
     values = {setting.name: given[setting.variable] for setting in SETTINGS if setting.variable in given}
     if PATCH.variable not in given:
         if not values:
@@ -390,6 +412,16 @@ def from_environment(
         )
     hosts = check_hosts(given[PATCH.variable], PATCH.variable, known_hosts)
     return hosts, Settings(**values, origin=variable_of)
+
+
+def asked_to_observe(environ: Mapping[str, str] = os.environ) -> Observe | None:
+    """Read from the environment whether the layers are to be observed, and how; None: they are not.
+
+    Raises:
+        SettingsError: As for :func:`lwpf_patch.specs.parse_observe`.
+    """
+    asked: Observe | None = OBSERVE.read(environ.get(OBSERVE.variable, ""), OBSERVE.variable)
+    return asked
 
 
 def describe_backend(requested: str) -> str:

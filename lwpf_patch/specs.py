@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -441,3 +442,92 @@ def _sep_options(name: str, rest: str, text: str, origin: str) -> dict[str, Any]
             raise unknown_value(f"option of {name}", option, origin, known)
         options[option] = known[option].read_from(value, option, f" in {text!r} (from {origin})")
     return options
+
+
+# --- observing ------------------------------------------------------------------------------------------------------
+
+#: The options of observing what the layers forget.
+OBSERVE_OPTIONS = {
+    "every": Option(
+        minimum=1,
+        maximum=LARGEST_COUNT,
+        whole=True,
+        default="50",
+        help="one step in so many is looked at, and one evaluation",
+    ),
+    "path": Option(
+        text=True,
+        default="forgetting.jsonl",
+        help="the file that the figures are added to, one line per layer and step",
+    ),
+    "tensorboard": Option(
+        flag=True,
+        default="true",
+        help="whether TensorBoard gets them too, if it is installed: in forgetting.tensorboard, beside the file",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Observe:
+    """What the layers forget is to be observed; see :func:`lwpf_patch.observe`.
+
+    Attributes:
+        every: One step in so many is looked at.
+        path: The file that the figures are added to; None: none.
+        tensorboard: Whether TensorBoard gets them too.
+    """
+
+    every: int = 50
+    path: str | None = "forgetting.jsonl"
+    tensorboard: bool = True
+
+    def __str__(self) -> str:
+        values = {name: getattr(self, name) for name in OBSERVE_OPTIONS}
+        return ",".join(f"{name}={write_value(value)}" for name, value in values.items() if value is not None)
+
+
+def parse_observe(text: str, origin: str = "observe") -> Observe | None:
+    """Read what the user gave as ``LWPF_OBSERVE``.
+
+    Args:
+        text: ``"every=50,path=forgetting.jsonl"``, ``"on"`` for the defaults, ``"off"`` or nothing.
+        origin: Where it came from, for the error messages.
+
+    Returns:
+        What was asked for; None: nothing.
+
+    Raises:
+        SettingsError: An unknown option, a value that the option does not take, or a folder that is not there.
+    """
+    text = text.strip()
+    if "=" not in text:
+        try:
+            return Observe() if text and read_flag(text) else None
+        except ValueError:
+            raise SettingsError(
+                f"observe {text!r} (from {origin}): write 'on', 'off', or options as in "
+                "'every=50,path=forgetting.jsonl'"
+            ) from None
+    asked = Observe(**read_options("observe", OBSERVE_OPTIONS, text, text, origin))
+    check_path(asked.path, f" in {text!r} (from {origin})")
+    return asked
+
+
+def check_path(path: str | None, place: str) -> None:
+    """Check that a file can be there.
+
+    Args:
+        path: Its name; None: there is none.
+        place: Where it came from, for the error message.
+
+    Raises:
+        SettingsError: Its folder is not there, or it is a folder itself.
+    """
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise SettingsError(f"path={shown(path)}{place} is a folder: give the name of a file in it")
+    if not os.path.isdir(folder):
+        raise SettingsError(f"path={shown(path)}{place}: there is no folder {folder}; make it, or choose another path")

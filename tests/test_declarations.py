@@ -13,8 +13,17 @@ import pytest
 import lwpf_patch
 from lwpf_patch import PFU, ReLU, UHop
 from lwpf_patch.options import Option
-from lwpf_patch.settings import PATCH, SETTINGS, UNPICKLE, VARIABLES, Settings, SettingsStatus, from_environment
-from lwpf_patch.specs import FUNC_D_OPTIONS, SEP_OPTIONS, UHOP_OPTIONS
+from lwpf_patch.settings import (
+    OBSERVE,
+    PATCH,
+    SETTINGS,
+    UNPICKLE,
+    VARIABLES,
+    Settings,
+    SettingsStatus,
+    from_environment,
+)
+from lwpf_patch.specs import FUNC_D_OPTIONS, OBSERVE_OPTIONS, SEP_OPTIONS, UHOP_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -36,6 +45,7 @@ SAMPLES = {
     "partial": ("error", "error"),
     "compat": ("No", False),
     "unpickle": ("patch", None),
+    "observe": ("every=7,path=seen.jsonl", None),
 }
 
 
@@ -67,10 +77,13 @@ def test_every_option_of_run_reaches_the_script(python, tmp_path):
     options = [part for setting in VARIABLES for part in (setting.flag, SAMPLES[setting.name][0])]
     others = {"LWPF_PATCH": "hflayers", "LWPF_UNPICKLE": "error", "LWPF_FUNC_D": "relu", "LWPF_SEP": "softmax",
               "LWPF_MASKING": "exclude", "LWPF_BACKEND": "auto", "LWPF_VERIFY": "first", "LWPF_UHOP": "off",
-              "LWPF_INCLUDE": "*", "LWPF_EXCLUDE_MODELS": "c", "LWPF_PARTIAL": "allow", "LWPF_COMPAT": "1"}  # fmt: skip
+              "LWPF_INCLUDE": "*", "LWPF_EXCLUDE_MODELS": "c", "LWPF_PARTIAL": "allow", "LWPF_COMPAT": "1",
+              "LWPF_OBSERVE": "0"}  # fmt: skip
     out = python("-m", "lwpf_patch", "run", *options, "script.py", **others)
     settings, hosts, environment = json.loads(out.stdout)
-    assert settings == {name: shown for name, (_, shown) in SAMPLES.items() if name not in ("patch", "unpickle")}
+    assert settings == {
+        name: shown for name, (_, shown) in SAMPLES.items() if name not in ("patch", "unpickle", "observe")
+    }
     assert hosts == ["timm"]
     assert environment == {f"LWPF_{name.upper()}": text for name, (text, _) in SAMPLES.items()}
 
@@ -111,7 +124,7 @@ def where() -> list[list[str]]:
     rows = []
     for setting in VARIABLES:
         name = code(f"{setting.name}=")
-        of_apply = "the first argument" if setting is PATCH else "" if setting is UNPICKLE else name
+        of_apply = "the first argument" if setting is PATCH else "" if setting in (UNPICKLE, OBSERVE) else name
         of_model = name if setting.in_patch_model else ""
         values = setting.metavar.replace("|", " or ")
         rows.append([of_apply, of_model, code(setting.variable), code(setting.flag), values, setting.help])
@@ -129,6 +142,7 @@ TABLES = {
     "Options of `pfu`": (["option", "values", "default", ""], options(FUNC_D_OPTIONS["pfu"])),
     "Options of `softmax_n`": (["option", "values", "default", ""], options(SEP_OPTIONS["softmax_n"])),
     "Options of `uhop`": (["option", "values", "default", ""], options(UHOP_OPTIONS)),
+    "Options of `observe`": (["option", "values", "default", ""], options(OBSERVE_OPTIONS)),
 }
 
 

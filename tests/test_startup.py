@@ -37,7 +37,7 @@ def test_no_setting_has_torch_loaded_at_start_up(python):
     """A variable is read by every interpreter that is started, most of which do not train."""
     given = {"SEP": "entmax15", "UHOP": "on", "MASKING": "paper", "BACKEND": "cpu", "VERIFY": "off",
              "INCLUDE": "*Attention", "EXCLUDE": "*Rope", "EXCLUDE_MODELS": "teacher", "COMPAT": "off",
-             "FUNC_D": "pfu:mu=0.5", "UNPICKLE": "patch"}  # fmt: skip
+             "FUNC_D": "pfu:mu=0.5", "UNPICKLE": "patch", "OBSERVE": "every=7"}  # fmt: skip
     assert {f"LWPF_{name}" for name in given} == {each.variable for each in VARIABLES} - {PATCH.variable}
     heavy = ("torch", "entmax", "timm", "wrapt", "numpy")
     out = python(

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from .. import normalising, tracing
+from .. import normalising, tracing, watching
 from ..backends import Call
 from ..backends import eager_form as eager
 from ..errors import SettingsError
@@ -21,6 +21,7 @@ from ..specs import Sep
 from .computing import attend, mark_used
 from .operator import lwpf_attention, partial_forgetting
 from .owned import OwnedFuncD
+from .watched import SCRIPTED, miss, show_call, show_scores
 
 
 class HostFuncD(OwnedFuncD):
@@ -33,10 +34,15 @@ class HostFuncD(OwnedFuncD):
                 return _dispatch_scores(self, scores, training, dim)
             mark_used(self.host)
         if self.is_plain():
-            return scores, torch.ones((), dtype=torch.bool, device=scores.device)
-        noisy = self.training if training is None else training
-        excluded = None if self.masking == "paper" else scores <= self.highest_hidden(scores)
-        return self.rule.forget_rows(scores, excluded, noisy, self.masking, dim)
+            forgotten, mask = scores, torch.ones((), dtype=torch.bool, device=scores.device)
+        else:
+            noisy = self.training if training is None else training
+            excluded = None if self.masking == "paper" else scores <= self.highest_hidden(scores)
+            forgotten, mask = self.rule.forget_rows(scores, excluded, noisy, self.masking, dim)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - torch.jit.script looks for it alone
+            if watching.on:
+                show_scores(self, scores, forgotten, mask, dim)
+        return forgotten, mask
 
     def normalise(self, scores: Tensor, dim: int = -1) -> Tensor:
         """Normalise scores over their keys, in place of a softmax that is written out.
@@ -104,7 +110,10 @@ class HostFuncD(OwnedFuncD):
                 query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 self.training, self.masking, Sep(*self.sep), self.verify,
             )  # fmt: skip
-            return attend(call, self.backend, self.host)
+            output = attend(call, self.backend, self.host)
+            if watching.on:
+                show_call(self, call)
+            return output
         # What the backends "plain" and "eager" do, as torch.jit.script reads it.
         if self.is_plain():
             return F.scaled_dot_product_attention(
@@ -125,6 +134,8 @@ class HostFuncD(OwnedFuncD):
             )
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
         mark_used(self.host)
+        if watching.on:
+            miss(SCRIPTED)
         return self
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..comparing import command as comparing
 from ..errors import LwpfError
+from ..observing import requesting
 from ..patching import importing, registry
 from . import diff, doctor, models, run, status
 from .hook import require_hook
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A request in the environment is meant for the script; this process trains nothing.
     importing.disarm()
     registry.revert()
+    requesting.request(None)
     for stream in (sys.stdout, sys.stderr):  # sources that are shown, and paths, may hold what a terminal cannot
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -13,8 +13,8 @@ from ..comparing.command import Subparsers
 from ..errors import SettingsError
 from ..hosts import HOSTS
 from ..options import Option
-from ..settings import PATCH, SETTINGS, UNPICKLE, VARIABLES, Settings, check_hosts, flag_of, variable_of
-from ..specs import FUNC_D_OPTIONS, UHOP_OPTIONS
+from ..settings import OBSERVE, PATCH, SETTINGS, UNPICKLE, VARIABLES, Settings, check_hosts, flag_of, variable_of
+from ..specs import FUNC_D_OPTIONS, OBSERVE_OPTIONS, UHOP_OPTIONS
 from .hook import interpreter_flags, require_hook
 
 DESCRIPTION = """\
@@ -46,6 +46,10 @@ U-Hop (Phi: a feature map per head, the identity until Stage I):
   --uhop on, or some of these options, with their defaults:
 {_lines(UHOP_OPTIONS)}
 
+observing:
+  --observe on, or some of these options, with their defaults:
+{_lines(OBSERVE_OPTIONS)}
+
 masking:
   exclude keys hidden by a mask have no part in the softmax, the median and the values
   paper   as in the official code, which lets them back into the softmax
@@ -54,6 +58,7 @@ examples:
   lwpf run train.py --model vit_small_patch16_224
   lwpf run --func-d pfu:mu=dmedian,bias=mu,sigma=0.01 train.py
   lwpf run --uhop iters=100,every=500 train.py
+  lwpf run --observe every=50,path=forgetting.jsonl train.py
   lwpf run --patch timm -m torch.distributed.run --nproc-per-node 8 train.py
 """
 
@@ -92,7 +97,8 @@ def _run(options: argparse.Namespace) -> int:
     hosts = asked.get(PATCH.name, "timm")
     for host in check_hosts(hosts, origin(PATCH.name), HOSTS):
         HOSTS[host].check(settings)
-    UNPICKLE.read(asked.get(UNPICKLE.name, ""), origin(UNPICKLE.name))
+    for alone in (UNPICKLE, OBSERVE):
+        alone.read(asked.get(alone.name, ""), origin(alone.name))
     if not options.module and not Path(target[0]).exists():
         raise SettingsError(f"there is no script {target[0]!r} in {Path.cwd()}; write -m before the name of a module")
     require_hook()

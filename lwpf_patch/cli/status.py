@@ -15,7 +15,7 @@ from ..errors import HostNotInstalledError, LwpfError
 from ..hosting import Host
 from ..hosts import HOSTS
 from ..patching.schema import HostDescription, ShimStatus, describe_shim
-from ..settings import Settings, describe_backend, from_environment, in_words
+from ..settings import Settings, asked_to_observe, describe_backend, from_environment, in_words
 from .hook import BESIDE, hook_files
 
 
@@ -42,6 +42,7 @@ class CommandStatus(TypedDict):
         environment: The variables that are set.
         request: What they ask for: ``hosts``, and the settings as :class:`lwpf_patch.settings.SettingsStatus` lists
             them; or ``problem``, what is wrong. Empty where nothing is asked for.
+        observe: What is to be observed of the layers; None: nothing.
         backend: What the request for a backend comes to, in words.
         hosts: The hosts, by name.
     """
@@ -52,6 +53,7 @@ class CommandStatus(TypedDict):
     hook: list[str]
     environment: dict[str, str]
     request: dict[str, Any]
+    observe: str | None
     backend: str
     hosts: dict[str, HostReport]
 
@@ -67,8 +69,9 @@ def _command_status() -> CommandStatus:
     try:
         requested, settings = from_environment(HOSTS)
         request: dict[str, Any] = {"hosts": list(requested), **settings.describe()} if requested else {}
+        observed = asked_to_observe()
     except LwpfError as error:
-        settings = Settings()
+        settings, observed = Settings(), None
         request = {"problem": str(error)}
     return {
         "lwpf_patch": __version__,
@@ -77,6 +80,7 @@ def _command_status() -> CommandStatus:
         "hook": [str(path) for path in hook_files()],
         "environment": {name: value for name, value in os.environ.items() if name.startswith("LWPF_")},
         "request": request,
+        "observe": None if observed is None else str(observed),
         "backend": describe_backend(settings.backend),
         "hosts": {name: _report(host, settings) for name, host in HOSTS.items()},
     }
@@ -121,6 +125,8 @@ def _status(options: argparse.Namespace) -> int:
         print(f"request:       WRONG: {request['problem']}")
     elif request:
         print(f"request:       patch {', '.join(request['hosts'])}; {in_words(request)}")
+    if status["observe"]:
+        print(f"observe:       {status['observe']}")
     print(f"backend:       {status['backend']}")
     for name, host in status["hosts"].items():
         if not host["patchable"]:

@@ -14,6 +14,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import reporting
+from ..observing import requesting
 from . import importing, owners
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def report(applied: Mapping[str, PatchedHost]) -> None:
     for name, each in applied.items():
         if message := _of_host(name, each):
             reporting.warn(message)
+    requesting.report()
     patterns = dict.fromkeys(pattern for each in applied.values() for pattern in each.settings.exclude_models)
     if idle := owners.unmatched(patterns):
         reporting.warn(

@@ -14,6 +14,7 @@ from ..errors import HostNotInstalledError
 from ..hosting import Host
 from ..hosting.shims import Shim
 from ..hosts import HOSTS
+from ..observing import requesting
 from ..settings import HostNames, Patterns, Settings, check_hosts
 from ..specs import FuncDLike, SepLike, UHopLike
 from . import exit_report, unpickling
@@ -178,13 +179,14 @@ def status() -> Status:
     """Return what is patched in this process, as plain data.
 
     Returns:
-        For each host what :class:`lwpf_patch.patching.schema.HostStatus` lists. ``lwpf status --json`` tells what would
-        be patched. Its keys are the same for what the two share: ``installed``, ``version`` and ``problem`` of a host,
-        all of each of ``sites``, the ``name``, ``why`` and ``needed`` of each of ``shims``, and the settings, which
-        stand in ``request`` there.
+        ``hosts``: for each host what :class:`lwpf_patch.patching.schema.HostStatus` lists. ``observe``: what has come
+        of ``LWPF_OBSERVE``. ``lwpf status --json`` tells what would be patched. Its keys are the same for what the two
+        share: ``installed``, ``version`` and ``problem`` of a host, all of each of ``sites``, the ``name``, ``why`` and
+        ``needed`` of each of ``shims``, and the settings, which stand in ``request`` there.
     """
     with LOCK:
-        return {"hosts": {name: _host_status(host) for name, host in HOSTS.items()}}
+        hosts = {name: _host_status(host) for name, host in HOSTS.items()}
+    return {"hosts": hosts, "observe": requesting.status()}
 
 
 def _host_status(host: Host) -> HostStatus:

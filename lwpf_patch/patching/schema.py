@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from ..hosting import SiteStatus
 from ..hosting.shims import Shim
+from ..observing.requesting import ObservingStatus
 from ..settings import SettingsStatus
 
 
@@ -88,9 +89,11 @@ class Status(TypedDict):
 
     Attributes:
         hosts: The hosts, by name.
+        observe: What came of the request of ``LWPF_OBSERVE`` so far; None: there is none.
     """
 
     hosts: dict[str, HostStatus]
+    observe: ObservingStatus | None
 
 
 def describe_shim(shim: Shim) -> ShimStatus:

@@ -1,0 +1,183 @@
+"""Where the figures go: a file of JSON lines, the log, TensorBoard; and the warning of layers that are dead."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import reporting
+from ..specs import Observe
+
+#: The log gets a line at most once in so many seconds.
+SECONDS = 30.0
+#: A layer is dead that forgets every row in so many training samples, one after the other.
+DEAD = 50
+NAMES = ("forgotten", "empty_rows", "entropy", "forgotten_weight")
+
+Record = dict[str, Any]
+
+
+class Writer:
+    """Writes records.
+
+    Args:
+        asked: What was asked for; its path is an absolute one, or None.
+
+    Attributes:
+        problem: Why nothing could be written; empty: it could.
+    """
+
+    def __init__(self, asked: Observe) -> None:
+        self.asked = asked
+        self.problem = ""
+        self._process = 0
+        self._said = -SECONDS
+        self._rows_empty: dict[tuple[str, str], int] = {}
+        self._board: Any = None
+
+    def takes_part(self) -> bool:
+        """Return whether this process writes: the first of all ranks does, and processes that have no rank."""
+        return _rank() == 0
+
+    def path(self) -> Path | None:
+        """Return the file: a process that multiprocessing has started, and that has no rank, has one of its own."""
+        if self.asked.path is None:
+            return None
+        path = Path(self.asked.path)
+        multiprocessing = sys.modules.get("multiprocessing")
+        is_child = multiprocessing is not None and multiprocessing.parent_process() is not None
+        if is_child and not _is_distributed():
+            return path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
+        return path
+
+    def write(self, records: list[Record]) -> None:
+        """Write the records of one step; in the file they are whole lines, whatever happens next."""
+        if self._process != os.getpid():  # the first ones, or those of a process that was forked
+            self._begin()
+        self._to_file(records)
+        self._to_board(records)
+        self._to_log(records)
+        self._look_for_dead(records)
+
+    def close(self) -> None:
+        """End what is open."""
+        if self._board is not None and self._process == os.getpid():
+            self._board.close()
+        self._board = None
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._board = self._open_board()
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._to_file([{"lwpf_patch": _version(), "observe": str(self.asked), "time": now, "pid": os.getpid()}])
+
+    def _to_file(self, lines: list[Record]) -> None:
+        path = self.path()
+        if path is None:
+            return
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
+        except OSError as error:
+            if not self.problem:
+                reporting.warn(f"observe: {path} cannot be written ({error}); what is found is not kept")
+            self.problem = str(error)
+
+    def _to_log(self, records: list[Record]) -> None:
+        now = time.monotonic()
+        if now - self._said < SECONDS:
+            return
+        self._said = now
+        path = self.path()
+        shown = [f"{name.replace('_', ' ')} {_shown(_means(records, name))}" for name in NAMES]
+        when = f"step {records[0]['step']}" + ("" if records[0]["training"] else ", evaluation")
+        reporting.info(
+            f"{when}: {', '.join(shown)} (means of {len(records)} layers of {records[0]['model']}"
+            + (f"; {path})" if path else ")")
+        )
+
+    def _look_for_dead(self, records: list[Record]) -> None:
+        dead = []
+        for record in records:
+            if not record["training"]:
+                continue
+            layer = record["model"], record["layer"]
+            is_empty = all(share == 1.0 for share in record["empty_rows"])
+            self._rows_empty[layer] = self._rows_empty.get(layer, 0) + 1 if is_empty else 0
+            if self._rows_empty[layer] == DEAD:
+                dead.append(record["layer"])
+        if dead:
+            reporting.warn(
+                f"observe: {', '.join(dead)} of {records[0]['model']} forgot every key of every row in the last {DEAD} "
+                "training steps that were looked at: a layer in this state gives 0, and its scores get no gradient. "
+                "Remedies: func_d 'relu:empty_rows=keep' or 'pfu', or another seed"
+            )
+
+    # --- TensorBoard ---
+
+    def _open_board(self) -> Any:
+        path = self.path()
+        if path is None or not self.asked.tensorboard:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except Exception:  # it is not installed, or its protobuf does not fit
+            return None
+        return SummaryWriter(str(path.with_suffix(".tensorboard")))
+
+    def _to_board(self, records: list[Record]) -> None:
+        if self._board is None:
+            return
+        with contextlib.suppress(OSError):
+            for record in records:
+                kind = "" if record["training"] else "evaluation/"
+                for name in NAMES:
+                    if (mean := _mean(record[name])) is not None:
+                        tag = f"{kind}{name}/{record['model']}/{record['layer']}"
+                        self._board.add_scalar(tag, mean, record["step"])
+            self._board.flush()
+
+
+def _version() -> str:
+    # An import of the package would be one of what lies above.
+    return str(vars(sys.modules[__name__.partition(".")[0]])["__version__"])
+
+
+def _mean(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def _means(records: list[Record], name: str) -> float | None:
+    return _mean([_mean(record[name]) for record in records])
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _is_distributed() -> bool:
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _rank() -> int:
+    """Return the number of this process among all of one training."""
+    if _is_distributed():
+        distributed: Any = sys.modules["torch.distributed"]
+        return int(distributed.get_rank())
+    return int(any(os.environ.get(variable, "").strip() not in ("", "0") for variable in reporting.RANKS))
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Return the records of the last process that has written to a file."""
+    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    starts = [number for number, line in enumerate(lines) if "lwpf_patch" in line]
+    return [line for line in lines[starts[-1] if starts else 0 :] if "layer" in line]

@@ -34,66 +34,17 @@ _REPLACED = (None, "sdpa", "eager")
 #: Names by which code computes attention weights.
 _SOFTMAX = frozenset({"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"})
 #: Names in a model's own eager attention that :func:`attend` has something for.
-_KNOWN = frozenset(
-    [
-        "F",
-        "arange",
-        "attn_dropout",
-        "bias",
-        "bool",
-        "cat",
-        "contiguous",
-        "device",
-        "dim",
-        "distance_embedding",
-        "dropout",
-        "dtype",
-        "einsum",
-        "expand",
-        "finfo",
-        "float",
-        "float32",
-        "full",
-        "functional",
-        "getattr",
-        "hasattr",
-        "head_dim",
-        "head_mask",
-        "is_cross_attention",
-        "layer_idx",
-        "logsumexp",
-        "long",
-        "masked_fill",
-        "matmul",
-        "max",
-        "max_position_embeddings",
-        "maybe_autocast",
-        "min",
-        "ndim",
-        "nn",
-        "num_key_value_groups",
-        "position_embedding_type",
-        "repeat_kv",
-        "reshape",
-        "scale_attn_by_inverse_layer_idx",
-        "scale_attn_weights",
-        "shape",
-        "sigmoid",
-        "sinks",
-        "size",
-        "softmax",
-        "tanh",
-        "to",
-        "torch",
-        "training",
-        "transpose",
-        "type",
-        "unsqueeze",
-        "values",
-        "view",
-        "where",
-    ]
-)
+# fmt: off
+_KNOWN = frozenset({
+    "F", "arange", "attn_dropout", "bias", "bool", "cat", "contiguous", "device", "dim", "distance_embedding",
+    "dropout", "dtype", "einsum", "expand", "finfo", "float", "float32", "full", "functional", "getattr",
+    "hasattr", "head_dim", "head_mask", "is_cross_attention", "layer_idx", "logsumexp", "long", "masked_fill",
+    "matmul", "max", "max_position_embeddings", "maybe_autocast", "min", "ndim", "nn", "num_key_value_groups",
+    "position_embedding_type", "repeat_kv", "reshape", "scale_attn_by_inverse_layer_idx", "scale_attn_weights",
+    "shape", "sigmoid", "sinks", "size", "softmax", "tanh", "to", "torch", "training", "transpose", "type",
+    "unsqueeze", "values", "view", "where",
+})
+# fmt: on
 
 #: The configurations of models that are patched, with what each said before, by identity: they cannot be hashed.
 _before: dict[int, tuple[weakref.ref[Any], str | None]] = {}

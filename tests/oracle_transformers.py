@@ -1,10 +1,11 @@
-"""The eager attention of a transformers model with partial forgetting, in plain PyTorch: what its models are tested with.
+"""The eager attention of a transformers model with partial forgetting, in plain PyTorch.
 
 It stands in for ``eager_attention_forward`` of an unpatched model, and calls nothing of the package.
 """
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import torch
@@ -38,7 +39,9 @@ def eager_attention(forgetting: Forgetting):
 def forgotten_softmax(scores: Tensor, visible: Tensor, forgetting: Forgetting, sinks: Tensor | None = None) -> Tensor:
     """Returns D' * softmax(D) over the visible keys; a sink is a further term of the denominator."""
     if forgetting.kind == "none":
-        kept, new = visible, scores
+        empty = ~visible.any(-1, keepdim=True)  # the lowest number everywhere makes all keys alike
+        kept = visible = visible | empty
+        new = torch.where(empty, 0.0, scores)
     elif forgetting.kind == "relu":
         kept, new = visible & (scores > 0), scores.clamp(min=0)
     else:
@@ -58,7 +61,5 @@ def forgotten_softmax(scores: Tensor, visible: Tensor, forgetting: Forgetting, s
 
 def modeling_files(model) -> list[ModuleType]:
     """Returns the modules of transformers that define the attention of a model."""
-    import sys
-
     names = {type(module).__module__ for module in model.modules()}
     return [sys.modules[name] for name in names if hasattr(sys.modules[name], "eager_attention_forward")]

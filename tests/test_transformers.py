@@ -15,6 +15,7 @@ from oracle_transformers import eager_attention, modeling_files
 
 import lwpf_patch
 from lwpf_patch import LwpfError, SettingsError
+from lwpf_patch.cli import main
 
 require_host("transformers")
 
@@ -384,8 +385,9 @@ print(trainer.state.global_step, model.config._attn_implementation)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the Trainer needs accelerate")
-def test_the_trainer_of_an_unmodified_script(python):
-    out = python(code=TRAINING, LWPF_PATCH="transformers", LWPF_FUNC_D="pfu")
+def test_the_trainer_of_an_unmodified_script(python, tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    out = python("-m", "lwpf_patch", "run", "--patch", "transformers", "--func-d", "pfu", "train.py")
     assert out.stdout.splitlines()[-1] == "2 lwpf"
     assert re.search(r"transformers [\d.]+: transformers.modeling_utils patched; func_d pfu", out.stderr)
     assert "attention is computed by backend" in out.stderr
@@ -402,19 +404,20 @@ assert "transformers.modeling_utils" not in sys.modules
 """
 
 
-def test_words_of_the_command(python):
-    assert "transformers: nothing is rewritten" in python("-m", "lwpf_patch", "diff", "transformers").stderr
-    status = python("-m", "lwpf_patch", "status").stdout
-    assert re.search(r"transformers.modeling_utils +takes attention by an interface; nothing is rewritten", status)
+def test_words_of_the_command(python, capsys):
+    assert main(["diff", "transformers"]) == 0
+    assert "transformers: nothing is rewritten" in capsys.readouterr().err
+    assert main(["status"]) == 0
+    words = r"transformers.modeling_utils +takes attention by an interface; nothing is rewritten"
+    assert re.search(words, capsys.readouterr().out)
     out = python(code=UNUSED, LWPF_PATCH="transformers")
     assert "never imported transformers.modeling_utils: nothing ran with partial forgetting" in out.stderr
-    unused = UNUSED + "from transformers import PreTrainedModel\n"
-    out = python("-m", "lwpf_patch", "run", "--patch", "transformers", "script.py", code="", check=False)
-    assert out.returncode != 0
-    assert (
-        "The model takes no attention by transformers' AttentionInterface"
-        in python(code=unused, LWPF_PATCH="transformers").stderr
-    )
+
+
+def test_the_report_of_a_model_without_attention(python):
+    code = UNUSED.replace('assert "transformers.m', 'from transformers import PreTrainedModel\nassert not "torch.m')
+    out = python(code=code, LWPF_PATCH="transformers")
+    assert "The model takes no attention by transformers' AttentionInterface" in out.stderr
 
 
 def test_the_sentence_embedder():

@@ -39,9 +39,7 @@ def eager_attention(forgetting: Forgetting):
 def forgotten_softmax(scores: Tensor, visible: Tensor, forgetting: Forgetting, sinks: Tensor | None = None) -> Tensor:
     """Returns D' * softmax(D) over the visible keys; a sink is a further term of the denominator."""
     if forgetting.kind == "none":
-        empty = ~visible.any(-1, keepdim=True)  # the lowest number everywhere makes all keys alike
-        kept = visible = visible | empty
-        new = torch.where(empty, 0.0, scores)
+        kept, new = visible, scores
     elif forgetting.kind == "relu":
         kept, new = visible & (scores > 0), scores.clamp(min=0)
     else:

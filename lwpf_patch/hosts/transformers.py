@@ -9,6 +9,7 @@ Masks are those of ``"eager"``, which every model of the interface supports: add
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import re
 import sys
@@ -257,6 +258,12 @@ def _check(model: HostModule) -> None:
         )
 
 
+def _classes_by_name(cls: type) -> str:
+    """Return the name of a table of attention classes in the file of a model, as in transformers 4; empty: none."""
+    file = vars(sys.modules.get(cls.__module__, sys))
+    return next((name for name in file if name.endswith("_ATTENTION_CLASSES") and _INTERFACE not in file), "")
+
+
 def _leave_out(model: HostModule) -> str:
     return (
         f"If it shall stay plain, leave it out: LWPF_EXCLUDE_MODELS={type(model).__name__}, or "
@@ -431,25 +438,33 @@ def _wrappers(library: ModuleType, modules: AttachedModules) -> list[Replacement
     post_init, set_implementation = model_class.post_init, model_class.set_attn_implementation
     set_state = model_class.__setstate__
 
+    def refuse_what_cannot(model: Any, name: Any) -> None:
+        if name not in _REPLACED and not is_ours(name):
+            _refuse(model, name)
+        if classes := _classes_by_name(type(model)):
+            raise SettingsError(
+                f"{type(model).__name__} cannot be patched: it chooses the class of its attention by the name of the "
+                f"implementation ({classes}), and does not take it from transformers' AttentionInterface. "
+                f"{_leave_out(model)}"
+            )
+
     @functools.wraps(check)
     def _check_and_adjust_attn_implementation(self: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
         if modules.is_left_out(self):
             return check(self, None if is_ours(name) else name, *args, **kwargs)
-        if name not in _REPLACED and not is_ours(name):
-            _refuse(self, name)
+        refuse_what_cannot(self, name)
         return check(self, name, *args, **kwargs)
 
     @functools.wraps(choose)
     def get_correct_attn_implementation(self: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
         if modules.is_left_out(self):
             return choose(self, None if is_ours(name) else name, *args, **kwargs)
+        refuse_what_cannot(self, name)
         if is_ours(name):
             _settings_for(name, modules)
             _register_names(name)
             _note_before(self.config, None)
             return choose(self, name, *args, **kwargs)
-        if name not in _REPLACED:
-            _refuse(self, name)
         _note_before(self.config, choose(self, name, *args, **kwargs))
         return NAME
 
@@ -530,6 +545,7 @@ def register(library: ModuleType, modules: AttachedModules) -> Callable[[], None
             _unregister_names()
 
     try:
+        gc.collect()  # what nobody has any more may not stop a patch
         for model in modules.living(library.PreTrainedModel):
             if "config" in vars(model) and "_modules" in vars(model):
                 _adopt(model, modules)

@@ -417,7 +417,7 @@ def test_words_of_the_command(python, capsys):
 
 
 def test_the_report_of_a_model_without_attention(python):
-    code = UNUSED.replace('assert "transformers.m', 'from transformers import PreTrainedModel\nassert not "torch.m')
+    code = "import torch, transformers.modeling_utils\ntorch.nn.Linear(2, 2)(torch.ones(2))\n"
     out = python(code=code, LWPF_PATCH="transformers")
     assert "The model takes no attention by transformers' AttentionInterface" in out.stderr
 

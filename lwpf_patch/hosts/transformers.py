@@ -563,6 +563,7 @@ def _put_back(model: HostModule) -> None:
             if before is None and hasattr(model, "get_correct_attn_implementation"):
                 before = model.get_correct_attn_implementation(None)
             config._attn_implementation_internal = before
+            _before.pop(id(config), None)
 
 
 # --- one model alone ------------------------------------------------------------------------------------------------

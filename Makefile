@@ -13,6 +13,8 @@ ENV := .venv
 BIN := $(ENV)/bin
 # The versions of timm that are tested beside the newest one; each lies in a folder of its own.
 TIMM_VERSIONS := 0.6.13 0.9.16 1.0.9 1.0.20
+# The same of transformers, each with what it needs in an older version than the newest does.
+TRANSFORMERS_VERSIONS := 4.57.6
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 # A repository that cannot be reached shall say so and not wait for a password.
@@ -24,7 +26,8 @@ export GIT_TERMINAL_PROMPT := 0
 demo: $(ENV)/installed
 	$(BIN)/python recipes/digits/compare.py --output build/digits
 
-test: $(ENV)/installed $(TIMM_VERSIONS:%=$(ENV)/timm/%) $(ENV)/timm/source try-hosts
+test: $(ENV)/installed $(TIMM_VERSIONS:%=$(ENV)/timm/%) $(ENV)/timm/source \
+		$(TRANSFORMERS_VERSIONS:%=$(ENV)/transformers/%) try-hosts
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # The same in another environment, where pip is held to the lower bounds.
@@ -51,7 +54,7 @@ clean:
 $(ENV)/installed: pyproject.toml
 	@echo "Building the environment in $(ENV); PyTorch is large, this takes some minutes."
 	$(PYTHON) -m venv $(ENV)
-	$(PIP) install -e '.[timm,plots,test]'
+	$(PIP) install -e '.[timm,transformers,plots,test]'
 	touch $@
 
 $(ENV)/hosts: $(ENV)/installed
@@ -71,3 +74,6 @@ $(ENV)/timm/source: $(ENV)/installed
 
 $(ENV)/timm/%: $(ENV)/installed
 	$(PIP) install --no-deps --target $@ timm==$*
+
+$(ENV)/transformers/%: $(ENV)/installed
+	$(PIP) install --no-deps --target $@ transformers==$* 'huggingface-hub>=0.34,<1.0' 'tokenizers>=0.22,<=0.23.0'

@@ -17,4 +17,4 @@ try:
 except BaseException as _error:
     from .patching.importing import arm
 
-    arm(_error, ("torch", "timm", "hflayers", "deeprc"))
+    arm(_error, ("torch", "timm", "transformers", "hflayers", "deeprc"))

@@ -8,6 +8,7 @@ before anything heavy is loaded.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -319,6 +320,17 @@ class Settings:
         for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, own.get(name, default))
+
+    def with_func_d(self, func_d: object, origin: str) -> Settings:
+        """Return the same settings with another func_d.
+
+        Raises:
+            SettingsError: It is none.
+        """
+        changed = copy.copy(self)
+        object.__setattr__(changed, "func_d", read_func_d(func_d, origin))
+        object.__setattr__(changed, "origin", lambda name: origin if name == "func_d" else self.origin(name))
+        return changed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         return self  # frozen, and what every copy of a patched module refers to

@@ -10,8 +10,8 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-#: timm's versions are tested in folders of their own, and its tests go with the newest.
-IN_FOLDERS = ("timm",)
+#: Hosts whose versions are tested in folders of their own; their other tests go with the newest.
+IN_FOLDERS = ("timm", "transformers")
 
 
 def constraints(project: dict) -> list[str]:

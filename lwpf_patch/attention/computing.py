@@ -11,7 +11,7 @@ from .checks import check_inputs, with_fitting_mask
 
 # While torch.compile traces, a note is made once, at tracing, and leaves neither a node nor a guard.
 mark_used = compiling.constant(reporting.mark_used)
-_note_backend = compiling.constant(reporting.note_backend)
+note_backend = compiling.constant(reporting.note_backend)
 
 
 def attend(call: Call, backend: str, host: str) -> Tensor:
@@ -46,5 +46,5 @@ def attend(call: Call, backend: str, host: str) -> Tensor:
 
 def _compute(call: Call, backend: str, host: str) -> Tensor:
     chosen, why = backends.choose(backend, call)
-    _note_backend(host, chosen.name, why)
+    note_backend(host, chosen.name, why)
     return chosen.compute(call)

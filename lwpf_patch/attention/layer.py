@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from .. import normalising, tracing, watching
+from ..autocasting import in_autocast, without_autocast
 from ..backends import Call
 from ..backends import eager_form as eager
 from ..errors import SettingsError
 from ..specs import Sep
-from .computing import attend, mark_used
+from .computing import attend, mark_used, note_backend
 from .operator import lwpf_attention, partial_forgetting
 from .owned import OwnedFuncD
 from .watched import SCRIPTED, miss, show_call, show_scores
@@ -81,7 +82,7 @@ class HostFuncD(OwnedFuncD):
         else:
             if isinstance(scores, fx.Proxy):
                 return tracing.call_method(self, HostFuncD.softmax.__name__, (scores,), {"dim": dim})
-            if self.is_plain() and not has_torch_function_unary(scores):
+            if self.is_plain() and not watching.on and not has_torch_function_unary(scores):
                 mark_used(self.host)
                 return scores.softmax(dim)
             forgotten, mask = self(scores, dim=dim)
@@ -125,6 +126,80 @@ class HostFuncD(OwnedFuncD):
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
         forgotten, mask = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)
         return eager.retrieve(forgotten, mask, value, dropout_p, self.sep[0], self.sep[1]).to(dtype)
+
+    def attention_with_weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        head_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute attention with partial forgetting step by step, with what no fused kernel has.
+
+        Args:
+            query: (B, H, L, E).
+            key: (B, H, S, E).
+            value: (B, H, S, Ev).
+            attn_mask: As for :func:`lwpf_patch.lwpf_attention`.
+            dropout_p: As there.
+            is_causal: As there.
+            scale: As there.
+            enable_gqa: As there.
+            softcap: The bound of the scores before the mask, ``softcap * tanh(s / softcap)``; None: there is none.
+            sinks: Scores of keys without a value, (B, H, L, n): they are part of the denominator and are not forgotten.
+            head_mask: Multiplies the weights, broadcastable to (B, H, L, S).
+
+        Returns:
+            The output, (B, H, L, Ev), and the weights D' * w that multiplied the values, (B, H, L, S).
+
+        Raises:
+            SettingsError: A backend was asked for that cannot do that.
+        """
+        if self.backend not in ("auto", "eager", "plain"):
+            raise SettingsError(
+                f"backend {self.backend!r} (of {self.host or 'func_d'}) cannot return the attention weights, nor bound "
+                "the scores (softcap), nor take sinks or a head mask: use backend='auto' or 'eager'"
+            )
+        mark_used(self.host)
+        note_backend(self.host, "eager", "the weights are asked for, or softcap, sinks or a head mask")
+        device = query.device.type
+        if in_autocast(device):
+            with without_autocast(device):
+                return self.attention_with_weights(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, sinks, head_mask
+                )
+        dtype = query.dtype
+        query, key, value = eager.prepare(query, key, value, enable_gqa)
+        scores, _ = eager.attention_scores(query, key, None, False, scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        excluded = None
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            excluded = ~attn_mask
+            hidden = torch.finfo(scores.dtype).min if self.is_plain() else float("-inf")
+            scores = scores.masked_fill(excluded, hidden)
+        elif attn_mask is not None:
+            excluded = attn_mask <= self.highest_hidden(attn_mask)
+            scores = scores + attn_mask.to(scores.dtype)
+        kept: Tensor | None = None
+        if not self.is_plain():
+            scores, kept = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)
+        with_sinks = scores if sinks is None else torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+        weights = self.normalise(with_sinks)[..., : scores.size(-1)]
+        if dropout_p > 0.0:
+            weights = F.dropout(weights, dropout_p, True)
+        weights = weights if kept is None else kept * weights
+        weights = weights if head_mask is None else weights * head_mask
+        return (weights @ value).to(dtype), weights.to(dtype)
 
     def __prepare_scriptable__(self) -> "HostFuncD":
         if self.sep[0] != 1.0:

@@ -7,6 +7,7 @@ import os
 import sys
 
 from ..comparing.command import Subparsers
+from ..hosting import RegisteredHost
 from ..hosts import HOSTS
 from ..options import split_list
 from ..settings import Settings, check_hosts, flag_of
@@ -38,6 +39,14 @@ def _diff(options: argparse.Namespace) -> int:
     }
     settings = Settings(**patterns, uhop=options.uhop, origin=flag_of)
     diff = "".join(plan.diff() for name in names for plan in HOSTS[name].plans(settings))
+    for name in names:
+        if isinstance(HOSTS[name], RegisteredHost):
+            places = ", ".join(HOSTS[name].places_of_attention())
+            print(
+                f"{name}: nothing is rewritten. It takes attention by an interface of its own ({places}), with which "
+                "lwpf_patch registers",
+                file=sys.stderr,
+            )
     automatic = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if options.color == "always" or (options.color == "auto" and automatic):
         diff = "".join(map(_coloured, diff.splitlines(keepends=True)))

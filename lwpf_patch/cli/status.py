@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from .. import __version__
 from ..comparing.command import Subparsers
 from ..errors import HostNotInstalledError, LwpfError
-from ..hosting import Host
+from ..hosting import Host, SiteStatus
 from ..hosts import HOSTS
 from ..patching.schema import HostDescription, ShimStatus, describe_shim
 from ..settings import Settings, asked_to_observe, describe_backend, from_environment, in_words
@@ -134,10 +134,13 @@ def _status(options: argparse.Namespace) -> int:
             continue
         print(f"\n{name} {host['version']}: these would be patched")
         for site in host["sites"]:
-            known = (
-                f"known, as in {site['known']}" if site["known"] else "not tested with this version; its shape is known"
-            )
-            print(f"  {site['name']:<45} {known}")
+            print(f"  {site['name']:<45} {_what_is_known(site)}")
         for shim in host["shims"]:
             print(f"  shim: {shim['name']} ({'needed' if shim['needed'] else 'not needed here'}): {shim['why']}")
     return 0
+
+
+def _what_is_known(site: SiteStatus) -> str:
+    if site["hash"] is None:
+        return "takes attention by an interface; nothing is rewritten"
+    return f"known, as in {site['known']}" if site["known"] else "not tested with this version; its shape is known"

@@ -1,18 +1,20 @@
 """What a host is made of: all that those in the box use, and that one of your own needs.
 
 Describe a library by a :class:`RewrittenHost` (its sites, what their modules get, the edits) or a
-:class:`RegisteredHost` (an interface by which it takes attention), and make it known by
-:func:`lwpf_patch.register_host`.
+:class:`RegisteredHost` (an interface by which it takes attention; :class:`ModularHost` where that interface hands over
+the attention module), and make it known by :func:`lwpf_patch.register_host`.
 """
 
 from ..reporting import info, warn
 from ..rewriting import Edit, Function, Splice, forget_around_softmax, hide, map_query, sdpa_calls, softmax_call
 from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, HostModule, Order
 from .contract import Host, RegisteredHost, SiteStatus
+from .modular import AttachedModules, ModularHost
 from .rewritten import RewrittenHost, Site, multiply_rows
 from .shims import Replacement, Shim
 
 __all__ = [
+    "AttachedModules",
     "Attachment",
     "Edit",
     "FeatureMapAttachment",
@@ -21,6 +23,7 @@ __all__ = [
     "Function",
     "Host",
     "HostModule",
+    "ModularHost",
     "Order",
     "RegisteredHost",
     "Replacement",

@@ -196,20 +196,22 @@ class RegisteredHost(Host):
             no model tells it of ``train()``. Where the library says whether it trains, call
             :func:`lwpf_patch.lwpf_attention` with this func_d and ``training=``. Registers that with the library, and
             returns what undoes it.
+        refused: The settings that it cannot meet.
     """
 
     places: tuple[str, ...]
     register: Callable[[ModuleType, HostFuncD], Callable[[], None]]
+    refused: Sequence[str] = ("uhop", "include", "exclude", "exclude_models")
 
     def places_of_attention(self) -> list[str]:
         """Return the names of the modules that have the interface."""
         return list(self.places)
 
     def check(self, settings: Settings) -> None:
-        """Check that no more is asked for than func_d, sep, masking and backend; see :meth:`Host.check`."""
+        """Check that nothing is asked for that such a host cannot do; see :meth:`Host.check`."""
         given = {"uhop": settings.uhop is not None, "include": settings.include != ("*",),
                  "exclude": settings.exclude != (), "exclude_models": settings.exclude_models != ()}  # fmt: skip
-        for option in (option for option, is_given in given.items() if is_given):
+        for option in (option for option, is_given in given.items() if is_given and option in self.refused):
             raise SettingsError(
                 f"{option} (from {settings.origin(option)}): {self.name} takes its attention by an interface of its "
                 f"own, for all models alike and without feature maps; leave {option} out"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import reporting
 from ..errors import ConflictError, HostNotInstalledError, LwpfError, RewriteError
-from ..hosting import Host, RegisteredHost, RewrittenHost, Site
+from ..hosting import Host, ModularHost, RegisteredHost, RewrittenHost, Site
 from ..hosting.shims import AppliedShim
 from ..hosts import HOSTS
 from ..rewriting import source_of
@@ -170,8 +170,33 @@ def _register(applied: PatchedHost, module: ModuleType) -> None:
     assert isinstance(applied.host, RegisteredHost)
     _shim(applied, module)
     if module.__name__ in applied.host.places_of_attention():
+        if isinstance(applied.host, ModularHost):
+            _register_modules(applied, applied.host, module)
+            return
         func_d = applied.host.prototypes(applied.settings)["func_d"]
         applied.registered[module.__name__] = applied.host.register(module, func_d)
+
+
+def _register_modules(applied: PatchedHost, host: ModularHost, module: ModuleType) -> None:
+    """Patch a module of a host that hands over its attention modules, which get their func_d."""
+    from .attached_modules import AttachedModules
+
+    modules = AttachedModules(host, applied.settings)
+
+    def undo() -> None:
+        undo_register()
+        modules.detach()
+        discard_compiled()
+
+    try:
+        undo_register = host.register(module, modules)
+    except BaseException:
+        modules.detach()
+        raise
+    modules.settle()
+    applied.registered[module.__name__] = undo
+    applied.modules = modules
+    discard_compiled()
 
 
 def _watch_imports(host: Host) -> None:

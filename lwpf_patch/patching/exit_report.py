@@ -14,6 +14,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import reporting
+from ..hosting import ModularHost
 from ..observing import requesting
 from . import importing, owners
 
@@ -113,6 +114,11 @@ def _of_host(name: str, applied: PatchedHost) -> str | None:
         return (
             f"{name} was asked to be patched, but this program never imported {wanted}: nothing ran with partial "
             "forgetting"
+        )
+    if not reporting.was_used(name) and isinstance(applied.host, ModularHost):
+        return (
+            f"{name} was patched, but no patched attention was ever called: nothing ran with partial forgetting. The "
+            f"model {applied.host.no_model}"
         )
     if not reporting.was_used(name):
         classes = sorted({site.site.name for site in applied.sites} or applied.registered)

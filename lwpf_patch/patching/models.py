@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConflictError, SettingsError, shown
-from ..hosting import RewrittenHost, Site
+from ..hosting import ModularHost, RewrittenHost, Site
 from ..hosting.attachments import Order, is_trained
 from ..hosting.rewritten import names_included
 from ..hosts import HOSTS
@@ -71,6 +71,9 @@ def patch_model(
         exclude=exclude,
         origin=origin,
     )
+    for host in _modular_hosts():
+        if modules := host.modules_of(model):
+            return _patch_modules(model, host, modules, settings)
     sites = {name: site_of(type(module)) for name, module in model.named_modules()}
     found = {
         name: site
@@ -123,6 +126,14 @@ def unpatch_model(model: nn.Module) -> list[str]:
         SettingsError: It is no model.
     """
     _check_model(model, "unpatch_model")
+    for modular in _modular_hosts():
+        alone = {name: each for name, each in modular.modules_of(model).items() if _is_patched_alone(each)}
+        for module in alone.values():
+            del module.func_d
+        if alone:
+            modular.unpatch(model)
+            changing.discard_compiled()
+            return list(alone)
     names = [name for name, module in model.named_modules() if _plain_class(type(module)) is not type(module)]
     lost = 0
     for name in names:
@@ -137,6 +148,32 @@ def unpatch_model(model: nn.Module) -> list[str]:
     warn_of_loss(lost, type(model).__name__)
     changing.discard_compiled()
     return names
+
+
+def _patch_modules(model: nn.Module, host: ModularHost, modules: dict[str, nn.Module], settings: Settings) -> list[str]:
+    """Give modules of a host with an interface their func_d; those that are not chosen forget nothing."""
+    host.check(Settings(uhop=settings.uhop, origin=settings.origin))
+    chosen = _included(modules, settings)
+    prototype = host.prototypes(settings)["func_d"]
+    for name, module in modules.items():
+        if name not in chosen and _is_patched_alone(module):
+            continue
+        cls = type(module)
+        order = Order(
+            host.name, cls.__module__, f"{cls.__qualname__}.forward", settings, settings, prototype,
+            plain=name not in chosen,
+        )  # fmt: skip
+        part = host.attachment.make(module, order)
+        part.train(module.training)
+        module.func_d = part
+    host.patch(model)
+    changing.discard_compiled()
+    return chosen
+
+
+def _is_patched_alone(module: nn.Module) -> bool:
+    part: Any = module._modules.get("func_d")
+    return part is not None and not part.attached
 
 
 def _check_model(model: object, function: str) -> None:
@@ -184,6 +221,10 @@ def _included(found: dict[str, Any], settings: Settings) -> list[str]:
 
 def _rewritten_hosts() -> list[RewrittenHost]:
     return [host for host in HOSTS.values() if isinstance(host, RewrittenHost)]
+
+
+def _modular_hosts() -> list[ModularHost]:
+    return [host for host in HOSTS.values() if isinstance(host, ModularHost)]
 
 
 def site_of(cls: type) -> tuple[RewrittenHost, Site] | None:

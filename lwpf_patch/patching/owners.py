@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from ..hosting import RewrittenHost
+from ..hosting import ModularHost, RewrittenHost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,7 @@ def unmatched(patterns: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if pattern not in _matched]
 
 
-def names_in_construction(module: nn.Module, host: RewrittenHost) -> set[str]:
+def names_in_construction(module: nn.Module, host: RewrittenHost | ModularHost) -> set[str]:
     """Return the names of the models that a module is being constructed for.
 
     These are the names of the classes whose constructors are running, and what the host's functions were asked for.
@@ -52,7 +52,7 @@ def names_in_construction(module: nn.Module, host: RewrittenHost) -> set[str]:
     return names
 
 
-def names_of(model: nn.Module, host: RewrittenHost) -> set[str]:
+def names_of(model: nn.Module, host: RewrittenHost | ModularHost) -> set[str]:
     """Return the names of a model: those of its class, and what the host calls it."""
     return {*_class_names(type(model)), *(host.names_of_model(model) if host.names_of_model is not None else ())}
 
@@ -85,7 +85,7 @@ class Owners:
                     waiting.append(owner)
         return list(found.values())
 
-    def names(self, module: nn.Module, host: RewrittenHost) -> Iterator[str]:
+    def names(self, module: nn.Module, host: RewrittenHost | ModularHost) -> Iterator[str]:
         """Return the names of the models that a module is part of."""
         for model in self.of(module):
             yield from names_of(model, host)

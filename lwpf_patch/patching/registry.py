@@ -206,7 +206,7 @@ def _host_status(host: Host) -> HostStatus:
         "called": reporting.was_used(host.name),
         "backends": reporting.backends_of(host.name),
         "shims": [_shim_status(applied, shim) for shim in host.shims],
-        "modules": len(living(applied.makers.owners())),
+        "modules": len(applied.modules) or len(living(applied.makers.owners())),
         "feature_maps": _feature_maps(host.name) if applied.settings.uhop is not None else None,
         "settings": applied.settings.describe(),
         # by name: a module that was reloaded has two classes of one name, both patched

@@ -6,7 +6,7 @@ Nothing here imports torch before a host is there to be patched.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class PatchedHost:
         sites: What has been patched of it so far.
         shims: The compatibility shims that are in place.
         registered: Of a host with an interface: for each module that has it, what undoes the registration.
+        modules: Of a host that hands over its attention modules: those that have a func_d.
         seen: The modules that are known to be there, imported or not.
         complete: Whether every site that was asked for has been found.
         misfits: The sites that are left as they are, since the shape of their source is not known, and why.
@@ -45,6 +46,7 @@ class PatchedHost:
     sites: list[PatchedSite] = field(default_factory=list)
     shims: list[AppliedShim] = field(default_factory=list)
     registered: dict[str, Callable[[], None]] = field(default_factory=dict)
+    modules: Sized = ()
     seen: set[str] = field(default_factory=set)
     complete: bool = False
     misfits: dict[str, str] = field(default_factory=dict)

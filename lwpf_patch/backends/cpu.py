@@ -14,7 +14,9 @@ the dropout mask):
 A forgotten key has no gradient of its own. Where b is the threshold a, and a the median, db goes to the scores that are
 equal to the median, shared evenly.
 
-Short sequences, whose weights may be kept in that memory too, go to :mod:`lwpf_patch.backends.cpu_kept`.
+:mod:`lwpf_patch.backends.cpu_native` computes the same in C++ where there is a compiler, and comes first. What is left
+are dropout and gradients of masks; of these, short sequences, whose weights may be kept in that memory too, go to
+:mod:`lwpf_patch.backends.cpu_kept`.
 """
 
 from __future__ import annotations
@@ -240,9 +242,7 @@ _registered = torch.library.custom_op("lwpf_patch::cpu_attention", _forward, mut
 
 
 @_registered.register_fake
-def _fake(
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n, eps, seed
-):  # type: ignore[no-untyped-def]
+def _fake(query, key, value, *rest):  # type: ignore[no-untyped-def]
     rows = query.new_empty(query.shape[:2])
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)

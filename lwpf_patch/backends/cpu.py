@@ -130,7 +130,7 @@ def attention(
     onednn = _onednn_suits(flat[0].dtype)
     heads = max(1, lead[-1]) if lead else 1
     mask_needs_grad = mask is not None and mask.requires_grad
-    if cpu_native.suits(*flat, dropout_p, mask_needs_grad) and _native_is_there():
+    if cpu_native.suits(flat, dropout_p, mask_needs_grad) and _native_is_there():
         chosen = native_operator
     else:
         chosen = cpu_kept.operator if cpu_kept.suits(*flat) else operator

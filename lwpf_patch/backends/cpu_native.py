@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,19 +203,20 @@ def why_not() -> str | None:
             grad = drawn[3, :, :141].contiguous()
             wanted_grads = torch.autograd.grad(wanted, (query, key, value), grad)
         with torch.no_grad():
-            common = (1, 0.0, False, 0, 2, False, None, None, 0.0)
+            common: tuple[Any, ...] = (1, 0.0, False, 0, 2, False, None, None, 0.0)
             eps = query.new_zeros(())
             saved = forward(query, key, value, 0.3, None, *common, eps, eps)
-            grads = backward(grad, query, key, value, 0.3, None, *saved, eps, *common, False)
+            rest: tuple[Any, ...] = (*saved, eps, *common, False)
+            grads = backward(grad, query, key, value, 0.3, None, *rest)
             for got, right in zip((saved[0], *grads), (wanted, *wanted_grads), strict=False):
                 if not float((got - right).abs().max()) <= allowed * float(right.abs().max()):
                     return f"{library.path} computes something else than the eager form"
     return None
 
 
-def suits(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, mask_needs_grad: bool) -> bool:
-    """Return whether a call of the operator's arguments, flat, is computed here."""
-    return dropout_p == 0 and not mask_needs_grad and min(query.numel(), key.numel(), value.numel()) > 0
+def suits(tensors: list[Tensor], dropout_p: float, mask_needs_grad: bool) -> bool:
+    """Return whether a call with such a query, key and value is computed here."""
+    return dropout_p == 0 and not mask_needs_grad and all(tensor.numel() > 0 for tensor in tensors)
 
 
 def _padded(tensor: Tensor) -> Tensor:

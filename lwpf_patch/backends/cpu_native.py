@@ -205,7 +205,8 @@ def why_not() -> str | None:
         with torch.no_grad():
             common: tuple[Any, ...] = (1, 0.0, False, 0, 2, False, None, None, 0.0)
             eps = query.new_zeros(())
-            saved = forward(query, key, value, 0.3, None, *common, eps, eps)
+            given: tuple[Any, ...] = (*common, eps, eps)
+            saved = forward(query, key, value, 0.3, None, *given)
             rest: tuple[Any, ...] = (*saved, eps, *common, False)
             grads = backward(grad, query, key, value, 0.3, None, *rest)
             for got, right in zip((saved[0], *grads), (wanted, *wanted_grads), strict=False):

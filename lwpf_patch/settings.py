@@ -42,8 +42,10 @@ DEFAULTS: dict[str, Any] = {"sep": Sep(), "masking": "exclude", "backend": "auto
 PARTIALS = ("warn", "allow", "error")
 #: What becomes of a model that was pickled with its host patched, where that is not patched.
 UNPICKLINGS = ("error", "patch")
-#: Variables with our prefix that mean something elsewhere (the test suite).
-OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS",)
+#: Whether the CPU computes with what a compiler makes at its first use, where there is one; a variable alone.
+NATIVE = "LWPF_NATIVE"
+#: Variables with our prefix that are no setting: what the test suite reads, and NATIVE.
+OTHER_VARIABLES = ("LWPF_REQUIRE_HOSTS", NATIVE)
 
 #: What users may give as hosts, and as patterns: one, several, or text with commas.
 HostNames: TypeAlias = str | Iterable[str]

@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwpf_patch import PFU, FuncD, ReLU, lwpf_attention
-from lwpf_patch.backends import cpu, cpu_kept
+from lwpf_patch.backends import cpu, cpu_kept, cpu_native
 
 pytestmark = fuzzing.timeout
 
 NAN, INF = math.nan, math.inf
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 RELU = Forgetting("relu")
-WAYS = ("eager", "cpu, made again", "cpu, kept")
+WAYS = ("eager", "cpu, made again", "cpu, kept", "cpu, native")
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ def compute(call: Call) -> tuple[Tensor, list[Tensor]]:
     backend, *_ = call.way.split(", ")
     with (
         mock.patch.object(cpu, "TILE", 8),
+        mock.patch.object(cpu_native, "suits", cpu_native.suits if "native" in call.way else lambda *arguments: False),
         mock.patch.object(cpu_kept, "suits", return_value=call.way.endswith("kept")),
     ):
         out = lwpf_attention(

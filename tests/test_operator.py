@@ -15,7 +15,17 @@ from torch.nn import functional as F
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention, transforms
 from lwpf_patch.attention import HostFuncD
-from lwpf_patch.backends import cpu, cpu_kept, cpu_median, cpu_primitives, cpu_products, eager_form, operators, tiles
+from lwpf_patch.backends import (
+    cpu,
+    cpu_kept,
+    cpu_median,
+    cpu_native,
+    cpu_primitives,
+    cpu_products,
+    eager_form,
+    operators,
+    tiles,
+)
 from lwpf_patch.specs import parse_sep
 
 INF = float("inf")
@@ -29,12 +39,19 @@ FUNC_DS = {
 }
 
 
-@pytest.fixture(params=["eager", "cpu, made again", "cpu, kept", "cpu, made again, by heads", "cpu, kept, by heads"])
+@pytest.fixture(
+    params=["eager", "cpu, native", "cpu, made again", "cpu, kept", "cpu, made again, by heads", "cpu, kept, by heads"]
+)
 def backend(request, monkeypatch):
     """Every backend; all ways of the CPU's, with tiles so small that there are many."""
     monkeypatch.setattr(cpu, "TILE", 64)
     name, *way = request.param.split(", ")
-    if way:
+    if way == ["native"]:
+        if not cpu_native.is_there():
+            pytest.skip(cpu_native.why_not())
+        assert cpu_native.why_not() is None
+    elif way:
+        monkeypatch.setattr(cpu_native, "suits", lambda *arguments: False)
         monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: "kept" in way)
     if "by heads" in way:  # as oneDNN multiplies, which knows float32 only
         monkeypatch.setattr(cpu, "_onednn_suits", lambda dtype: True)
@@ -45,7 +62,8 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["scores made again", "weights kept"])
 def kept(request, monkeypatch):
-    """Both ways of the CPU's backend."""
+    """Both ways of the CPU's backend by PyTorch's operators."""
+    monkeypatch.setattr(cpu_native, "suits", lambda *arguments: False)
     monkeypatch.setattr(cpu_kept, "suits", lambda *tensors: request.param)
     return request.param
 
@@ -857,6 +875,7 @@ def test_onednn_multiplies_any_layout(turned):
 @pytest.mark.parametrize("causal", [False, True])
 def test_onednn_multiplies_where_there_are_many_scores(func_d, causal, monkeypatch):
     """In float32, with errors of no more than a small factor of the eager form's; all agree on the scores."""
+    monkeypatch.setattr(cpu_native, "suits", lambda *arguments: False)
     monkeypatch.setattr(cpu, "_onednn_suits", lambda dtype: True)
     multiply, calls = cpu_products.linear, []
     monkeypatch.setattr(cpu_products, "linear", lambda *matrices: (calls.append(1), multiply(*matrices))[1])

@@ -14,11 +14,14 @@ the dropout mask):
 A forgotten key has no gradient of its own. Where b is the threshold a, and a the median, db goes to the scores that are
 equal to the median, shared evenly.
 
-Short sequences, whose weights may be kept in that memory too, go to :mod:`lwpf_patch.backends.cpu_kept`.
+:mod:`lwpf_patch.backends.cpu_native` computes the same in C++ where there is a compiler, and comes first. What is left
+are dropout and gradients of masks; of these, short sequences, whose weights may be kept in that memory too, go to
+:mod:`lwpf_patch.backends.cpu_kept`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import compiling
-from . import cpu_kept, cpu_products
+from . import cpu_kept, cpu_native, cpu_products
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .base import Call, FusedBackend
 from .cpu_median import TIES, median
@@ -126,15 +129,23 @@ def attention(
     noise = torch.zeros((), dtype=flat[0].dtype) if eps is None else eps.to(flat[0].dtype)
     onednn = _onednn_suits(flat[0].dtype)
     heads = max(1, lead[-1]) if lead else 1
-    out = (cpu_kept.operator if cpu_kept.suits(*flat) else operator)(
-        *flat, factor, mask, heads, dropout_p, is_causal, TILE, _threads(), onednn, mu, bias, n, noise, seed
-    )
+    mask_needs_grad = mask is not None and mask.requires_grad
+    if cpu_native.suits(flat, dropout_p, mask_needs_grad) and _native_is_there():
+        chosen = native_operator
+    else:
+        chosen = cpu_kept.operator if cpu_kept.suits(*flat) else operator
+    out = chosen(*flat, factor, mask, heads, dropout_p, is_causal, TILE, _threads(), onednn, mu, bias, n, noise, seed)
     return out.reshape(*lead, *out.shape[-2:]).to(dtype)
 
 
 @compiling.constant
 def _threads() -> int:
     return min(torch.get_num_threads(), 32)
+
+
+@compiling.constant
+def _native_is_there() -> bool:
+    return cpu_native.is_there()
 
 
 @compiling.constant
@@ -231,7 +242,7 @@ _registered = torch.library.custom_op("lwpf_patch::cpu_attention", _forward, mut
 
 
 @_registered.register_fake
-def _(query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n, eps, seed):  # type: ignore[no-untyped-def]
+def _fake(query, key, value, *rest):  # type: ignore[no-untyped-def]
     rows = query.new_empty(query.shape[:2])
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
@@ -318,7 +329,7 @@ _registered_backward = torch.library.custom_op(
 
 
 @_registered_backward.register_fake
-def _(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-def]
     grad_mask = torch.empty_like(mask) if mask is not None and rest[-1] else query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
 
@@ -343,4 +354,28 @@ def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[An
 
 operator = DirectOperator(
     (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients, gradients_again
+)
+
+
+def _native_or(tiled: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a pass that is computed natively, or tile by tile where what was compiled does not do what it should."""
+
+    @functools.wraps(tiled)
+    def compute(*arguments: Any) -> Any:
+        return (native if cpu_native.why_not() is None else tiled)(*arguments)
+
+    return compute
+
+
+_native_passes = _native_or(_forward, cpu_native.forward), _native_or(_backward, cpu_native.backward)
+_registered_native = torch.library.custom_op(
+    "lwpf_patch::cpu_native_attention", _native_passes[0], mutates_args=(), device_types="cpu"
+)
+_registered_native_backward = torch.library.custom_op(
+    "lwpf_patch::cpu_native_attention_backward", _native_passes[1], mutates_args=(), device_types="cpu"
+)
+_registered_native.register_fake(_fake)
+_registered_native_backward.register_fake(_fake_backward)
+native_operator = DirectOperator(
+    (_registered_native, _registered_native_backward), _native_passes, _setup_context, _gradients, gradients_again
 )

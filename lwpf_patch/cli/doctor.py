@@ -57,7 +57,21 @@ def _doctor(options: argparse.Namespace) -> int:
             print(child.stderr, end="", file=sys.stderr)
     if not healthy:
         print(f"The hook {HOOK} does not run: install this package with pip into this interpreter's environment.")
+    print_native()
     return 0 if check_kernels() and healthy else 1
+
+
+def print_native() -> None:
+    """Say whether the attention of the CPU is compiled here; it is at once, where it has not been before."""
+    try:
+        from ..backends import cpu_native
+    except ImportError:  # which is said of the kernels
+        return
+    reason = cpu_native.why_not()
+    if reason is None:
+        print(f"attention on the CPU: compiled, compared with the eager form: right ({cpu_native.path()})")
+    else:
+        print(f"attention on the CPU: not compiled, PyTorch's operators compute it: {reason}")
 
 
 def check_kernels(devices: Sequence[str] | None = None) -> bool:

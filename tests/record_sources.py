@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from lwpf_patch.hosts import HOSTS, known
@@ -30,14 +31,25 @@ def record(host: str, version: str, folder: Path | None) -> None:
         sys.path.insert(0, str(folder))
     try:
         plans = HOSTS[host].plans(Settings(uhop="on"))
+        versions = {package: _version(package) for package in {_package(plan.module) for plan in plans} - {host}}
     finally:
         if folder is not None:
             sys.path.remove(str(folder))
             sys.path_importer_cache.clear()
     for plan in plans:
         for qualname, digest in plan.hashes.items():
-            known.add(host, qualname, digest, version)
-            print(f"{host} {version}: {plan.module}.{qualname} {digest}")
+            package = _package(plan.module)
+            of_package = versions.get(package, version).partition("+")[0]
+            known.add(package, qualname, digest, of_package)
+            print(f"{package} {of_package}: {plan.module}.{qualname} {digest}")
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _version(package: str) -> str:
+    return metadata.version(metadata.packages_distributions()[package][0])
 
 
 def main() -> None:

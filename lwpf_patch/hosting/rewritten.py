@@ -30,6 +30,9 @@ class Site:
         attachments: What the modules of its class get. Each comes with the edit that has the function use it.
         edit: What else turns it into attention with partial forgetting, such as for a function without a class, which
             is passed what its callers got; it may ask which attachments come in (``function.parts``).
+        goes_with: The qualified name of the site that it works only together with: it is patched if that is, and
+            patterns do not match it by itself; empty: it stands alone.
+        part: The name of the attachment without which there is nothing to edit; empty: there always is.
     """
 
     module: str
@@ -37,6 +40,8 @@ class Site:
     known: Mapping[str, str]
     attachments: tuple[Attachment, ...] = ()
     edit: Edit | None = None
+    goes_with: str = ""
+    part: str = ""
 
     @property
     def name(self) -> str:
@@ -47,6 +52,16 @@ class Site:
     def owner(self) -> str:
         """The class that the function belongs to; empty for a function of the module, which gets func_d passed."""
         return self.qualname.rpartition(".")[0]
+
+    @property
+    def leader(self) -> str:
+        """The qualified name of the site that it goes with, which may be itself."""
+        return self.goes_with or self.qualname
+
+    @property
+    def is_companion(self) -> bool:
+        """Whether it is a method around attention modules that holds no attention itself."""
+        return bool(self.owner) and not self.attachments
 
     @property
     def feature_map(self) -> FeatureMapAttachment | None:
@@ -65,7 +80,7 @@ class Site:
 
     def edits(self, parts: Container[str]) -> list[Edit]:
         """Return the edits that bring some parts in."""
-        edits = [] if self.edit is None else [self.edit]
+        edits = [] if self.edit is None or (self.part and self.part not in parts) else [self.edit]
         return edits + [each.edit for each in self.attachments if each.edit is not None and each.name in parts]
 
 
@@ -126,9 +141,15 @@ class RewrittenHost(Host):
         Raises:
             SettingsError: A pattern matches no site, or no site is left.
         """
-        names = [site.name for site in self.sites]
+        leaders = [site for site in self.sites if not site.goes_with]
+        names = [site.name for site in leaders]
         included = names_included(settings, names, f"site of {self.name}; its sites are {', '.join(names)}")
-        left = tuple(site for site in self.sites_with_a_part(settings) if site.name in included)
+        chosen = {site.qualname for site in leaders if site.name in included}
+        left = tuple(
+            site
+            for site in self.sites_with_a_part(settings)
+            if (site.leader in chosen if site.goes_with else site.name in included)
+        )
         if not left:
             raise SettingsError(
                 f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} "

@@ -61,15 +61,28 @@ def on_import(module: ModuleType) -> None:
             for applied in PATCHED.values():
                 _expect_classes(applied)
         return
+    if importing.is_executing(_TORCH):
+        return  # its turn comes with all of torch, which what is attached needs
     with LOCK:
         for applied in list(PATCHED.values()):
-            if module.__name__ in applied.host.modules():
+            for each in _just_imported(applied.host, module):
                 if isinstance(applied.host, RegisteredHost):
-                    _register(applied, module)
+                    _register(applied, each)
                 else:
-                    _patch_imported(applied, module)
+                    _patch_imported(applied, each)
             if module.__name__ in (applied.host.name, *applied.host.modules()):
                 _announce(applied, module.__name__)
+
+
+#: The host that what is attached needs itself: it is patched once all of it has been imported.
+_TORCH = "torch"
+
+
+def _just_imported(host: Host, module: ModuleType) -> list[ModuleType]:
+    """Return the modules of a host that come with one that has just been imported."""
+    if module.__name__ == _TORCH:
+        return [each for name, each in _loaded(host).items() if name.startswith(f"{_TORCH}.")]
+    return [module] if module.__name__ in host.modules() else []
 
 
 def on_not_found(name: str, where: str) -> None:
@@ -205,7 +218,8 @@ def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
             with LOCK:
                 PATCHED[host.name] = new
                 _watch_imports(host)
-            if stuck := importing.wait_for(host.modules()):
+            whole = [_TORCH] if host.name == _TORCH else []
+            if stuck := importing.wait_for([*whole, *host.modules()]):
                 raise LwpfError(_in_the_middle(host, stuck[0]))
         else:
             new.makers = old.makers
@@ -348,6 +362,8 @@ def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSit
 
 
 def _loaded(host: Host) -> dict[str, ModuleType]:
+    if importing.is_executing(_TORCH):
+        return {}
     found = {name: sys.modules[name] for name in host.modules() if sys.modules.get(name) is not None}
     return {name: module for name, module in found.items() if not importing.is_initializing(module)}
 
@@ -370,6 +386,7 @@ def _rewritten(applied: PatchedHost) -> RewrittenHost:
 def _announce(applied: PatchedHost, just_imported: str = "") -> None:
     """Say what was patched once all that was asked for has been found; raises as :func:`_missing` does."""
     if applied.complete:
+        _announce_further(applied, just_imported)
         return
     if isinstance(applied.host, RegisteredHost):
         waits, places = not applied.registered, list(applied.registered)
@@ -385,6 +402,13 @@ def _announce(applied: PatchedHost, just_imported: str = "") -> None:
         f"{applied.host.described()}: {', '.join(places)} patched; "
         f"{in_words(settings, 'include', 'exclude', 'exclude_models', 'compat')}{left_out}"
     )
+
+
+def _announce_further(applied: PatchedHost, module: str) -> None:
+    """Say what was patched in another package, which was imported after all that the host must have."""
+    places = [site.site.owner or site.site.qualname for site in applied.sites if site.site.module == module]
+    if places and not module.startswith(f"{applied.host.name}."):
+        reporting.info(f"{applied.host.name}: {', '.join(dict.fromkeys(places))} of {module} patched, too")
 
 
 def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> list[PatchedSite]:

@@ -249,7 +249,7 @@ def _part_of_tree(source: str, name: str) -> ast.Module | None:
     if len(found) != 1 or re.search(rf"^[ \t]+(?:class|def) {name}\b|\f|\r", source, re.MULTILINE):
         return None
     match = re.search(rf"^{re.escape(found[0])}\b.*\n(?:(?:[ \t#)\]}}].*)?\n)*", source, re.MULTILINE)
-    if match is None or match[0].startswith("def "):  # what stands before a function may be its decorator
+    if match is None or _may_be_decorated(source, match.start()):
         return None
     future = re.findall(r"^from __future__ import [\w, ]+$", source, re.MULTILINE)
     if len(future) != source.count("from __future__"):
@@ -260,6 +260,12 @@ def _part_of_tree(source: str, name: str) -> ast.Module | None:
     except SyntaxError:  # it ends inside of a string
         return None
     return ast.Module([*imports.body, *definition.body], [])
+
+
+def _may_be_decorated(source: str, start: int) -> bool:
+    """Return whether what stands before a definition may be its decorator, which belongs to its syntax tree."""
+    before = [match[0] for match in re.finditer(r"^[^\s#)\]}]", source[:start], re.MULTILINE)]
+    return before[-1:] == ["@"]
 
 
 @functools.lru_cache(maxsize=1)

@@ -32,6 +32,9 @@ class Site:
             is passed what its callers got; it may ask which attachments come in (``function.parts``).
         goes_with: The qualified name of the site that it works only together with: it is patched if that is, and
             patterns do not match it by itself; empty: it stands alone.
+        copied_to: The name of the module that gets a copy of the patched function, under the name ``copy``, which the
+            patched code there calls; empty: none. torch.compile takes some functions of PyTorch's for operators, which
+            it does not look into, and would not know what to do with a func_d among their arguments.
         part: The name of the attachment without which there is nothing to edit; empty: there always is.
     """
 
@@ -41,6 +44,7 @@ class Site:
     attachments: tuple[Attachment, ...] = ()
     edit: Edit | None = None
     goes_with: str = ""
+    copied_to: str = ""
     part: str = ""
 
     @property
@@ -57,6 +61,11 @@ class Site:
     def leader(self) -> str:
         """The qualified name of the site that it goes with, which may be itself."""
         return self.goes_with or self.qualname
+
+    @property
+    def copy(self) -> str:
+        """The name of the copy of a function."""
+        return f"_lwpf_{self.qualname}"
 
     @property
     def is_companion(self) -> bool:

@@ -128,6 +128,7 @@ def pass_parts(function: Function) -> list[Splice]:
     splices = _passed(function, _MHA_FUNCTION, "self.")
     if not splices:
         raise RewriteError(f"{function.where} does not call {_MHA_FUNCTION}")
+    splices += [function.new_callee(call, f"_lwpf_{_MHA_FUNCTION}") for call in function.calls(_MHA_FUNCTION)]
     allowed = " and ".join(f"self.{name}.allows_fast_path()" for name in _parts(function))
     line = f'why_not_fast_path = why_not_fast_path or ("" if {allowed} else "lwpf_patch computes this attention")'
     return [*splices, function.line_before(_fast_path(function, "why_not_fast_path"), line)]
@@ -356,9 +357,11 @@ def example_in_clip(module: HostModule) -> tuple[Tensor, ...]:
 _NOT_SCRIPTED = "its method hands its func_d to a function, and functions of TorchScript take no modules"
 
 
-def _function(module: str, qualname: str, edit: Callable[[Function], list[Splice]], goes_with: str) -> Site:
-    package = module.partition(".")[0]
-    return Site(module, qualname, known.sources(package, qualname), edit=edit, goes_with=goes_with)
+def _function(
+    module: str, qualname: str, edit: Callable[[Function], list[Splice]], goes_with: str, copied_to: str = ""
+) -> Site:
+    sources = known.sources(module.partition(".")[0], qualname)
+    return Site(module, qualname, sources, edit=edit, goes_with=goes_with, copied_to=copied_to)
 
 
 def _around(qualname: str, edit: Callable[[Function], list[Splice]], part: str = "") -> Site:
@@ -388,7 +391,7 @@ HOST = RewrittenHost(
     name="torch",
     install="pip install torch",
     sites=(
-        _function("torch.nn.functional", _MHA_FUNCTION, forget_in_function, _MHA),
+        _function("torch.nn.functional", _MHA_FUNCTION, forget_in_function, _MHA, "torch.nn.modules.activation"),
         Site(
             "torch.nn.modules.activation",
             _MHA,

@@ -527,24 +527,26 @@ def _swap(applied: PatchedHost, sites: list[PatchedSite], functions: bool = True
 
 def _set_interim_defaults(sites: list[PatchedSite], host: RewrittenHost, applied: PatchedHost | None = None) -> None:
     """Have functions compute as the new state (None: unpatched) for callers that pass nothing yet, or no longer."""
-    functions = [site.function for site in sites if site.owner is None]
+    functions = [site for site in sites if site.owner is None]
     prototypes = applied.attachments().prototypes if functions and applied is not None else {}
     for function in functions:
-        function.__kwdefaults__ = {
-            each.name: each.in_function(prototypes.get(each.name), is_asked=False) for each in host.attachments()
-        }
+        function.set_defaults(
+            {each.name: each.in_function(prototypes.get(each.name), is_asked=False) for each in host.attachments()}
+        )
 
 
 def _set_defaults(sites: list[PatchedSite], applied: PatchedHost) -> None:
     """Have functions that are called without func_d, past the modules of their library, forget as their host does."""
-    functions = [site.function for site in sites if site.owner is None]
+    functions = [site for site in sites if site.owner is None]
     prototypes = applied.attachments().prototypes if functions else {}  # which needs torch
     for function in functions:
-        function.__kwdefaults__ = {
-            each.name: each.in_function(prototypes[each.name], is_asked=True)
-            for each in _rewritten(applied).attachments()
-            if each.name in prototypes
-        }
+        function.set_defaults(
+            {
+                each.name: each.in_function(prototypes[each.name], is_asked=True)
+                for each in _rewritten(applied).attachments()
+                if each.name in prototypes
+            }
+        )
 
 
 def discard_compiled() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Sequence
-from types import FunctionType, ModuleType
+from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -224,7 +224,7 @@ def _patched_class(cls: type, parts: frozenset[str]) -> type:
         )
     # The functions that the method passes its func_d to; it finds them in globals of its own.
     functions = [other for other in host.sites if not other.owner and other.leader in (other.qualname, site.leader)]
-    helpers = [_patched_function(host, other, parts) for other in functions]
+    helpers = {_patched_function(host, other, parts): other for other in functions}
     function = _patched_function(host, site, parts, helpers)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
@@ -245,7 +245,7 @@ def _patched_class(cls: type, parts: frozenset[str]) -> type:
 
 
 def _patched_function(
-    host: RewrittenHost, site: Site, parts: frozenset[str], helpers: Sequence[FunctionType] = ()
+    host: RewrittenHost, site: Site, parts: frozenset[str], helpers: Mapping[FunctionType, Site] | None = None
 ) -> FunctionType:
     """Make a function with a site's patched code beside the one that is there.
 
@@ -253,7 +253,7 @@ def _patched_function(
         host: The host.
         site: The site.
         parts: What comes in.
-        helpers: Patched functions that it calls in place of those that are there.
+        helpers: Patched functions that it calls in place of those that are there, with their sites.
     """
     (located,) = locate(host, sys.modules[site.module], [site], parts)
     plain = located.function
@@ -266,22 +266,17 @@ def _patched_function(
     return function
 
 
-def _namespace_with(helpers: Sequence[FunctionType], namespace: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a namespace that has some functions in place of those of the same module and name.
-
-    The names may be in the namespace, or in that of a module that it holds, such as ``F``, which is copied then.
-    """
+def _namespace_with(helpers: Mapping[FunctionType, Site], namespace: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a namespace that has some functions in place of those of the same module and name."""
     copied = dict(namespace)
-    for helper in helpers:
-        module = sys.modules[helper.__module__]
-        for name, value in list(copied.items()):
-            if value is getattr(module, helper.__name__):
-                copied[name] = helper
-                # In a trace by torch.fx a function stays whole where its module has asked for that in its namespace.
-                exec("wrap(name)", copied, {"wrap": fx.wrap, "name": name})
-            elif isinstance(value, ModuleType) and value.__name__ == module.__name__:
-                clone = copied[name] = ModuleType(module.__name__)
-                vars(clone).update({**vars(value), helper.__name__: helper})
+    for helper, site in helpers.items():
+        if site.copied_to == namespace["__name__"]:
+            copied[site.copy] = helper
+        plain = getattr(sys.modules[site.module], site.qualname)
+        for name in [name for name, value in namespace.items() if value is plain]:
+            copied[name] = helper
+            # In a trace by torch.fx a function stays whole where its module has asked for that in its namespace.
+            exec("wrap(name)", copied, {"wrap": fx.wrap, "name": name})
     return copied
 
 

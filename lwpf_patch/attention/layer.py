@@ -105,7 +105,7 @@ class HostFuncD(OwnedFuncD):
         if self.why_not_scripted:
             raise SettingsError(
                 f"torch.jit.script cannot compile a layer that is patched for {self.host or 'one model alone'}: "
-                f"{self.why_not_scripted}; use torch.compile, torch.export or torch.jit.trace, or revert the patch first"
+                f"{self.why_not_scripted}; use torch.compile, torch.export or torch.jit.trace, or revert the patch"
             )
         if self.sep[0] != 1.0:
             raise SettingsError(

@@ -49,12 +49,22 @@ def forget_in_function(function: Function) -> list[Splice]:
     fused = _only(function, "call of scaled_dot_product_attention", function.calls("scaled_dot_product_attention"))
     scores = "attn_output_weights"
     return [
+        *_unchecked_while_compiling(function),
         _parameters(function),
         *_passed(function, "handle_torch_function"),
         *([function.line_before(branches, "q = feature_map(q, k)")] if "feature_map" in function.parts else []),
         *_around_softmax(function, scores, f"softmax({scores}, dim=-1)", f"torch.bmm({scores}, v)"),
         function.new_callee(fused, "func_d.scaled_dot_product_attention"),
         function.new_argument(fused, "training=training"),
+    ]
+
+
+def _unchecked_while_compiling(function: Function) -> list[Splice]:
+    """Leave out the check of a mask's shape while torch.compile traces, which cannot trace its message."""
+    return [
+        Splice(function.end(node.test), function.end(node.test), " and not torch.compiler.is_compiling()")
+        for node in _statements(function)
+        if isinstance(node, ast.If) and ast.unparse(node.body[0]).startswith("_check_key_padding_mask(")
     ]
 
 
@@ -233,7 +243,9 @@ def _mapped_cosines(function: Function, source: str = "") -> list[Splice]:
 
 
 def _fast_path(function: Function, name: str) -> ast.If:
-    found = (node for node in function.node.body if isinstance(node, ast.If) and ast.unparse(node.test) == f"not {name}")
+    found = (
+        node for node in function.node.body if isinstance(node, ast.If) and ast.unparse(node.test) == f"not {name}"
+    )
     return _only(function, f"'if not {name}:'", found)
 
 
@@ -264,7 +276,7 @@ def heads(module: HostModule) -> tuple[int, int]:
 def projections(model: HostModule, module: HostModule) -> list[str]:
     """Return the names of the parameters that make queries and keys."""
     weights = ["in_proj_weight"] if module._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight"]
-    return [*weights, "in_proj_bias", "bias_k"]
+    return [*weights, "in_proj_bias", *(["bias_k"] if module.bias_k is not None else [])]
 
 
 def multiply(module: HostModule, matrix: Tensor) -> None:
@@ -283,13 +295,12 @@ def multiply(module: HostModule, matrix: Tensor) -> None:
 
 
 def example(module: HostModule) -> tuple[Tensor, ...]:
-    """Return a random query, key and value; a batch of 3."""
+    """Return a random query, key and value."""
     import torch
 
-    lengths = ((3, 4), (3, 8), (3, 8)) if module.batch_first else ((4, 3), (8, 3), (8, 3))
-    sizes = (module.embed_dim, module.kdim, module.vdim)
-    pairs = zip(lengths, sizes, strict=True)
-    return tuple(torch.randn(*length, size, dtype=torch.float64, device="cpu") for length, size in pairs)
+    sizes = ((3, module.embed_dim), (8, module.kdim), (8, module.vdim))
+    tensors = (torch.randn(length, 1, size, dtype=torch.float64, device="cpu") for length, size in sizes)
+    return tuple(each.transpose(0, 1) if module.batch_first else each for each in tensors)
 
 
 def heads_of_windows(module: HostModule) -> tuple[int, int]:

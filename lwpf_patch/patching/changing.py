@@ -558,6 +558,9 @@ def discard_compiled() -> None:
     if recursive is not None:
         recursive.concrete_type_store.type_store.clear()
         recursive.concrete_type_store.methods_compiled.clear()
+    scripting = sys.modules.get("torch.jit._state")
+    if scripting is not None:
+        scripting._jit_caching_layer.clear()  # and of a function, by the function
 
 
 def attach_if_applied(module: nn.Module) -> None:

@@ -151,12 +151,8 @@ def swin_attention(
         inside = all(p < e for p, e in zip(place, extent, strict=True))
         return x[(item, *place)] if inside else x.new_zeros(channels)
 
-    tokens = torch.stack(
-        [
-            torch.stack([torch.stack([token(item, p) for p in places]) for places, _ in windows])
-            for item in range(len(x))
-        ]
-    )  # (B, windows, N, C)
+    shown = [[[token(item, place) for place in places] for places, _ in windows] for item in range(len(x))]
+    tokens = torch.stack([torch.stack([torch.stack(each) for each in of_item]) for of_item in shown])
     bias_of_qkv = module.qkv.bias
     cosine = hasattr(module, "logit_scale")
     if cosine and bias_of_qkv is not None:

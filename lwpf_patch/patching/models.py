@@ -257,7 +257,7 @@ def _patched_function(
     """
     (located,) = locate(host, sys.modules[site.module], [site], parts)
     plain = located.function
-    namespace = _namespace_with(helpers, plain.__globals__) if helpers else dict(plain.__globals__)
+    namespace = _namespace_with(helpers or {}, plain.__globals__)
     function = FunctionType(located.patched, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
     if not site.owner:
         namespace[plain.__name__] = function  # which hands itself to tensor-like arguments
@@ -269,6 +269,7 @@ def _patched_function(
 def _namespace_with(helpers: Mapping[FunctionType, Site], namespace: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a namespace that has some functions in place of those of the same module and name."""
     copied = dict(namespace)
+    del copied["__name__"]  # by which torch.compile, up to PyTorch 2.9 at least, would look into the module's own
     for helper, site in helpers.items():
         if site.copied_to == namespace["__name__"]:
             copied[site.copy] = helper

@@ -24,6 +24,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttentionV2 as Swin
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d as Swin3d
 
 import lwpf_patch
+from lwpf_patch import rewriting
+from lwpf_patch.hosts import HOSTS
 
 FUNC_DS = {
     "relu": Forgetting("relu"),
@@ -814,6 +816,65 @@ def test_the_feature_map_of_open_clip_and_its_folding():
 
 def module_projections(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return F.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)
+
+
+# --- other sources --------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "a softmax over something else": (
+        "multi_head_attention_forward",
+        "softmax(attn_output_weights, dim=-1)",
+        "softmax(attn_output_weights, dim=1)",
+        "has a softmax that is not",
+    ),
+    "weights that are used elsewhere": (
+        "multi_head_attention_forward",
+        "attn_output = torch.bmm(attn_output_weights, v)",
+        "x = attn_output_weights.sum()",
+        "follows 'softmax",
+    ),
+    "a second fused call": (
+        "multi_head_attention_forward",
+        "attn_output = torch.bmm(attn_output_weights, v)",
+        "attn_output = scaled_dot_product_attention(q, k, v)",
+        "2 times 'scaled_dot_product_attention",
+    ),
+    "another way to decide": (
+        "MultiheadAttention.forward",
+        "if not why_not_fast_path:\n            tensor_args",
+        "if fast:\n            tensor_args",
+        "no 'if not why_not_fast_path:'",
+    ),
+    "another core": (
+        "MultiheadAttention.forward",
+        "F.multi_head_attention_forward(",
+        "F.another(",
+        "does not call",
+    ),
+    "another condition of a layer": (
+        "TransformerEncoderLayer.forward",
+        "if not why_not_sparsity_fast_path:\n            tensor_args",
+        "if fast:\n            tensor_args",
+        "not why_not_sparsity_fast_path",
+    ),
+    "a mask under another name": (
+        "shifted_window_attention",
+        "attn = attn + attn_mask",
+        "attn = attn + mask",
+        "no 'attn = attn \\+ attn_mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_sources_are_refused(case):
+    qualname, old, new, message = OTHERS[case]
+    host = HOSTS["torch"]
+    (site,) = (each for each in host.sites if each.qualname == qualname)
+    path, source = rewriting.source_of(importlib.util.find_spec(site.module))
+    assert old in source
+    with pytest.raises(lwpf_patch.RewriteError, match=message):
+        host.plan(path, source.replace(old, new), [site], {"func_d", "feature_map"})
 
 
 # --- a fresh process ------------------------------------------------------------------------------------------------

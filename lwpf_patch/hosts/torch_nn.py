@@ -46,7 +46,7 @@ def forget_in_function(function: Function) -> list[Splice]:
         "'if need_weights:'",
         (node for node in function.node.body if isinstance(node, ast.If) and ast.unparse(node.test) == "need_weights"),
     )
-    fused = _only(function, "call of scaled_dot_product_attention", function.calls("scaled_dot_product_attention"))
+    fused = _only(function, "'scaled_dot_product_attention(...)'", function.calls("scaled_dot_product_attention"))
     scores = "attn_output_weights"
     return [
         *_unchecked_while_compiling(function),
@@ -261,7 +261,7 @@ def _only(function: Function, what: str, found: Iterable[HostModule]) -> HostMod
     """
     nodes = list(found)
     if len(nodes) != 1:
-        raise RewriteError(f"{function.where} has {len(nodes) or 'no'} {what} where there should be one")
+        raise RewriteError(f"{function.where} has {f'{len(nodes)} times' if nodes else 'no'} {what}")
     return nodes[0]
 
 

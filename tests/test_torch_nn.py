@@ -532,6 +532,8 @@ def test_compiled_before_and_after_the_patch():
     lwpf_patch.apply("torch")
     torch.testing.assert_close(program(x), module(x, x, x)[0])
     assert not torch.allclose(program(x), plain)
+    lwpf_patch.apply("torch", uhop="on", func_d="relu")  # the function takes another argument
+    torch.testing.assert_close(program(x), module(x, x, x)[0])
     lwpf_patch.revert()
     torch.testing.assert_close(program(x), plain)
 

@@ -554,6 +554,9 @@ def discard_compiled() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+    signatures = getattr(sys.modules.get("torch._dynamo.variables.functions"), "_spec_cache", None)
+    if signatures is not None:
+        signatures.clear()  # which are kept by the function, whose code has other parameters now
     recursive = sys.modules.get("torch.jit._recursive")
     if recursive is not None:
         recursive.concrete_type_store.type_store.clear()

@@ -49,9 +49,21 @@ def call_method(module: nn.Module, method: str, arguments: tuple[Any, ...], opti
 
     A method and not a function that takes the module, because torch.jit.script cannot pass a module to a function.
     """
-    tracer = _tracer(arguments[0])
-    owner = tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})
-    return tracer.create_proxy("call_method", method, (owner, *arguments), options)
+    owner = as_argument(module, arguments[0])
+    return _tracer(arguments[0]).create_proxy("call_method", method, (owner, *arguments), options)
+
+
+def as_argument(module: nn.Module, beside: Any) -> Any:
+    """Return a module as an argument of a call: in a trace by torch.fx a proxy, since that takes no modules.
+
+    Args:
+        module: The module.
+        beside: Another argument of the call, which is a proxy in a trace.
+    """
+    if not isinstance(beside, fx.Proxy):
+        return module
+    tracer = _tracer(beside)
+    return tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})
 
 
 def _tracer(proxy: fx.Proxy) -> fx.Tracer:

@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from lwpf_patch.hosts import HOSTS, known
@@ -30,6 +31,7 @@ def record(host: str, version: str, folder: Path | None) -> None:
         sys.path.insert(0, str(folder))
     try:
         plans = HOSTS[host].plans(Settings(uhop="on"))
+        versions = {package: _version(package) for package in {_package(plan.module) for plan in plans} - {host}}
     finally:
         if folder is not None:
             sys.path.remove(str(folder))
@@ -37,8 +39,18 @@ def record(host: str, version: str, folder: Path | None) -> None:
     for plan in plans:
         keys = {site.qualname: site.key for site in HOSTS[host].sites if site.module == plan.module}
         for qualname, digest in plan.hashes.items():
-            known.add(host, keys[qualname], digest, version)
-            print(f"{host} {version}: {plan.module}.{qualname} {digest}")
+            package = _package(plan.module)
+            of_package = versions.get(package, version).partition("+")[0]
+            known.add(package, keys[qualname], digest, of_package)
+            print(f"{package} {of_package}: {plan.module}.{qualname} {digest}")
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _version(package: str) -> str:
+    return metadata.version(metadata.packages_distributions()[package][0])
 
 
 def main() -> None:

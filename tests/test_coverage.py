@@ -95,7 +95,7 @@ def test_a_class_that_is_not_known():
     found = coverage.coverage_of(model, PATCHED["timm"])
     assert {name.rpartition(".")[2]: why for name, why in found.why.items()} == {
         "New": "lwpf_patch does not know this class",
-        "MultiheadAttention": "lwpf_patch does not know this class",
+        "MultiheadAttention": "it is patched by torch: apply('torch')",
         "ChannelAttention": "its softmax runs over channels: no key is there to be forgotten",
     }
 

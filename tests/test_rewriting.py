@@ -174,6 +174,17 @@ def test_a_statement_alone_gives_the_code_of_the_module(name):
     assert (after == found.compile(whole=True)["Layer.forward"][1]) == (before == forward)
 
 
+@pytest.mark.parametrize(
+    "before", ["", "x = f(\n    1)\n", "# a comment\n\n", "@deco\n", "@deco(\n    1)\n# and\n\n", "@deco(\n    1,\n)\n"]
+)
+def test_a_function_alone_gives_the_code_of_the_module(before):
+    source = f"import torch\n{before}def attend(q, k, v):\n    a = q @ k\n    a = a.softmax(dim=-1)\n    return a @ v\n"
+    found = rewriting.plan("host.layers", "layers.py", source, {"attend": [forget_around_softmax]})
+    assert found.compile()["attend"] == found.compile(whole=True)["attend"]
+    (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    assert found.hashes["attend"] == tree_hash(function)
+
+
 def test_super_closures_and_defaults_survive():
     source = textwrap.dedent('''
         class Base:

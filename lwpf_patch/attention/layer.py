@@ -98,18 +98,21 @@ class HostFuncD(OwnedFuncD):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        training: bool | None = None,
     ) -> Tensor:
         """Compute attention with partial forgetting, in place of ``torch.nn.functional.scaled_dot_product_attention``.
 
-        See :func:`lwpf_patch.lwpf_attention` for the arguments.
+        See :func:`lwpf_patch.lwpf_attention` for the arguments. ``training`` is that of this module where it is None.
         """
+        noisy = self.training if training is None else training
         if not torch.jit.is_scripting():
             if has_torch_function((query, key, value)):
-                return _dispatch_attention(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+                options = (attn_mask, dropout_p, is_causal, scale, enable_gqa, training)
+                return _dispatch_attention(self, query, key, value, *options)
             attn_mask = self.with_infinity(attn_mask)
             call = Call(
                 query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                self.training, self.masking, Sep(*self.sep), self.verify,
+                noisy, self.masking, Sep(*self.sep), self.verify,
             )  # fmt: skip
             output = attend(call, self.backend, self.host)
             if watching.on:
@@ -124,7 +127,7 @@ class HostFuncD(OwnedFuncD):
         attn_mask = self.with_infinity(attn_mask)
         query, key, value = eager.prepare(query, key, value, enable_gqa)
         scores, excluded = eager.attention_scores(query, key, attn_mask, is_causal, scale)
-        forgotten, mask = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)
+        forgotten, mask = self.rule.forget_rows(scores, excluded, noisy, self.masking, -1)
         return eager.retrieve(forgotten, mask, value, dropout_p, self.sep[0], self.sep[1]).to(dtype)
 
     def attention_with_weights(
@@ -201,7 +204,16 @@ class HostFuncD(OwnedFuncD):
         weights = weights if head_mask is None else weights * head_mask
         return (weights @ value).to(dtype), weights.to(dtype)
 
+    def passed_with(self, tensor: Any) -> Any:
+        """Return this as an argument, beside a tensor, of a function that torch.fx does not look into."""
+        return tracing.as_argument(self, tensor)
+
     def __prepare_scriptable__(self) -> "HostFuncD":
+        if self.why_not_scripted:
+            raise SettingsError(
+                f"torch.jit.script cannot compile a layer that is patched for {self.host or 'one model alone'}: "
+                f"{self.why_not_scripted}; use torch.compile, torch.export or torch.jit.trace, or revert the patch"
+            )
         if self.sep[0] != 1.0:
             raise SettingsError(
                 f"sep {Sep(*self.sep)}: torch.jit.script cannot compile sparsemax and entmax; use torch.compile, "
@@ -223,7 +235,7 @@ def _dispatch_scores(func_d: HostFuncD, scores: Any, training: bool | None, dim:
 
 def _dispatch_attention(func_d: HostFuncD, query: Any, key: Any, value: Any, *options: Any) -> Any:
     """Hand the call to tensor-like arguments."""
-    names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "training")
     given = dict(zip(names, options, strict=True))
     if isinstance(query, fx.Proxy):
         method = HostFuncD.scaled_dot_product_attention.__name__

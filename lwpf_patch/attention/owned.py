@@ -43,10 +43,12 @@ class OwnedFuncD(Attached, nn.Module):
         verify: When the kernels of a GPU are checked against the eager form.
         mask_sentinel: The number that a mask of the host adds to the scores of hidden keys, where it is neither -inf
             nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
+        why_not_scripted: Why torch.jit.script cannot compile the layer, in words that follow a colon; empty: it can.
         by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
             ``revert()`` takes the rest away.
     """
 
+    why_not_scripted = ""
     masking: str
     backend: str
     verify: str
@@ -108,6 +110,10 @@ class OwnedFuncD(Attached, nn.Module):
     def is_plain(self) -> bool:
         """Return whether attention is computed as it is without this package."""
         return not self.rule.forgets and self.sep[0] == 1.0 and self.sep[1] == 0.0
+
+    def allows_fast_path(self) -> bool:
+        """Return whether a host may compute its layer by one call of its own, which knows nothing of this."""
+        return self.is_plain()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**DEFAULTS, **state})  # type: ignore[no-untyped-call] # an older one has fewer

@@ -122,12 +122,15 @@ class FuncDAttachment(Attachment):
         mask_sentinel: The number that a mask of the site adds to the scores of hidden keys, such as -100, where it is
             neither -inf nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
         forward_hook: Called after every forward of it, as a hook of torch.
+        why_not_scripted: Why torch.jit.script cannot compile the patched function, in words that follow a colon; empty:
+            it can.
     """
 
     name = "func_d"
     edit: Edit | None = forget_around_softmax
     mask_sentinel: float | None = None
     forward_hook: ForwardHook | None = None
+    why_not_scripted: str = ""
 
     def is_asked(self, settings: Settings) -> bool:
         """Return True."""
@@ -147,6 +150,7 @@ class FuncDAttachment(Attachment):
         # In a model that stays plain it is of no host, as whose use it would count.
         func_d = HostFuncD(NoForgetting(), "") if order.plain else copy.deepcopy(order.prototype)
         func_d.mask_sentinel = self.mask_sentinel
+        func_d.why_not_scripted = self.why_not_scripted
         if self.forward_hook is not None and not order.plain:
             func_d.register_forward_hook(self.forward_hook)
         return func_d
@@ -287,6 +291,14 @@ class _ForgetNothing:
 
     def normalise(self, scores: Tensor, dim: int = -1) -> Tensor:
         return scores.softmax(dim)
+
+    def with_infinity(self, attn_mask: Tensor, sentinel: float) -> Tensor:
+        return attn_mask
+
+    def scaled_dot_product_attention(self, *arguments: Any, training: bool, **options: Any) -> Tensor:
+        from torch.nn import functional as F
+
+        return F.scaled_dot_product_attention(*arguments, **options)
 
 
 def _map_nothing(query: Tensor, key: Tensor) -> Tensor:

@@ -122,10 +122,17 @@ class Host(ABC):
     def find(self, module: str) -> ModuleSpec | None:
         """Return where one of its modules would be imported from, without importing anything; None: it has none.
 
+        The module may be one of another package, which need not be installed.
+
         Raises:
             HostNotInstalledError: Python does not find the host from here.
         """
         locations: Sequence[str] | None = self._locations()
+        package = module.partition(".")[0]
+        if package != self.name:
+            locations = _locations_of(package)
+            if locations is None:
+                return None
         spec: ModuleSpec | None = None
         parts = module.split(".")
         for number in range(2, len(parts) + 1):
@@ -136,15 +143,12 @@ class Host(ABC):
         return spec
 
     def _locations(self) -> list[str]:
-        try:
-            spec = importlib.util.find_spec(self.name)
-        except ValueError:  # something that someone has put in sys.modules
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
+        locations = _locations_of(self.name)
+        if locations is None:
             raise HostNotInstalledError(
                 f"{self.name} was asked to be patched, but it is not installed here: {self.install}"
             )
-        return list(spec.submodule_search_locations)
+        return locations
 
     def version(self) -> str | None:
         """Return the version of the package that is imported, or would be; None if it does not say.
@@ -171,6 +175,15 @@ class Host(ABC):
         """Return its name and version, as messages have it, or where it lies if the version is unknown."""
         version = self.version()
         return f"{self.name} {version}" if version else f"{self.name} of unknown version at {self.root()}"
+
+
+def _locations_of(package: str) -> list[str] | None:
+    """Return the folders of a package, without importing it; None: Python does not find it from here."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # something that someone has put in sys.modules
+        return None
+    return list(spec.submodule_search_locations or ()) or None if spec is not None else None
 
 
 def make_host_func_d(host: str, settings: Settings) -> HostFuncD:

@@ -33,6 +33,12 @@ class Site:
         one_of: A name that it shares with other sites, one of which is where a version of the host has it.
         required: Whether every version has it, or another one of that name.
         passed: Of a function without a class: whether its callers pass it what modules get.
+        goes_with: The qualified name of the site that it works only together with: it is patched if that is, and
+            patterns do not match it by itself; empty: it stands alone.
+        copied_to: The name of the module that gets a copy of the patched function, under the name ``copy``, which the
+            patched code there calls; empty: none. torch.compile takes some functions of PyTorch's for operators, which
+            it does not look into, and would not know what to do with a func_d among their arguments.
+        part: The name of the attachment without which there is nothing to edit; empty: there always is.
     """
 
     module: str
@@ -43,6 +49,9 @@ class Site:
     one_of: str = ""
     required: bool = False
     passed: bool = False
+    goes_with: str = ""
+    copied_to: str = ""
+    part: str = ""
 
     @property
     def function(self) -> str:
@@ -65,6 +74,21 @@ class Site:
         return self.qualname.rpartition(".")[0]
 
     @property
+    def leader(self) -> str:
+        """The qualified name of the site that it goes with, which may be itself."""
+        return self.goes_with or self.qualname
+
+    @property
+    def copy(self) -> str:
+        """The name of the copy of a function."""
+        return f"_lwpf_{self.qualname}"
+
+    @property
+    def is_companion(self) -> bool:
+        """Whether it is a method around attention modules that holds no attention itself."""
+        return bool(self.owner) and not self.attachments
+
+    @property
     def feature_map(self) -> FeatureMapAttachment | None:
         """The feature map that its modules get if U-Hop is asked for; None: they get none."""
         return next((each for each in self.attachments if isinstance(each, FeatureMapAttachment)), None)
@@ -81,7 +105,7 @@ class Site:
 
     def edits(self, parts: Container[str]) -> list[Edit]:
         """Return the edits that bring some parts in."""
-        edits = [] if self.edit is None else [self.edit]
+        edits = [] if self.edit is None or (self.part and self.part not in parts) else [self.edit]
         return edits + [each.edit for each in self.attachments if each.edit is not None and each.name in parts]
 
 
@@ -147,9 +171,15 @@ class RewrittenHost(Host):
         Raises:
             SettingsError: A pattern matches no site, or no site is left.
         """
-        names = [site.name for site in self.sites]
+        leaders = [site for site in self.sites if not site.goes_with]
+        names = [site.name for site in leaders]
         included = names_included(settings, names, f"site of {self.name}; its sites are {', '.join(names)}")
-        left = tuple(site for site in self.sites_with_a_part(settings) if site.name in included)
+        chosen = {site.qualname for site in leaders if site.name in included}
+        left = tuple(
+            site
+            for site in self.sites_with_a_part(settings)
+            if (site.leader in chosen if site.goes_with else site.name in included)
+        )
         if not left:
             raise SettingsError(
                 f"include={list(settings.include)} and exclude={list(settings.exclude)} leave no site of {self.name} "

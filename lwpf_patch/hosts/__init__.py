@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import SettingsError, shown
 from ..hosting import Host
-from . import deeprc, hflayers, timm, transformers
+from . import deeprc, hflayers, timm, torch_nn, transformers
 
 #: All hosts, by name.
 HOSTS: dict[str, Host] = {}
@@ -26,7 +26,7 @@ def register_host(host: Host) -> None:
     HOSTS[host.name] = host
 
 
-for _host in (timm.HOST, hflayers.HOST, deeprc.HOST, transformers.HOST):
+for _host in (timm.HOST, hflayers.HOST, deeprc.HOST, torch_nn.HOST, transformers.HOST):
     register_host(_host)
 
 __all__ = ["HOSTS", "register_host"]

@@ -66,15 +66,28 @@ def on_import(module: ModuleType) -> None:
             for applied in PATCHED.values():
                 _expect_classes(applied)
         return
+    if importing.is_executing(_TORCH):
+        return  # its turn comes with all of torch, which what is attached needs
     with LOCK:
         for applied in list(PATCHED.values()):
-            if module.__name__ in applied.host.modules():
+            for each in _just_imported(applied.host, module):
                 if isinstance(applied.host, RegisteredHost):
-                    _register(applied, module)
+                    _register(applied, each)
                 else:
-                    _patch_imported(applied, module)
+                    _patch_imported(applied, each)
             if module.__name__ in (applied.host.name, *applied.host.modules()):
                 _announce(applied, module.__name__)
+
+
+#: The host that what is attached needs itself: it is patched once all of it has been imported.
+_TORCH = "torch"
+
+
+def _just_imported(host: Host, module: ModuleType) -> list[ModuleType]:
+    """Return the modules of a host that come with one that has just been imported."""
+    if module.__name__ == _TORCH:
+        return [each for name, each in _loaded(host).items() if name.startswith(f"{_TORCH}.")]
+    return [module] if module.__name__ in host.modules() else []
 
 
 def on_not_found(name: str, where: str) -> None:
@@ -235,7 +248,8 @@ def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
             with LOCK:
                 PATCHED[host.name] = new
                 _watch_imports(host)
-            if stuck := importing.wait_for(host.modules()):
+            whole = [_TORCH] if host.name == _TORCH else []
+            if stuck := importing.wait_for([*whole, *host.modules()]):
                 raise LwpfError(_in_the_middle(host, stuck[0]))
         else:
             new.makers = old.makers
@@ -378,6 +392,8 @@ def _restore(old: PatchedHost | None, new: PatchedHost, located: list[PatchedSit
 
 
 def _loaded(host: Host) -> dict[str, ModuleType]:
+    if importing.is_executing(_TORCH):
+        return {}
     found = {name: sys.modules[name] for name in host.modules() if sys.modules.get(name) is not None}
     return {name: module for name, module in found.items() if not importing.is_initializing(module)}
 
@@ -401,6 +417,7 @@ def _announce(applied: PatchedHost, just_imported: str = "") -> None:
     """Say what was patched once all that was asked for has been found; raises as :func:`_missing` does."""
     if applied.complete:
         _say_what_is_not_known(applied)
+        _announce_further(applied, just_imported)
         return
     root = sys.modules.get(applied.host.name)
     if root is not None and just_imported != applied.host.name and importing.is_initializing(root):
@@ -420,6 +437,13 @@ def _announce(applied: PatchedHost, just_imported: str = "") -> None:
         f"{applied.host.described()}: {', '.join(places)} patched; "
         f"{in_words(settings, 'include', 'exclude', 'exclude_models', 'compat')}{left_out}"
     )
+
+
+def _announce_further(applied: PatchedHost, module: str) -> None:
+    """Say what was patched in another package, which was imported after all that the host must have."""
+    places = [site.site.owner or site.site.qualname for site in applied.sites if site.site.module == module]
+    if places and not module.startswith(f"{applied.host.name}."):
+        reporting.info(f"{applied.host.name}: {', '.join(dict.fromkeys(places))} of {module} patched, too")
 
 
 def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> list[PatchedSite]:
@@ -569,24 +593,26 @@ def _in_few_words(sites: Iterable[Site]) -> list[str]:
 
 def _set_interim_defaults(sites: list[PatchedSite], host: RewrittenHost, applied: PatchedHost | None = None) -> None:
     """Have functions compute as the new state (None: unpatched) for callers that pass nothing yet, or no longer."""
-    functions = [site.function for site in sites if site.site.passed]
+    functions = [site for site in sites if site.site.passed]
     prototypes = applied.attachments().prototypes if functions and applied is not None else {}
     for function in functions:
-        function.__kwdefaults__ = {
-            each.name: each.in_function(prototypes.get(each.name), is_asked=False) for each in host.attachments()
-        }
+        function.set_defaults(
+            {each.name: each.in_function(prototypes.get(each.name), is_asked=False) for each in host.attachments()}
+        )
 
 
 def _set_defaults(sites: list[PatchedSite], applied: PatchedHost) -> None:
     """Have functions that are called without func_d, past the modules of their library, forget as their host does."""
-    functions = [site.function for site in sites if site.site.passed]
+    functions = [site for site in sites if site.site.passed]
     prototypes = applied.attachments().prototypes if functions else {}  # which needs torch
     for function in functions:
-        function.__kwdefaults__ = {
-            each.name: each.in_function(prototypes[each.name], is_asked=True)
-            for each in _rewritten(applied).attachments()
-            if each.name in prototypes
-        }
+        function.set_defaults(
+            {
+                each.name: each.in_function(prototypes[each.name], is_asked=True)
+                for each in _rewritten(applied).attachments()
+                if each.name in prototypes
+            }
+        )
 
 
 def discard_compiled() -> None:
@@ -594,10 +620,16 @@ def discard_compiled() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+    signatures = getattr(sys.modules.get("torch._dynamo.variables.functions"), "_spec_cache", None)
+    if signatures is not None:
+        signatures.clear()  # which are kept by the function, whose code has other parameters now
     recursive = sys.modules.get("torch.jit._recursive")
     if recursive is not None:
         recursive.concrete_type_store.type_store.clear()
         recursive.concrete_type_store.methods_compiled.clear()
+    scripting = sys.modules.get("torch.jit._state")
+    if scripting is not None:
+        scripting._jit_caching_layer.clear()  # and of a function, by the function
 
 
 def attach_if_applied(module: nn.Module) -> None:

@@ -66,7 +66,7 @@ def coverage_of(model: nn.Module, applied: PatchedHost) -> Coverage:
         if cls.__module__.partition(".")[0] == "lwpf_patch":
             continue
         func_d = module._modules.get("func_d")
-        if isinstance(func_d, OwnedFuncD) and func_d.host == applied.host.name:
+        if isinstance(func_d, OwnedFuncD) and func_d.host:
             found.patched[name] += 1
             if "feature_map" not in module._modules:
                 found.without_map.add(name)
@@ -91,8 +91,8 @@ def _why_plain(cls: type, applied: PatchedHost) -> str | None:
             return host.refused[name]
         if name in applied.misfits:
             return f"its source has a shape that is not known ({host.described()})"
-    if site_of(cls) is not None:
-        return _LEFT_OUT
+    if (found := site_of(cls)) is not None:
+        return _LEFT_OUT if found[0] is host else f"it is patched by {found[0].name}: apply({found[0].name!r})"
     own = [each for each in cls.__mro__ if not each.__module__.startswith("torch.nn.modules.module")]
     if any(_computes_weights(each) for each in own):
         return _UNKNOWN

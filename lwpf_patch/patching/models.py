@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..errors import ConflictError, SettingsError, shown
 from ..hosting import ModularHost, RewrittenHost, Site
@@ -80,13 +81,15 @@ def patch_model(
         for name, site in sites.items()
         if site is not None and site[1] in site[0].sites_with_a_part(settings)
     }
-    if not found:
+    holders = {name: found[name] for name in found if not found[name][1].is_companion}
+    if not holders:
         raise SettingsError(
             f"patch_model: {type(model).__name__} has no attention module that can be patched; those are "
-            + ", ".join(site.name for host in _rewritten_hosts() for site in host.sites)
+            + ", ".join(site.name for host in _rewritten_hosts() for site in host.sites if not site.is_companion)
         )
-    chosen = _included(found, settings)
-    for name in chosen:
+    chosen = _included(holders, settings)
+    around = [name for name in found if name not in holders and any(_is_inside(each, name) for each in chosen)]
+    for name in (*chosen, *around):
         _refuse_own_forward(name, model.get_submodule(name), found[name][1])
     if settings.uhop is not None and not any(found[name][1].feature_map for name in chosen):
         raise SettingsError(
@@ -95,9 +98,9 @@ def patch_model(
         )
     classes = {
         name: _patched_class(_plain_class(type(model.get_submodule(name))), found[name][0].parts(settings))
-        for name in chosen
+        for name in (*chosen, *around)
     }
-    parts = {name: _parts(model.get_submodule(name), *found[name], settings) for name in chosen}
+    parts = {name: _parts(model.get_submodule(name), *found[name], settings) for name in classes}
     lost = 0
     for name, patched_class in classes.items():
         module = model.get_submodule(name)
@@ -135,10 +138,12 @@ def unpatch_model(model: nn.Module) -> list[str]:
             changing.discard_compiled()
             return list(alone)
     names = [name for name, module in model.named_modules() if _plain_class(type(module)) is not type(module)]
-    lost = 0
+    lost, around = 0, []
     for name in names:
         module = model.get_submodule(name)
-        host, _ = site_of(type(module)) or (None, None)
+        host, site = site_of(type(module)) or (None, None)
+        if site is not None and site.is_companion:
+            around.append(name)
         for part in host.part_names() if host is not None else ():
             if part in module._modules:
                 lost += is_trained(module._modules[part])
@@ -147,7 +152,7 @@ def unpatch_model(model: nn.Module) -> list[str]:
         changing.attach_if_applied(module)
     warn_of_loss(lost, type(model).__name__)
     changing.discard_compiled()
-    return names
+    return [name for name in names if name not in around]
 
 
 def _patch_modules(model: nn.Module, host: ModularHost, modules: dict[str, nn.Module], settings: Settings) -> list[str]:
@@ -194,6 +199,10 @@ def _refuse_own_forward(name: str, module: nn.Module, site: Site) -> None:
             f"instance ({describe(vars(module)[method])}), which a patch of its class does not reach: remove it (del "
             f"module.{method}), leave the module out with exclude=, or use lwpf_patch.apply()"
         )
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
 
 
 def _parts(module: nn.Module, host: RewrittenHost, site: Site, settings: Settings) -> dict[str, nn.Module]:
@@ -255,8 +264,9 @@ def _patched_class(cls: type, parts: frozenset[str]) -> type:
             "so that it cannot be patched for one model alone; use lwpf_patch.apply()"
         )
     # The functions that the method passes its func_d to; it finds them in globals of its own.
-    helpers = [_patched_function(host, other, parts) for other in host.sites if other.passed]
-    function = _patched_function(host, site, parts, {helper.__name__: helper for helper in helpers})
+    functions = [other for other in host.sites if other.passed and other.leader in (other.qualname, site.leader)]
+    helpers = {_patched_function(host, other, parts): other for other in functions}
+    function = _patched_function(host, site, parts, helpers)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # The subclass is made at run time: what is pickled is the class that it was made of.
@@ -276,16 +286,40 @@ def _patched_class(cls: type, parts: frozenset[str]) -> type:
 
 
 def _patched_function(
-    host: RewrittenHost, site: Site, parts: frozenset[str], replaced: dict[str, Any] | None = None
+    host: RewrittenHost, site: Site, parts: frozenset[str], helpers: Mapping[FunctionType, Site] | None = None
 ) -> FunctionType:
-    """Make a function with a site's patched code beside the one that is there."""
+    """Make a function with a site's patched code beside the one that is there.
+
+    Args:
+        host: The host.
+        site: The site.
+        parts: What comes in.
+        helpers: Patched functions that it calls in place of those that are there, with their sites.
+    """
     (located,) = locate(host, sys.modules[site.module], [site], parts)
     plain = located.function
-    namespace = {**plain.__globals__, **replaced} if replaced else plain.__globals__
+    namespace = _namespace_with(helpers or {}, plain.__globals__)
     function = FunctionType(located.patched, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
+    if not site.owner:
+        namespace[plain.__name__] = function  # which hands itself to tensor-like arguments
     for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__doc__", "__module__"):
         setattr(function, name, copy.copy(getattr(plain, name)))
     return function
+
+
+def _namespace_with(helpers: Mapping[FunctionType, Site], namespace: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a namespace that has some functions in place of those of the same module and name."""
+    copied = dict(namespace)
+    del copied["__name__"]  # by which torch.compile, up to PyTorch 2.9 at least, would look into the module's own
+    for helper, site in helpers.items():
+        if site.copied_to == namespace["__name__"]:
+            copied[site.copy] = helper
+        plain = getattr(sys.modules[site.module], site.qualname)
+        for name in [name for name, value in namespace.items() if value is plain]:
+            copied[name] = helper
+            # In a trace by torch.fx a function stays whole where its module has asked for that in its namespace.
+            exec("wrap(name)", copied, {"wrap": fx.wrap, "name": name})
+    return copied
 
 
 def _rebuild(cls: type, parts: frozenset[str]) -> Any:

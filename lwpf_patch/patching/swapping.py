@@ -52,13 +52,33 @@ class PatchedSite:
         _originals[self.function] = self.original
         if self.function.__code__ is not self.patched:
             self.function.__code__ = self.patched
+        if self.site.copied_to:
+            self._copy().__code__ = self.patched
 
     def take_out(self) -> None:
         """Put the code back that stood there before."""
         self.function.__code__ = self.original
         if self.site.passed:
             self.function.__kwdefaults__ = None
+        if self.site.copied_to:
+            vars(sys.modules[self.site.copied_to]).pop(self.site.copy, None)
         _originals.pop(self.function, None)
+
+    def set_defaults(self, defaults: dict[str, Any]) -> None:
+        """Have a function of a module, and its copy, take these for what callers do not pass."""
+        self.function.__kwdefaults__ = defaults
+        if self.site.copied_to:
+            self._copy().__kwdefaults__ = defaults
+
+    def _copy(self) -> FunctionType:
+        """Return the copy of the function in the module where its callers look for it; made at first use."""
+        namespace = vars(sys.modules[self.site.copied_to])
+        copy: FunctionType | None = namespace.get(self.site.copy)
+        if copy is None:
+            plain = self.function
+            arguments = (self.patched, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+            copy = namespace[self.site.copy] = FunctionType(*arguments)
+        return copy
 
 
 def locate(

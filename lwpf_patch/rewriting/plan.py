@@ -59,7 +59,7 @@ class Plan:
         Returns:
             For each function that is edited, by qualified name, the code that its source gives and the patched code.
         """
-        filename = _enter_source(self.module, list(map(_with_hint, self.patched.splitlines(keepends=True))))
+        filename = _enter_source(self.module, _with_hints(self.patched))
         if whole:
             before = compile(self.source, self.path, "exec", dont_inherit=True)
             after = compile(self.patched, filename, "exec", dont_inherit=True)
@@ -122,6 +122,11 @@ def _enter_source(module: str, lines: list[str]) -> str:
             break
     linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
     return name
+
+
+def _with_hints(source: str) -> list[str]:
+    lines = source.splitlines(keepends=True)
+    return list(map(_with_hint, lines)) if any(name in source for name in HINTS) else lines
 
 
 def _with_hint(line: str) -> str:
@@ -194,14 +199,20 @@ class _Statement:
         last = self.last + (self.shift + self.growth if patched else 0)
         lines = source.encode().split(b"\n")[first - 1 : last]
         # What is imported by a module is called in another way (Python 3.11), so the imports stand in the line before.
-        imports = "; ".join(" ".join(re.sub(r"#.*|\\\n", " ", each).split()) for each in _IMPORTS.findall(source))
-        text = b"\n" * (first - 2) + (imports.encode() + b"\n" if first > 1 else b"") + b"\n".join(lines) + b"\n"
+        imports = _imports(source).encode() + b"\n" if first > 1 else b""
+        text = b"\n" * (first - 2) + imports + b"\n".join(lines) + b"\n"
         return compile(text, path, "exec", flags=self.flags, dont_inherit=True)
 
 
 _IMPORTS = re.compile(
     r"^(?:import (?:\\\n|[^\n\\])*|from (?!__future__)\S+ import (?:\([^)]*\)|(?:\\\n|[^\n(\\])*))", re.MULTILINE
 )
+
+
+@functools.lru_cache(maxsize=8)
+def _imports(source: str) -> str:
+    """Return the imports of a module, all in one line."""
+    return "; ".join(" ".join(re.sub(r"#.*|\\\n", " ", each).split()) for each in _IMPORTS.findall(source))
 
 
 def _statements(source: str, qualnames: list[str], splices: list[Splice]) -> tuple[_Statement, ...]:
@@ -250,10 +261,12 @@ def _tree_around(source: str, name: str) -> ast.Module:
 @functools.lru_cache(maxsize=8)
 def _part_of_tree(source: str, name: str) -> ast.Module | None:
     found = re.findall(rf"^(?:class|def) {name}\b", source, re.MULTILINE)
-    if len(found) != 1 or re.search(rf"^[ \t]+(?:class|def) {name}\b|\f|\r", source, re.MULTILINE):
+    if len(found) != 1 or re.search(rf"^[ \t]+(?:class|def) {name}\b", source, re.MULTILINE):
+        return None
+    if "\f" in source or "\r" in source:
         return None
     match = re.search(rf"^{re.escape(found[0])}\b.*\n(?:(?:[ \t#)\]}}].*)?\n)*", source, re.MULTILINE)
-    if match is None or match[0].startswith("def "):  # what stands before a function may be its decorator
+    if match is None or _may_be_decorated(source, match.start()):
         return None
     future = re.findall(r"^from __future__ import [\w, ]+$", source, re.MULTILINE)
     if len(future) != source.count("from __future__"):
@@ -264,6 +277,17 @@ def _part_of_tree(source: str, name: str) -> ast.Module | None:
     except SyntaxError:  # it ends inside of a string
         return None
     return ast.Module([*imports.body, *definition.body], [])
+
+
+def _may_be_decorated(source: str, start: int) -> bool:
+    """Return whether what stands before a definition may be its decorator, which belongs to its syntax tree."""
+    end = start
+    while end:  # upwards, to the line where the last statement begins
+        begin = source.rfind("\n", 0, end - 1) + 1
+        if source[begin] not in " \t\n#)]}":
+            return source[begin] == "@"
+        end = begin
+    return False
 
 
 @functools.lru_cache(maxsize=1)

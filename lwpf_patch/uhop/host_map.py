@@ -93,6 +93,14 @@ class HostFeatureMap(Attached, FeatureMap):
             return _map_query(query, _gram_in_full_precision(self, query))
         return _map_query(query, self.gram().to(query.dtype))
 
+    def allows_fast_path(self) -> bool:
+        """Return False: a layer that is computed by one call of its host's knows nothing of this."""
+        return False
+
+    def passed_with(self, tensor: Any) -> Any:
+        """Return this as an argument, beside a tensor, of a function that torch.fx does not look into."""
+        return tracing.as_argument(self, tensor)
+
     def matrix(self) -> Tensor:
         """Return the matrix of Φ, I + W; see :meth:`FeatureMap.matrix`.
 
@@ -171,6 +179,14 @@ class NoFeatureMap(nn.Module):
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the query."""
         return query
+
+    def allows_fast_path(self) -> bool:
+        """Return True."""
+        return True
+
+    def passed_with(self, tensor: Any) -> Any:
+        """Return this as an argument; see :meth:`HostFeatureMap.passed_with`."""
+        return tracing.as_argument(self, tensor)
 
 
 class FoldedFeatureMap(NoFeatureMap):

@@ -321,7 +321,7 @@ BAD = {
     "a wrong value": (["--arm", "plain", "--arm", "x: --masking no", *TOP1, *COMMAND],
                       "unknown masking 'no' (from arm 'x', --masking)"),
     "a script in an arm": (["--arm", "plain", "--arm", "x: --func-d relu y", *TOP1, *COMMAND], "'y' is no option"),
-    "no such site": (["--arm", "plain", "--arm", "x: --include *swin*", *TOP1, *COMMAND], "arm 'x': include pattern"),
+    "no such site": (["--arm", "plain", "--arm", "x: --include *none*", *TOP1, *COMMAND], "arm 'x': include pattern"),
     "the label plain": (["--arm", "relu", "--arm", "plain: --func-d relu", *TOP1, *COMMAND], "'plain' is the arm that"),
     "no host": ([*ARMS, "--patch", "tim", *TOP1, *COMMAND], "unknown host 'tim' (from arm 'relu', --patch)"),
     "no baseline": ([*ARMS, "--baseline", "x", *TOP1, *COMMAND], "--baseline 'x' is none of the arms: plain, relu"),
@@ -517,7 +517,7 @@ def test_a_network_of_timm(folder, capsys):
                  "--", "python", "train.py", "--seed", "{seed}", "--output", "{output}"]) == 0  # fmt: skip
     err = capsys.readouterr().err
     assert "u: timm" in err
-    assert "Attention, AttentionRope patched; func_d relu" in err
+    assert "classes (lwpf status lists them) patched; func_d relu" in err
     data = report(folder)
     curves = {run["arm"]: run["curves"]["train_loss"] for run in data["runs"]}
     assert list(curves) == ["plain", "u", "u (control)"]

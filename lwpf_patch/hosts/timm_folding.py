@@ -22,8 +22,8 @@ def heads(module: HostModule) -> tuple[int, int]:
     for name in ("head_dim", "dim_head", "key_dim"):
         if isinstance(width := getattr(module, name, None), int):
             return number, width
-    layers = _layers(module)
-    return number, layers[0][0].weight.shape[0] // layers[0][1] // number
+    layer, parts = _layers(module)[0]
+    return number, _size(layer, "out") // parts // number
 
 
 def twice_as_many_heads(module: HostModule) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def _layers(module: HostModule) -> list[tuple[HostModule, int]]:
     """Return the layers that make queries and keys, each with how many projections it holds the rows of."""
     for names in _LAYERS:
         found = [(getattr(module, name, None), parts) for name, parts in names]
-        if all(getattr(layer, "weight", None) is not None for layer, _ in found):
+        if all(layer is not None for layer, _ in found):
             return found
     raise AttributeError(f"{type(module).__qualname__} has no projections by a name that is known")
 
@@ -49,9 +49,8 @@ def projections(model: HostModule, module: HostModule) -> list[str]:
     for name in ("q_norm", "k_norm"):
         if type(getattr(module, name, None)).__name__ not in ("Identity", "NoneType"):
             raise FoldError(f"its {name} stands between the projections and the scores")
-    layers = [layer for layer, _ in _layers(module)]
-    names = [name for name, each in module.named_children() if any(each is layer for layer in layers)]
-    return [f"{name}.{parameter}" for name in names for parameter in ("weight", "bias")]
+    found = next((names for names in _LAYERS if all(hasattr(module, name) for name, _ in names)), ())
+    return [f"{name}.{parameter}" for name, _ in found for parameter in ("weight", "bias")]
 
 
 def multiply(module: HostModule, matrix: Tensor) -> None:
@@ -73,7 +72,13 @@ def _random(*shape: int) -> Tensor:
 
 
 def _width(module: HostModule) -> int:
-    return int(_layers(module)[0][0].weight.shape[1])
+    return _size(_layers(module)[0][0], "in")
+
+
+def _size(layer: HostModule, side: str) -> int:
+    """Return how many features a linear layer or a convolution has; reading a weight may compute it."""
+    found = getattr(layer, f"{side}_features", None)
+    return int(getattr(layer, f"{side}_channels") if found is None else found)
 
 
 def _folding(example: Callable[[HostModule], tuple[Any, ...]]) -> Folding:

@@ -154,7 +154,7 @@ def case_of(call: Call, threshold: Threshold, length: int, keys: int) -> Case:
     backward = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (query, key, value, mask)
     )
-    # A case is a constant, as what a kernel is compiled for, of which torch.compile may leave numbers open.
+    # torch.compile may leave these numbers open, and a case is a constant.
     features, values = whole(query.shape[-1]), whole(value.shape[-1])
     scale = features**-0.5 if call.scale is None else call.scale
     shared = False

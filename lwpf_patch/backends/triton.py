@@ -343,8 +343,9 @@ def _block(width: int) -> int:
 #: Rows of queries and of keys in a tile, warps and stages, for each kernel and width.
 _Tiles = dict[str, dict[int, tuple[int, int, int, int]]]
 
-# Of those that spill no register on Hopper, in half precision and up to width 128, the ones with few instructions a
-# score. All take no more shared memory than the smallest Ampere has.
+# Of those that spill no register on Hopper, in half precision, up to width 128 and without dropout, the ones with few
+# instructions a score. With dropout the kernel for keys spills up to 56 bytes a thread, on Hopper and Ampere, and on
+# Ampere that for queries 16, at width 128 with the median. All take no more shared memory than the smallest Ampere has.
 _TILES: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "query": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reporting
+from .. import reporting, tracing
 from ..compiling import real, whole
 from . import eager_form
 from .arguments import representable_factor
@@ -263,8 +263,8 @@ def drawn_part(case: Case, length: int, keys: int) -> Part:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Compute outside of autocast and of inference mode, with gradients on."""
-    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+    """Compute outside of autocast, of inference mode and of a trace, with gradients on."""
+    with tracing.not_recorded(), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         for device in ("cuda", "cpu"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -6,6 +6,7 @@ is settled when it is first imported, for all kernels there are, and torch.compi
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -210,6 +211,20 @@ for width in (64, 128):
                 print(json.dumps((kernel.__name__, width, length, programs[kernel] * of_program * other)))
 """
 )
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("kernel", triton_backend._TILES)
+def test_a_length_that_stands_for_others_has_their_tiles(kernel, capability):
+    """So that a kernel which was checked with one has been checked, in the tiles that it computes in, with all."""
+    lengths = [*range(1, 1300), *torch.randint(1300, 100_000, (50,)).tolist()]
+    standing = {length: triton_backend.standing_for(length) for length in lengths}
+    assert len(set(standing.values())) == 3
+    for dtype, masked in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
+        for width in (64, 128):
+            tile = functools.partial(triton_backend.tile_of, kernel, dtype, width, capability, masked)
+            for length, keys in [*zip(lengths, reversed(lengths), strict=True), *((n, n) for n in lengths)]:
+                assert tile(length, keys) == tile(standing[length], standing[keys]), (length, keys)
 
 
 @needs_triton

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, environment_of_a_child
 
 #: Where `make test` puts the versions and the source of the newest, which carries its tests.
@@ -32,7 +34,19 @@ def test_a_version_of_timm(version, way):
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("right: Attention")
     line = next(line for line in out.stderr.splitlines() if "patched; func_d" in line)
-    assert line.startswith(f"lwpf_patch: timm {version}: Attention")
+    assert re.match(rf"lwpf_patch: timm {version}: \d\d classes", line)
+
+
+@pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20", "newest"])
+def test_the_classes_of_a_version(version):
+    """Two models of those that hold all classes, others every time: each class against an oracle in float64."""
+    path = "" if version == "newest" else str(VERSIONS / version)
+    out = subprocess.run(
+        [sys.executable, ROOT / "tests" / "check_classes.py", "2"],
+        env=environment_of_a_child(TESTS_SEED=str(torch.initial_seed()), PYTHONPATH=path), capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("timm.")
 
 
 def _run_timm_tests(report: Path, arguments: list[str], **variables: str) -> dict[str, str]:

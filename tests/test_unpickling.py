@@ -155,7 +155,7 @@ def test_a_site_that_is_left_out_here():
     lwpf_patch.apply("timm")
     data = pickle.dumps(vit())
     lwpf_patch.apply("timm", exclude="*.Attention")
-    with pytest.raises(lwpf_patch.LwpfError, match=r"patched as well, but Attention\.forward is left out.*exclude="):
+    with pytest.raises(lwpf_patch.LwpfError, match=r"patched as well, but timm\.layers\.attention\.Attention\.forward is left out.*exclude="):
         pickle.loads(data)
 
 
@@ -170,7 +170,7 @@ def test_a_map_without_func_d():
     randomise_maps(network)
     trained = pickle.dumps(network)
     lwpf_patch.apply("deeprc")  # without uhop
-    with pytest.raises(lwpf_patch.ConflictError, match="this AttentionNetwork was saved with a feature map"):
+    with pytest.raises(lwpf_patch.ConflictError, match=r"this deeprc\.architectures\.AttentionNetwork was saved with a feature map"):
         pickle.loads(trained)
     pickle.loads(identity)
     lwpf_patch.revert()

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reporting
+from .. import reporting, tracing
 from ..errors import unknown_value
 from ..options import FLAGS, read_flag
 from ..settings import NATIVE
@@ -197,12 +197,13 @@ def why_not() -> str | None:
     generator = torch.Generator("cpu").manual_seed(0)
     for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         drawn = torch.randn(4, 3, 150, 20, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
-        with torch.inference_mode(False), torch.enable_grad():
+        with tracing.not_recorded(), torch.inference_mode(False), torch.enable_grad():
             query, key, value = (x.clone().requires_grad_() for x in (drawn[0, :, :141], drawn[1], drawn[2]))
             wanted = eager_form.above_threshold(query, key, value, None, False, 0.3, None, None, 0.0, None, None)
             grad = drawn[3, :, :141].contiguous()
-            wanted_grads = torch.autograd.grad(wanted, (query, key, value), grad)
-        with torch.no_grad():
+            # Of a sum: for a tensor of gradients PyTorch loads SymPy.
+            wanted_grads = torch.autograd.grad((wanted * grad).sum(), (query, key, value))
+        with tracing.not_recorded(), torch.no_grad():
             common: tuple[Any, ...] = (1, 0.0, False, 0, 2, False, None, None, 0.0)
             eps = query.new_zeros(())
             given: tuple[Any, ...] = (*common, eps, eps)

@@ -16,6 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawing import (  # noqa: F401 - pytest finds them here
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+)
 
 import lwpf_patch
 from lwpf_patch.backends.triton import why_no_triton

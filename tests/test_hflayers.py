@@ -116,6 +116,7 @@ def _moved_by_rounding(core, inputs, cotangent, wanted, leaves, call, oracle_opt
     return 200 * max(float((a - b).abs().max()) for a, b in zip(moved, wanted, strict=True) if a.numel())
 
 
+@pytest.mark.drawn(cases=15)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("func_d", FUNC_DS)
 def test_the_core_equals_the_oracle(func_d, case):
@@ -124,6 +125,7 @@ def test_the_core_equals_the_oracle(func_d, case):
     _compare(_core(**making), calling, func_d=FUNC_DS[func_d])
 
 
+@pytest.mark.drawn(cases=12)
 @pytest.mark.parametrize("mask", _masks())
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("func_d", FUNC_DS)
@@ -283,6 +285,7 @@ def test_uint8_masks_warn_instead_of_failing():
     assert not hasattr(hflayers.functional, "warnings")
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize(
     "imports", ["import hflayers", "import hflayers.functional", "from hflayers.activation import HopfieldCore"]
 )
@@ -422,6 +425,7 @@ def test_the_function_called_past_the_modules_is_an_error_with_uhop():
 # --- normalisations ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(cases=8)
 @pytest.mark.parametrize("case", ["plain", "three steps", "steps of each head", "scaling of each head", "static key"])
 @pytest.mark.parametrize("func_d", ["none", "pfu:sigma=0"])
 @pytest.mark.parametrize("sep", SEPS)
@@ -431,6 +435,7 @@ def test_every_iteration_is_normalised(sep, func_d, case):
     _compare(_core(**making), calling, func_d=FUNC_DS.get(func_d, Forgetting("none")), **SEPS[sep])
 
 
+@pytest.mark.drawn(cases=8)
 @pytest.mark.parametrize("mask", ["padding", "boolean", "additive with -inf, and padding"])
 @pytest.mark.parametrize("func_d", ["none", "relu"])
 @pytest.mark.parametrize("sep", SEPS)

@@ -123,6 +123,7 @@ def dropout_mask(query, key, mask, p, options) -> torch.Tensor:
     return (kept != 0) | (lwpf_attention(query, key, unit, mask, **options) == 0)
 
 
+@pytest.mark.drawn(cases=100)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("name", FUNC_DS)
@@ -282,6 +283,7 @@ def test_forgetting_nothing_is_softmax_attention_bit_for_bit(mask_name):
     assert torch.equal(lwpf_attention(query, key, value, mask, func_d="none"), plain)
 
 
+@pytest.mark.drawn(cases=30)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("name", [*FUNC_DS, "none"])
@@ -304,6 +306,7 @@ def test_other_normalisations_equal_the_oracle(name, mask_name, dropout_p, sep, 
     compare(ours, expected, inputs)
 
 
+@pytest.mark.drawn(cases=60)
 @pytest.mark.parametrize("mask_name", [*MASKS, "causal"])
 @pytest.mark.parametrize("name", [*FUNC_DS, "none"])
 def test_softmax_n_equals_the_oracle(name, mask_name, backend):
@@ -380,6 +383,7 @@ def test_a_normalisation_chooses_the_backend(monkeypatch):
             assert torch.equal(plain, lwpf_attention(query, key, value, func_d=func_d, sep=name))
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("sep", ["sparsemax", "entmax15", 1.3, "softmax_n", "softmax_n:n=0.3"])
 def test_other_normalisations_compile_without_graph_breaks(sep):
     pytest.importorskip("entmax")
@@ -684,6 +688,7 @@ def test_overriding_leaves_the_func_d_alone():
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
 
 
+@pytest.mark.drawn(cases=4)
 @pytest.mark.parametrize(("func_d", "dynamic"), [("relu", False), ("pfu", True)])
 def test_compiled_without_graph_breaks(func_d, dynamic, backend):
     sep = "softmax_n:n=0.5" if func_d == "pfu" else "softmax"
@@ -699,6 +704,7 @@ def test_compiled_without_graph_breaks(func_d, dynamic, backend):
         compare(compiled(query, key, value, mask), attend(query, key, value, mask), [query, key, value])
 
 
+@pytest.mark.drawn(cases=12)
 @pytest.mark.parametrize("name", [*FUNC_DS, "sparsemax", "entmax15", "1.3", "softmax_n:n=2"])
 def test_second_derivatives_are_those_of_finite_differences(name, backend):
     """In forward mode too, and with arguments that depend on each other."""

@@ -77,6 +77,7 @@ runpy.run_path({recipe!r}, run_name="__main__")
     assert "--data photographs needs no network" in out.stderr
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(("task", "host", "items"), [("digits", "timm", "images"), ("bit_pattern", "hflayers", "bags")])
 def test_stage_one(python, tmp_path, task, host, items):
     require_host(host)

@@ -108,6 +108,7 @@ def test_patched_puts_back_what_was_there(plain_code):
     assert Attention.forward.__code__ is plain_code[0]
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize(
     "hosts", [["timm", "hflayers"], "timm,hflayers", (" hflayers ", "timm"), "timm, hflayers, timm"]
 )

@@ -93,6 +93,7 @@ def test_the_settings_in_variables(python):
     assert python(code=USE, LWPF_PATCH="timm", LWPF_EXCLUDE="*Rope").stdout.strip() == "ReLU()"
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("flag", ["-I", "-O", "-X dev"])
 def test_flags_of_the_interpreter(python, flag):
     out = python(*flag.split(), "-W", "ignore", "-c", USE, LWPF_PATCH="timm")
@@ -103,6 +104,7 @@ def test_standard_input_as_script(python):
     assert python("-", input=USE, LWPF_PATCH="timm").stdout.strip() == "ReLU()"
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_worker_processes(python, method):
     code = f"""

@@ -62,6 +62,7 @@ def _masks(batch: int, length: int) -> dict[str, dict]:
     }
 
 
+@pytest.mark.drawn(cases=12)
 @both_branches
 @pytest.mark.parametrize("mask", _masks(2, 7))
 @every_func_d
@@ -91,6 +92,7 @@ def test_the_options_of_attention(func_d, options, fused):
     compare(module, x, {}, fused, func_d=FUNC_DS[func_d])
 
 
+@pytest.mark.drawn(cases=12)
 @both_branches
 @pytest.mark.parametrize(
     "options",
@@ -204,6 +206,7 @@ def saved(model, x):
 TRANSFORMATIONS = [scripted, scripted_and_saved, compiled, exported, deep_copied, pickled, saved]
 
 
+@pytest.mark.drawn(cases=9)
 @both_branches
 @both_models
 @pytest.mark.parametrize("transform", TRANSFORMATIONS, ids=lambda function: function.__name__)
@@ -277,6 +280,7 @@ def test_gradient_checkpointing(model_name):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.drawn(cases=6)
 @both_branches
 @both_models
 @every_func_d
@@ -421,6 +425,7 @@ def test_naflexvit_masks_with_a_finite_sentinel():
 every_sep = pytest.mark.parametrize("sep", SEPS)
 
 
+@pytest.mark.drawn(cases=10)
 @both_branches
 @pytest.mark.parametrize("mask", ["none", "boolean with an empty row", "additive with finfo.min"])
 @pytest.mark.parametrize("func_d", [None, "pfu:mu=dmedian,bias=mu,sigma=0"])
@@ -433,6 +438,7 @@ def test_every_normalisation_equals_the_oracle(sep, func_d, mask, fused):
     compare(module, x, _masks(2, 7)[mask], fused, func_d=FUNC_DS.get(func_d, Forgetting("none")), **SEPS[sep])
 
 
+@pytest.mark.drawn(cases=3)
 @both_branches
 @every_sep
 def test_a_normalisation_with_rotary_embedding_and_dropout(sep, fused):
@@ -457,6 +463,7 @@ def test_a_normalisation_with_feature_maps(sep, fused):
     oracle.assert_equal(module(x), oracle.timm_attention(module, x, func_d=Forgetting("none"), **SEPS[sep]))
 
 
+@pytest.mark.drawn(cases=4)
 @pytest.mark.parametrize("transform", TRANSFORMATIONS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize(("sep", "fused"), [("softmax_n:n=3", True), ("entmax15", False)])
 def test_a_transformed_model_keeps_its_normalisation(sep, fused, transform):
@@ -486,6 +493,7 @@ def test_feature_extractors_keep_the_normalisation(sep, fused):
     torch.testing.assert_close(model.forward_head(model.norm(found)), model(x))
 
 
+@pytest.mark.drawn(cases=4)
 @both_branches
 @pytest.mark.parametrize("mode", ["autocast", "pure"])
 @every_sep

@@ -47,6 +47,7 @@ def assert_close(got: list[Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9 * max(1.0, float(other.abs().max())))
 
 
+@pytest.mark.drawn(cases=12)
 @pytest.mark.parametrize("name", CASES)
 def test_it_equals_the_oracle(name):
     module, inputs = made(name)
@@ -80,6 +81,7 @@ MAPPED = {
 }
 
 
+@pytest.mark.drawn(cases=7)
 @pytest.mark.parametrize("name", MAPPED)
 def test_u_hop_maps_queries_and_folds_where_it_can(name):
     """With the maps as they could be after Stage I; what cannot be folded says why, and stays as it is."""

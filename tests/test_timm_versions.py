@@ -16,6 +16,7 @@ from conftest import ROOT, environment_of_a_child
 VERSIONS = Path(sys.prefix) / "timm"
 
 
+@pytest.mark.drawn(cases=4)
 @pytest.mark.parametrize("way", ["variable", "run", "before", "after"])
 @pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20"])
 def test_a_version_of_timm(version, way):
@@ -37,13 +38,15 @@ def test_a_version_of_timm(version, way):
     assert re.match(rf"lwpf_patch: timm {version}: \d\d classes", line)
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20", "newest"])
 def test_the_classes_of_a_version(version):
     """Two models of those that hold all classes, others every time: each class against an oracle in float64."""
     path = "" if version == "newest" else str(VERSIONS / version)
     out = subprocess.run(
         [sys.executable, ROOT / "tests" / "check_classes.py", "2"],
-        env=environment_of_a_child(TESTS_SEED=str(torch.initial_seed()), PYTHONPATH=path), capture_output=True, text=True,
+        env=environment_of_a_child(TESTS_SEED=str(torch.initial_seed()), PYTHONPATH=path),
+        capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("timm.")
@@ -64,6 +67,7 @@ def _run_timm_tests(report: Path, arguments: list[str], **variables: str) -> dic
     return outcomes
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("models", ["test_vit", "vit_small_patch16_rope_224"])
 def test_timms_own_tests_pass_where_they_pass_unpatched(tmp_path, models):

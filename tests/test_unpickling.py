@@ -53,6 +53,7 @@ def saved(request, tmp_path):
     return Saved(str(file), host, uhop, model(x))
 
 
+@pytest.mark.drawn(cases=1)
 def test_in_a_fresh_process(saved, python):
     out = python(saved.file, code=LOAD, check=False)
     assert out.returncode == 1
@@ -134,6 +135,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(
     ("method", "variables", "equal"),
     [
@@ -155,7 +157,10 @@ def test_a_site_that_is_left_out_here():
     lwpf_patch.apply("timm")
     data = pickle.dumps(vit())
     lwpf_patch.apply("timm", exclude="*.Attention")
-    with pytest.raises(lwpf_patch.LwpfError, match=r"patched as well, but timm\.layers\.attention\.Attention\.forward is left out.*exclude="):
+    with pytest.raises(
+        lwpf_patch.LwpfError,
+        match=r"patched as well, but timm\.layers\.attention\.Attention\.forward is left out.*exclude=",
+    ):
         pickle.loads(data)
 
 
@@ -170,7 +175,9 @@ def test_a_map_without_func_d():
     randomise_maps(network)
     trained = pickle.dumps(network)
     lwpf_patch.apply("deeprc")  # without uhop
-    with pytest.raises(lwpf_patch.ConflictError, match=r"this deeprc\.architectures\.AttentionNetwork was saved with a feature map"):
+    with pytest.raises(
+        lwpf_patch.ConflictError, match=r"this deeprc\.architectures\.AttentionNetwork was saved with a feature map"
+    ):
         pickle.loads(trained)
     pickle.loads(identity)
     lwpf_patch.revert()

@@ -25,7 +25,7 @@ from . import exit_report, frames, importing
 from .attaching import Makers, detach, living
 from .owners import Owners
 from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost
-from .swapping import PatchedSite, describe, locate
+from .swapping import ClassesByName, PatchedSite, classes_by_name, describe, locate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -255,7 +255,8 @@ def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
             new.makers = old.makers
         with LOCK:
             modules = _loaded(host).values()
-            located = [site for module in modules for site in _locate(new, module, earlier=True)]
+            classes = classes_by_name()
+            located = [site for module in modules for site in _locate(new, module, classes)]
             if host.name in sys.modules:
                 _missing(new, [*new.sites, *located])
             if old is not None:
@@ -446,7 +447,7 @@ def _announce_further(applied: PatchedHost, module: str) -> None:
         reporting.info(f"{applied.host.name}: {', '.join(dict.fromkeys(places))} of {module} patched, too")
 
 
-def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> list[PatchedSite]:
+def _locate(applied: PatchedHost, module: ModuleType, classes: ClassesByName | None = None) -> list[PatchedSite]:
     """Find what is to be patched in a module and is not yet; see :func:`lwpf_patch.patching.swapping.locate`."""
     host = _rewritten(applied)
     sites = [site for site in host.chosen_sites(applied.settings) if site.module == module.__name__]
@@ -456,14 +457,14 @@ def _locate(applied: PatchedHost, module: ModuleType, earlier: bool = False) -> 
     done = {site.function for site in applied.sites}
     parts = host.parts(applied.settings)
     try:
-        found = locate(host, module, sites, parts, earlier)
+        found = locate(host, module, sites, parts, classes)
     except RewriteError:
         path, source = source_of(module.__spec__)
         sites, misfits = host.fitting(path, source, sites, applied.settings)
         if not misfits:
             raise
         applied.misfits |= misfits
-        found = locate(host, module, sites, parts, earlier) if sites else []
+        found = locate(host, module, sites, parts, classes) if sites else []
     return [site for site in found if site.function not in done]
 
 

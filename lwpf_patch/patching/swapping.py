@@ -81,8 +81,15 @@ class PatchedSite:
         return copy
 
 
+ClassesByName = dict[tuple[str, str], list[type]]
+
+
 def locate(
-    host: RewrittenHost, module: ModuleType, sites: list[Site], parts: frozenset[str], earlier: bool = False
+    host: RewrittenHost,
+    module: ModuleType,
+    sites: list[Site],
+    parts: frozenset[str],
+    classes: ClassesByName | None = None,
 ) -> list[PatchedSite]:
     """Find the functions of some sites and their patched code, and check that nothing stands in the way.
 
@@ -91,8 +98,8 @@ def locate(
         module: The module that defines them.
         sites: The sites.
         parts: The names of the attachments that come in.
-        earlier: Whether to return also the functions of earlier executions of the module: after ``importlib.reload``,
-            instances and namespaces can have the classes and functions from before.
+        classes: Those of :func:`classes_by_name`, to return also the functions of earlier executions of the module:
+            after ``importlib.reload``, instances and namespaces can have the classes and functions from before.
 
     Raises:
         RewriteError: The source is not there or has a shape that is not known.
@@ -104,15 +111,15 @@ def locate(
         plan = host.plan(path, source, sites, parts)
         _planned[key] = plan, plan.compile()
     (plan, codes), whole = _planned[key], False
-    classes = module_classes() if earlier else []
     found = []
     for site in sites:
         owner = getattr(module, site.owner) if site.owner else None
         name = site.qualname.rpartition(".")[2]
         places: list[tuple[type | None, Any]] = [(owner, vars(owner or module).get(name))]
-        if earlier and owner is not None:
-            places += [(cls, vars(cls)[name]) for cls in classes if _is_earlier(cls, owner) and name in vars(cls)]
-        elif earlier:
+        if classes is not None and owner is not None:
+            same = classes.get((owner.__module__, owner.__qualname__), [])
+            places += [(cls, vars(cls)[name]) for cls in same if _is_earlier(cls, owner) and name in vars(cls)]
+        elif classes is not None:
             places += [(None, function) for function in _earlier_functions(module, places[0][1])]
         for place, function in places:
             live = _originals.get(function, function.__code__) if type(function) is FunctionType else None
@@ -129,9 +136,16 @@ def locate(
     return found
 
 
+def classes_by_name() -> ClassesByName:
+    """Return the subclasses of ``nn.Module`` by their modules and qualified names."""
+    found: ClassesByName = {}
+    for cls in module_classes():
+        found.setdefault((cls.__module__, cls.__qualname__), []).append(cls)
+    return found
+
+
 def _is_earlier(cls: type, owner: type) -> bool:
-    same = cls.__module__ == owner.__module__ and cls.__qualname__ == owner.__qualname__
-    return same and cls is not owner and "_lwpf_plain_class" not in vars(cls)  # that of patch_model
+    return cls is not owner and "_lwpf_plain_class" not in vars(cls)  # that of patch_model
 
 
 def _earlier_functions(module: ModuleType, function: Any) -> list[Any]:

@@ -30,6 +30,10 @@ BOTTOM = tl.constexpr(-1.0e30)
 #: sequence is often a few longer than some squares.
 REST = tl.constexpr(16)
 
+PREFETCH = tl.constexpr(os.environ.get("PF", "0") == "1")
+
+ONE_LOOP = tl.constexpr(os.environ.get("ONE", "0") == "1")
+
 #: What MASKED says of the mask.
 NO_MASK, BOOLEAN, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -97,12 +101,21 @@ def rows_of(
 
 
 @triton.jit
-def put_rows(head, stride, start, count, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a tile (ROWS, BLOCK) into a head's rows."""
+def put_rows(
+    head, stride, start, count, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    BOUNDS: tl.constexpr = True,
+):  # fmt: skip
+    """Store a tile (ROWS, BLOCK) into a head's rows; it reaches beyond the last only with BOUNDS."""
     rows, features = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     places = head + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + features[None, :]
-    there = (start + rows < count)[:, None] & (features < WIDTH)[None, :]
-    tl.store(places, tile.to(head.dtype.element_ty), mask=there)
+    tile = tile.to(head.dtype.element_ty)
+    if BOUNDS:
+        tl.store(places, tile, mask=(start + rows < count)[:, None] & (features < WIDTH)[None, :])
+    else:
+        if WIDTH == BLOCK:
+            tl.store(places, tile)
+        else:
+            tl.store(places, tile, mask=(features < WIDTH)[None, :])
 
 
 @triton.jit
@@ -590,6 +603,122 @@ def key_kernel(
     put_rows(
         head_of(grad_value, batch, inner, stride_second_batch, stride_second_head), stride_second_row, start_key, count,
         grad_values, KEYS, VALUES, BLOCK_VALUES,
+    )  # fmt: skip
+
+
+@triton.jit
+def head_tiles(
+    totals, queries, grads, log_sums, deltas, key_head, value_head, grad_key_head, grad_value_head, mask_head,
+    stride_key, stride_value, stride_grad_key, stride_grad_value, stride_mask_row, stride_mask_key, first, last, length,
+    count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr,
+    DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Go over the keys from ``first`` to ``last`` for all queries of a head; see :func:`head_kernel`."""
+    rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
+    if PREFETCH:
+        next_key = rows_of(key_head, stride_key, first, last, True, KEYS, FEATURES, BLOCK_FEATURES)
+        next_value = rows_of(value_head, stride_value, first, last, True, KEYS, VALUES, BLOCK_VALUES)
+    for start in range(first, last, KEYS):
+        if PREFETCH:
+            key, value = next_key, next_value
+            next_key = rows_of(key_head, stride_key, start + KEYS, last, True, KEYS, FEATURES, BLOCK_FEATURES)
+            next_value = rows_of(value_head, stride_value, start + KEYS, last, True, KEYS, VALUES, BLOCK_VALUES)
+        else:
+            key = rows_of(key_head, stride_key, start, count, BOUNDS, KEYS, FEATURES, BLOCK_FEATURES)
+            value = rows_of(value_head, stride_value, start, count, BOUNDS, KEYS, VALUES, BLOCK_VALUES)
+        met, of_scores = backward_tile(
+            score_products(queries, tl.trans(key)), product(grads, tl.trans(value)), log_sums[:, None],
+            deltas[:, None], 0, start, rows, keys, length, count, mask_head, stride_mask_row, stride_mask_key, head,
+            middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED, BOUNDS,
+            CAUSAL, TIES, DROPOUT,
+        )  # fmt: skip
+        met, of_scores = met.to(grads.dtype), of_scores.to(key.dtype)
+        # Where there are fewer than 64 keys, the features are along the rows: Hopper's own instruction takes no fewer.
+        if KEYS < 64:
+            of_values = tl.trans(product(tl.trans(grads), met))
+        else:
+            of_values = product(tl.trans(met), grads)
+        put_rows(grad_value_head, stride_grad_value, start, count, of_values, KEYS, VALUES, BLOCK_VALUES, BOUNDS)
+        if KEYS < 64:
+            of_keys = tl.trans(product(tl.trans(queries), of_scores))
+        else:
+            of_keys = product(tl.trans(of_scores), queries)
+        put_rows(grad_key_head, stride_grad_key, start, count, of_keys * scale, KEYS, FEATURES, BLOCK_FEATURES, BOUNDS)
+        totals = add_product(totals, of_scores, key)
+    return totals
+
+
+@triton.jit
+def head_kernel(
+    query, key, value, mask, centre, noise, seeds, grad, log_sum, delta, shares, grad_query, grad_key, grad_value,
+    stride_query_batch, stride_query_head, stride_query_row,
+    stride_key_batch, stride_key_head, stride_key_row,
+    stride_value_batch, stride_value_head, stride_value_row,
+    stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
+    stride_grad_batch, stride_grad_head, stride_grad_row,
+    stride_result_batch, stride_result_head, stride_result_row,
+    stride_second_batch, stride_second_head, stride_second_row,
+    stride_third_batch, stride_third_head, stride_third_row,
+    heads, group, length, count, scale, unit, mu, noise_unit, lowest, dropout_p, keep_factor,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
+    TIES: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+    VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of a head's queries, keys and values, of which no other head has the keys.
+
+    All queries are in one tile, (ROWS, FEATURES), and the keys are gone over once. So the gradients of a tile of keys
+    and values are whole when it is left, and only that of the queries adds up, in registers.
+    """
+    head = tl.program_id(0)
+    batch, inner = head // heads, head % heads
+    key_head = head_of(key, batch, inner, stride_key_batch, stride_key_head)
+    value_head = head_of(value, batch, inner, stride_value_batch, stride_value_head)
+    mask_head = head_of(mask, batch, inner, stride_mask_batch, stride_mask_head)
+    grad_key_head = head_of(grad_key, batch, inner, stride_second_batch, stride_second_head)
+    grad_value_head = head_of(grad_value, batch, inner, stride_third_batch, stride_third_head)
+    queries = rows_of(
+        head_of(query, batch, inner, stride_query_batch, stride_query_head), stride_query_row, 0, length,
+        True, ROWS, FEATURES, BLOCK_FEATURES,
+    )  # fmt: skip
+    grads = rows_of(
+        head_of(grad, batch, inner, stride_grad_batch, stride_grad_head), stride_grad_row, 0, length,
+        True, ROWS, VALUES, BLOCK_VALUES,
+    )  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    place = tl.cast(head, tl.int64) * length + rows
+    # Queries beyond the last are zeros with an infinite L: their weights are 0.
+    log_sums = tl.load(log_sum + place, mask=rows < length, other=float("inf"))
+    deltas = tl.load(delta + place, mask=rows < length, other=0.0)
+    middle, threshold = threshold_of(centre, noise, mu, noise_unit, MEDIAN, NOISY)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seeds)
+    share = 0.0
+    if TIES:
+        share = tl.load(shares)
+
+    totals = tl.zeros([ROWS, BLOCK_FEATURES], tl.float32)
+    ONE: tl.constexpr = ONE_LOOP
+    whole = 0
+    if not ONE:
+        whole = count // KEYS * KEYS
+        totals = head_tiles(
+            totals, queries, grads, log_sums, deltas, key_head, value_head, grad_key_head, grad_value_head, mask_head,
+            stride_key_row, stride_value_row, stride_second_row, stride_third_row, stride_mask_row, stride_mask_key, 0,
+            whole, length, count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor,
+            UNSCALED, MASKED, False, CAUSAL, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
+        )  # fmt: skip
+    totals = head_tiles(
+        totals, queries, grads, log_sums, deltas, key_head, value_head, grad_key_head, grad_value_head, mask_head,
+        stride_key_row, stride_value_row, stride_second_row, stride_third_row, stride_mask_row, stride_mask_key, whole,
+        count, length, count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor,
+        UNSCALED, MASKED, True, CAUSAL, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS if ONE else REST,
+    )  # fmt: skip
+    put_rows(
+        head_of(grad_query, batch, inner, stride_result_batch, stride_result_head), stride_result_row, 0, length,
+        totals * scale, ROWS, FEATURES, BLOCK_FEATURES,
     )  # fmt: skip
 
 

@@ -24,7 +24,13 @@ HERE = Path(__file__).parent
 CASES = (str(HERE / "triton_cases.py"), "-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "-s")
 #: The cases in parts of about the same time, by name, so that they run side by side.
 ORACLE, MEDIAN = "test_equals or test_the_attention or test_any_scale", "test_the_median or test_the_gradient"
-PARTS = {"oracle": ORACLE, "median": MEDIAN, "others": f"not ({ORACLE} or {MEDIAN})"}
+HEADS_IN_ONE_PASS = "test_heads or test_one_pass"
+PARTS = {
+    "oracle": ORACLE,
+    "median": MEDIAN,
+    "heads": HEADS_IN_ONE_PASS,
+    "others": f"not ({ORACLE} or {MEDIAN} or {HEADS_IN_ONE_PASS})",
+}
 
 
 @needs_triton

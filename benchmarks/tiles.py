@@ -197,7 +197,7 @@ def entry_of(kernel: str, dtype: str, shape: str, capability: tuple[int, int]) -
     from lwpf_patch.backends import triton as backend
 
     _, _, length, features = (int(part) for part in shape.split(","))
-    if backend._halves(length) and kernel in ("forward", "query", "key"):
+    if backend.halves(length) and kernel in backend.OWN:
         return None
     table = "_TILES_LONG" if length >= backend.KEYS_OF_LONG else "_TILES"
     if capability < (9, 0):

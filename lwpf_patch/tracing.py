@@ -5,7 +5,9 @@ It becomes a call of that very module, so that the traced model follows train() 
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,6 +38,17 @@ def _is_exporting() -> bool:
 def is_jit_tracing() -> bool:
     """Return whether torch.jit.trace, or the export to ONNX that uses it, is at work."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def not_recorded() -> Iterator[None]:
+    """Keep what is computed out of the trace of torch.jit.trace, if one is being made."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def call_module(module: nn.Module, *arguments: Any) -> Any:

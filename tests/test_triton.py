@@ -6,7 +6,7 @@ is settled when it is first imported, for all kernels there are, and torch.compi
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import os
 import re
@@ -197,6 +197,24 @@ def plan_of(python, capability: int, cases: list[tuple]) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("kernel", triton_backend._TILES)
+def test_a_length_that_stands_for_others_has_their_tiles(kernel, capability):
+    """So that a kernel which was checked with one has been checked, in the tiles that it computes in, with all."""
+    lengths = [*range(1, 1300), *torch.randint(1300, 100_000, (50,)).tolist()]
+    standing = {length: triton_backend.standing_for(length) for length in lengths}
+    assert len(set(standing.values())) == 7
+    for most in (triton_backend.LARGEST_HEAD, triton_backend._LARGE):  # which kernels there are depends on these
+        assert all((length <= most) == (standing[length] <= most) for length in lengths)
+    if kernel == "head":
+        lengths = [length for length in lengths if length <= triton_backend.LARGEST_HEAD]
+    for dtype, masked in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
+        for width in (64, 128):
+            tile = functools.partial(triton_backend.tile_of, kernel, dtype, width, capability, masked)
+            for length, keys in [*zip(lengths, reversed(lengths), strict=True), *((n, n) for n in lengths)]:
+                assert tile(length, keys) == tile(standing[length], standing[keys]), (length, keys)
+
+
 @needs_triton
 @pytest.mark.parametrize("capability", COMPILED)
 def test_tiles_compute_few_scores_in_vain(python, capability):
@@ -249,33 +267,6 @@ def test_which_kernels_a_backward_pass_has(python, capability):
         if capability in (86, 120):
             expected = [*DELTA, *TWO, *(name for name in expected if name == "mask_kernel")]
         assert own == expected, case
-
-
-@pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 145, 192, 193, 197, 256, 257, 320, 321, 577, 1023, 1024, 5000])
-def test_what_is_checked_stands_for_all_of_its_case(rows):
-    """The number of queries or keys that a case has in place of a call's has the same tiles, and kernels."""
-    standing = triton_backend.standing_for(rows)
-    assert triton_backend.standing_for(standing) == standing
-    for dtype, width, kernel, masked, device in itertools.product(
-        (torch.bfloat16, torch.float32), (64, 128), ("forward", "query", "key", "mask", "median", "head"),
-        (False, True), ((8, 0), (9, 0)),
-    ):  # fmt: skip
-        if kernel == "head" and rows > triton_backend.LARGEST_HEAD:
-            continue
-        for other in (rows, 197, 300, 2048):  # of the one that the numbers are not of
-            own, its = (
-                triton_backend.tile_of(kernel, dtype, width, device, masked, *pair)
-                for pair in ((rows, other), (standing, other))
-            )
-            assert own == its
-            if kernel != "head":
-                own, its = (
-                    triton_backend.tile_of(kernel, dtype, width, device, masked, *pair)
-                    for pair in ((other, rows), (other, standing))
-                )
-                assert own == its
-    assert (rows <= triton_backend.LARGEST_HEAD) == (standing <= triton_backend.LARGEST_HEAD)
-    assert (rows <= triton_backend.LARGE) == (standing <= triton_backend.LARGE)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

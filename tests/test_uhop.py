@@ -412,6 +412,12 @@ def test_a_map_that_no_optimizer_has_is_an_error():
     lwpf_patch.apply("timm", uhop=STAGE)
     with pytest.raises(lwpf_patch.LwpfError, match=r"no optimizer has the feature maps of timm.*before the optimizer"):
         _train(model, optimizer, steps=stage_one.PATIENCE + 1)
+    # As in a notebook, where the traceback keeps the model: the next one trains.
+    another = _model()
+    _train(another, _sgd(another), steps=stage_one.PATIENCE + 1)
+    assert feature_maps(another)[0].weight.any()
+    with pytest.raises(lwpf_patch.LwpfError, match="no optimizer has the feature maps"):
+        _train(model, optimizer)
 
 
 def test_a_stale_forward_pass_is_no_reason_for_that_error():

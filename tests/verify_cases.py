@@ -289,6 +289,8 @@ def test_what_torch_compile_leaves_open_is_no_obstacle(func_d, dynamic, warned, 
             out, wanted = (each(query, key, value, *numbers) for each in (compiled, function))
             torch.testing.assert_close(out, wanted)
     assert not warned
+    assert verifying._problems  # it was checked
+    assert set(verifying._problems.values()) == {None}
     assert len(graphs) <= 4
     assert all("triton_attention" in graph.code for graph in graphs)
 

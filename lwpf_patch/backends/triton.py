@@ -340,7 +340,7 @@ class _Call(NamedTuple):
             # Others would spill registers.
             and features == self.value.shape[3] and features in WIDTHS_OF_HEAD
             and self.query.dtype != torch.float32
-            and (length <= LARGE or self.mask is None or self.dropout_p == 0)
+            and (length <= _LARGE or self.mask is None or self.dropout_p == 0)
         )  # fmt: skip
 
     def tile(self, kernel: str) -> dict[str, int]:
@@ -369,8 +369,9 @@ ROOMY = ((8, 0), (9, 0))
 
 # Those of the kernel for whole heads are by their rows, not by the width.
 #
-# Of those that spill no register on Hopper, in half precision and up to width 128, the ones with few instructions a
-# score. All take no more shared memory than the smallest Ampere has.
+# Of those that spill no register on Hopper, in half precision, up to width 128 and without dropout, the ones with few
+# instructions a score. With dropout the kernel for keys spills up to 56 bytes a thread, on Hopper and Ampere, and on
+# Ampere that for queries 16, at width 128 with the median. All take no more shared memory than the smallest Ampere has.
 _TILES: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "query": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
@@ -415,25 +416,30 @@ _TILES_FLOAT32: _Tiles = {
 }
 
 
-#: Rows of the tiles that are halved where few rows are left over.
-LARGE = 128
+#: Which rows each program of a kernel has for itself, those of queries or of keys; other kernels have neither.
+OWN = {"forward": "ROWS", "query": "ROWS", "key": "KEYS"}
+#: How many of them, in the tiles that are halved where few are left over.
+_LARGE = 128
 
 
-def _halves(rows: int) -> bool:
-    """Return whether tiles with half of so many rows of their own leave less than nine tenths to be computed."""
-    return 10 * (LARGE // 2) * -(-rows // (LARGE // 2)) < 9 * LARGE * -(-rows // LARGE)
+def halves(rows: int) -> bool:
+    """Return whether half as large tiles of a program's own leave less than nine tenths of the scores to compute."""
+    small = _LARGE // 2
+    return 10 * small * -(-rows // small) < 9 * _LARGE * -(-rows // _LARGE)
 
 
 def standing_for(rows: int) -> int:
     """Return a number of queries or keys with the kernels and tiles of another: one of seven, whatever the other is.
 
+    Each leaves a part of a tile.
+
     A number that torch.compile leaves open becomes a plain one.
     """
     if rows >= KEYS_OF_LONG:
-        return KEYS_OF_LONG
+        return KEYS_OF_LONG + 1
     if rows > LARGEST_HEAD:
-        return 2 * LARGE + 1 if _halves(rows) else 3 * LARGE - 59
-    return next(most - 15 for most in range(LARGE // 2, LARGEST_HEAD + 1, LARGE // 2) if rows <= most)
+        return 257 if halves(rows) else 325
+    return next(most - 15 for most in range(_LARGE // 2, LARGEST_HEAD + 1, _LARGE // 2) if rows <= most)
 
 
 def entry_of(kernel: str, width: int, length: int) -> int:
@@ -475,11 +481,10 @@ def tile_of(
         if wanted:
             tile = table.get(kernel, {}).get(entry, tile)
     found = dict(zip(("ROWS", "KEYS", "num_warps", "num_stages"), tile, strict=True))
-    # What each program of a kernel has for itself. Not with a mask: the kernel for keys would spill, and there the
-    # others have small tiles as it is.
-    own, rows = {"forward": ("ROWS", length), "query": ("ROWS", length), "key": ("KEYS", keys)}.get(kernel, ("", 0))
-    if found.get(own) == LARGE and not masked and _halves(rows):
-        found |= {own: LARGE // 2, "num_warps": found["num_warps"] // 2}
+    own = OWN.get(kernel)
+    # Not with a mask: the kernel for keys would spill, and there the others have small tiles as it is.
+    if own is not None and not masked and found[own] == _LARGE and halves(length if own == "ROWS" else keys):
+        found |= {own: _LARGE // 2, "num_warps": found["num_warps"] // 2}
     return found
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reporting
+from .. import reporting, tracing
 from ..compiling import real, whole
 from . import eager_form
 from .arguments import representable_factor
@@ -154,7 +154,7 @@ def case_of(call: Call, threshold: Threshold, length: int, keys: int) -> Case:
     backward = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (query, key, value, mask)
     )
-    # A case is a constant, as what a kernel is compiled for, of which torch.compile may leave numbers open.
+    # torch.compile may leave these numbers open, and a case is a constant.
     features, values = whole(query.shape[-1]), whole(value.shape[-1])
     scale = features**-0.5 if call.scale is None else call.scale
     shared = False
@@ -263,8 +263,8 @@ def drawn_part(case: Case, length: int, keys: int) -> Part:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Compute outside of autocast and of inference mode, with gradients on."""
-    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+    """Compute outside of autocast, of inference mode and of a trace, with gradients on."""
+    with tracing.not_recorded(), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         for device in ("cuda", "cpu"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -38,6 +38,7 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         # One that listens and has no keys has seen no forward pass in training yet.
         if _is_trained_by(each, optimizer, trained) and not (each._listening and each._keys is None):
             counting.append(each)
+    _check_patience(waiting)
     due = [each for each in counting if each._listening]
     for each in counting:
         if not each._listening:
@@ -71,16 +72,29 @@ def _is_trained_by(feature_map: HostFeatureMap, optimizer: Any, trained: set[int
     if feature_map._keys is not None and not feature_map._counted and feature_map.weight.grad is not None:
         feature_map._counted = True
         feature_map._missed += 1
-    if feature_map._missed >= PATIENCE:
-        raise LwpfError(
-            f"uhop: after {PATIENCE} steps no optimizer has the feature maps of {feature_map.host} among its "
-            "parameters, so that they would never be trained: apply lwpf_patch before the optimizer is made, give it "
-            "model.parameters(), or set train=false in uhop"
-        )
     return False
 
 
 _followed: "weakref.WeakKeyDictionary[HostFeatureMap, Any]" = weakref.WeakKeyDictionary()
+
+
+def _check_patience(waiting: list[HostFeatureMap]) -> None:
+    """Refuse to go on without an optimizer that has a map.
+
+    Each further forward pass of that model is refused as well; another model's, while this one is still around, is not.
+
+    Raises:
+        LwpfError: The optimizers' steps have missed a map too often.
+    """
+    missed = [each for each in waiting if each._missed >= PATIENCE]
+    for each in missed:
+        each._missed = PATIENCE - 1
+    if missed:
+        raise LwpfError(
+            f"uhop: after {PATIENCE} steps no optimizer has the feature maps of {missed[0].host} among its "
+            "parameters, so that they would never be trained: apply lwpf_patch before the optimizer is made, give it "
+            "model.parameters(), or set train=false in uhop"
+        )
 
 
 def _check_kind(feature_map: HostFeatureMap) -> None:

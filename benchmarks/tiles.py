@@ -4,7 +4,9 @@ For each kernel, the pass that it takes part in is timed with one candidate afte
 the backend has for it (the base of the ratios); all other kernels keep theirs. What is fastest here can be written into
 the tables of lwpf_patch/backends/triton.py: with --output NAME, NAME.tables.txt has these tables with each tile that is
 beaten replaced. A tile is beaten if the quartiles of the times do not overlap. A candidate that the GPU has no room for
-fails, and the others go on. Each has to be compiled first, for seconds: --kernels, --shapes and --near make it shorter.
+fails, and the others go on. Short sequences have one backward kernel, head, in place of query and key: each is measured
+at the shapes that it computes. Each candidate has to be compiled first, for seconds: --kernels, --shapes and --near
+make it shorter.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ KERNELS = {
     "forward": ("relu", "forward"),
     "query": ("relu", "backward"),
     "key": ("relu", "backward"),
+    "head": ("relu", "backward"),
     "median": ("pfu:mu=dmedian,bias=mu,sigma=0", "forward"),
 }
 #: Rows of queries and of keys, warps and stages.
@@ -38,6 +41,8 @@ CANDIDATES = [
         ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)), (4, 8), (2, 3)
     )
 ]
+#: Keys, warps and stages of the kernel for whole heads.
+OF_HEAD = [(keys, warps, 1) for keys, warps in itertools.product((16, 32, 64), (4, 8, 16))]
 #: What a tile that is near another may be made of.
 NEAR = ((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
 REPEATS = {"cpu": 2, "cuda": 20}
@@ -77,12 +82,13 @@ def run(options: argparse.Namespace) -> None:
         for kernel in options.kernels:
             say(f"B,H,N,E = {shape}: {kernel}")
             func_d, which = KERNELS[kernel]
-            found = _call(func_d, inputs).tile(kernel)
+            call = _call(func_d, inputs)
+            if kernel in (("query", "key") if call.in_one_pass else ("head",)):
+                say("the backward pass of this shape has no such kernel")
+                continue
+            found = call.tile(kernel)
             current = (found["ROWS"], found["KEYS"], found["num_warps"], found["num_stages"])
-            # The kernel for keys has them along the rows of its products, of which fewer than 64 would have Hopper take
-            # another instruction than the other kernels, and round scores in another way.
-            known = near(current) if options.near else CANDIDATES
-            candidates = [tile for tile in known if kernel != "key" or tile[1] >= 64]
+            candidates = candidates_of(kernel, current, options.near)
             if options.quick:
                 candidates = candidates[:2]
             subjects = {
@@ -101,6 +107,23 @@ def run(options: argparse.Namespace) -> None:
                 path = Path(options.output.removesuffix(".json"))
                 text = tables(found, reporting.machine(options.device)["device"])
                 reporting.replace_text(path.with_name(path.name + ".tables.txt"), text)
+
+
+def candidates_of(kernel: str, current: tuple[int, ...], only_near: bool) -> list[tuple[int, ...]]:
+    """Return the tiles that are tried for a kernel.
+
+    Args:
+        kernel: Which kernel.
+        current: The tile that it has.
+        only_near: Whether to try only those that are near it.
+    """
+    if kernel == "head":  # its rows are those of the sequence, and it has no stages
+        known = near(current) if only_near else [(current[0], *of_head) for of_head in OF_HEAD]
+        return [tile for tile in known if tile != current and (tile[0], tile[3]) == (current[0], current[3])]
+    known = near(current) if only_near else CANDIDATES
+    # The kernel for keys has them along the rows of its products, of which fewer than 64 would have Hopper take another
+    # instruction than the other kernels, and round scores in another way.
+    return [tile for tile in known if kernel != "key" or tile[1] >= 64]
 
 
 def near(tile: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -160,7 +183,7 @@ def _grouped(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
 
 
 def entry_of(kernel: str, dtype: str, shape: str, capability: tuple[int, int]) -> tuple[str, str, int] | None:
-    """Return the table, kernel and width of the entry that a new tile for a shape belongs in.
+    """Return the table, kernel and width, or rows, of the entry that a new tile for a shape belongs in.
 
     Args:
         kernel: Which kernel.
@@ -181,7 +204,7 @@ def entry_of(kernel: str, dtype: str, shape: str, capability: tuple[int, int]) -
         table = "_TILES_BEFORE_HOPPER"
     if dtype == "float32":
         table = "_TILES_FLOAT32"
-    return table, kernel, max(64, backend._block(features))
+    return table, kernel, backend.entry_of(kernel, backend._block(features), length)
 
 
 def tables(found: list[dict[str, Any]], device: str) -> str:

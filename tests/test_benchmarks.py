@@ -107,7 +107,9 @@ def test_tiles(python, tmp_path):
     rows = check_files(SimpleNamespace(out=said.stdout), tmp_path / "out" / "t", plot=False)
     names = [(row["kernel"], row["variant"]) for row in rows]
     assert names[:3] == [("forward", "current"), ("forward", "64, 32, 4, 2"), ("forward", "64, 32, 4, 3")]
-    assert len(names) == 12
+    # The shape is one of whole heads.
+    assert [kernel for kernel, variant in names if variant == "current"] == ["forward", "head", "median"]
+    assert len(names) == 9
     assert not any(row["failures"] for row in rows)
 
 
@@ -394,6 +396,18 @@ def test_tiles_that_are_beaten():
     other = {**clear, "64_64_8_3": [12.0, 13.0, 14.0]}  # it loses where the same entry serves
     assert tiles.beaten(rows("1,1,197,64", **clear) + rows("1,1,577,64", **other), (9, 0)) == []
     assert tiles.beaten(rows("1,1,300,64", **clear), (9, 0)) == []  # half of the tile stands in for it
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_tiles_of_whole_heads(near):
+    """They have the rows of the sequence; their entry is by these."""
+    candidates = tiles.candidates_of("head", (256, 32, 8, 1), near)
+    assert candidates
+    assert all((tile[0], tile[3]) == (256, 1) for tile in candidates)
+    assert (256, 32, 8, 1) not in candidates
+    assert tiles.entry_of("head", "bfloat16", "1,1,197,32", (9, 0)) == ("_TILES", "head", 256)
+    assert tiles.entry_of("head", "bfloat16", "1,1,49,64", (8, 0)) == ("_TILES_BEFORE_HOPPER", "head", 64)
+    assert tiles.entry_of("query", "bfloat16", "1,1,577,64", (9, 0)) == ("_TILES", "query", 64)
 
 
 @pytest.mark.parametrize("failing", ["base", "other"])

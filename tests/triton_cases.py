@@ -20,7 +20,7 @@ import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, lwpf_attention, settings
 from lwpf_patch.attention import HostFuncD
 from lwpf_patch.backends import triton as backend
-from lwpf_patch.backends import triton_median
+from lwpf_patch.backends import triton_kernels, triton_median
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -257,6 +257,66 @@ def test_equals_the_oracle(func, turn):
         if errors:
             return
     pytest.fail("no case was drawn whose threshold is clear")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the kernels that were started."""
+    names = []
+    launch = triton_kernels.launch
+
+    def launch_and_tell(kernel, *arguments, **options):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(triton_kernels, "launch", launch_and_tell)
+    return names
+
+
+@pytest.mark.parametrize("func", FUNC_DS)
+def test_heads_in_one_pass(func, started):
+    """The backward kernel for whole heads, of sequences of all lengths it is for; the interpreter is slow."""
+    dtype, mask_name, width = pick([torch.float16, torch.bfloat16]), next(NEXT_MASK), pick([16, 32, 64])
+    dropout_p = pick([0.0, 0.0, 0.3])
+    most = 80 if dropout_p else 256
+    for _ in range(20):
+        length, keys, heads = number(1, most), number(1, most), pick([1, 2])
+        query, key, value = (rounded((1, heads, rows, width), dtype) for rows in (length, keys, keys))
+        mask = make_mask(mask_name, (1, heads, length, keys), dtype)
+        started.clear()
+        errors = check(
+            func, dtype, query, key, value, mask, causal=mask_name == "causal", scale=pick([None, 0.3]),
+            dropout_p=dropout_p, n=pick([0.0, 1.0]),
+        )  # fmt: skip
+        if errors:
+            in_one_pass = backend.capability(torch.device(DEVICE)) in backend.ROOMY
+            assert ("head_kernel" in started) == in_one_pass
+            assert in_one_pass != bool({"query_kernel", "key_kernel"} & set(started))
+            return
+    pytest.fail("no case was drawn whose threshold is clear")
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}, {"enable_gqa": True}], ids=str)
+def test_one_pass_and_two_compute_the_same(options, started, monkeypatch):
+    """With the same weights dropped; and twice the same, bit by bit. Shared keys take two passes in any case."""
+    length, keys = number(65, 256), number(65, 256)
+    shared = 1 if options.get("enable_gqa") else 2
+    inputs = [
+        rounded((2, heads, rows, 32), torch.float16).to(DEVICE, torch.float16).requires_grad_()
+        for heads, rows in ((2, length), (shared, keys), (shared, keys))
+    ]
+    out = attend(*inputs, None, 5, "triton", dict(func_d="relu", training=False, **options))
+    cotangent = torch.randn_like(out)
+    grads = []
+    for roomy in (backend.ROOMY, backend.ROOMY, ()):
+        monkeypatch.setattr(backend, "ROOMY", roomy)
+        started.clear()
+        grads.append(torch.autograd.grad(out, inputs, cotangent, retain_graph=True))
+        in_one_pass = shared == 2 and backend.capability(torch.device(DEVICE)) in roomy
+        assert ("head_kernel" in started) == in_one_pass
+    for one, again, two in zip(*grads, strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=2e-3 * float(two.abs().max()))
 
 
 @pytest.mark.parametrize("func", ["relu", "pfu dmedian"])

@@ -326,12 +326,31 @@ class _Call(NamedTuple):
             "BLOCK_VALUES": _block(values),
         }
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether one kernel makes the gradients of queries, keys and values, reading each tensor once.
+
+        Otherwise two do. What it depends on is in a :class:`verifying.Case`, and the same for the part that is checked.
+        """
+        _, heads, length, features = self.query.shape
+        return (
+            max(length, self.key.shape[2]) <= LARGEST_HEAD
+            and self.key.shape[1] == heads
+            and capability(self.query.device) in ROOMY
+            # Others would spill registers.
+            and features == self.value.shape[3] and features in WIDTHS_OF_HEAD
+            and self.query.dtype != torch.float32
+            and (length <= _LARGE or self.mask is None or self.dropout_p == 0)
+        )  # fmt: skip
+
     def tile(self, kernel: str) -> dict[str, int]:
         """Return the size of a kernel's tiles, and how it is compiled."""
         width = max(_block(self.query.shape[3]), _block(self.value.shape[3]))
+        # The kernel for whole heads has few registers left: the numbers of dropout take as many as a mask.
+        crowded = self.mask is not None or (kernel == "head" and self.dropout_p > 0)
         return tile_of(
-            kernel, self.query.dtype, width, capability(self.query.device), self.mask is not None,
-            self.query.shape[2], self.key.shape[2],
+            kernel, self.query.dtype, width, capability(self.query.device), crowded, self.query.shape[2],
+            self.key.shape[2],
         )  # fmt: skip
 
 
@@ -343,6 +362,13 @@ def _block(width: int) -> int:
 #: Rows of queries and of keys in a tile, warps and stages, for each kernel and width.
 _Tiles = dict[str, dict[int, tuple[int, int, int, int]]]
 
+#: The most queries and keys of which one program makes all gradients of a head, and how many features they may have.
+LARGEST_HEAD, WIDTHS_OF_HEAD = 256, (16, 32, 64)
+#: The capabilities of devices with the shared memory for that, 163 and 227 KB, for which it is known to spill nothing.
+ROOMY = ((8, 0), (9, 0))
+
+# Those of the kernel for whole heads are by their rows, not by the width.
+#
 # Of those that spill no register on Hopper, in half precision, up to width 128 and without dropout, the ones with few
 # instructions a score. With dropout the kernel for keys spills up to 56 bytes a thread, on Hopper and Ampere, and on
 # Ampere that for queries 16, at width 128 with the median. All take no more shared memory than the smallest Ampere has.
@@ -350,6 +376,7 @@ _TILES: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "query": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
     "key": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
+    "head": {64: (64, 32, 4, 1), 128: (128, 32, 8, 1), 256: (256, 32, 8, 1)},
     "mask": {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 1)},
     "median": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
 }
@@ -360,6 +387,7 @@ _TILES_MASKED: _Tiles = {
     "forward": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
     "query": {64: (64, 64, 8, 2), 128: (64, 16, 8, 2)},
     "key": {64: (32, 128, 8, 2), 128: (16, 64, 8, 2)},
+    "head": {64: (64, 16, 4, 1), 128: (128, 16, 8, 1), 256: (256, 16, 8, 1)},
     "median": {128: (64, 32, 4, 2)},
 }
 # For long sequences: fewer instructions a score, but more keys are left over.
@@ -369,12 +397,14 @@ _TILES_BEFORE_HOPPER: _Tiles = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2)},
     "query": {128: (64, 64, 8, 2)},
     "key": {128: (64, 64, 8, 2)},
+    "head": {64: (64, 16, 4, 1), 128: (128, 16, 4, 1), 256: (256, 16, 8, 1)},
     "mask": {64: (64, 32, 8, 1)},
 }
 _TILES_MASKED_BEFORE_HOPPER: _Tiles = {
     "forward": {64: (64, 32, 8, 2)},
     "query": {64: (64, 32, 8, 2)},
     "key": {64: (16, 128, 8, 2)},
+    "head": {128: (128, 16, 8, 1)},
 }
 # Products of float32 are made without the units for matrices, and take many registers: some spill a few.
 _TILES_FLOAT32: _Tiles = {
@@ -399,13 +429,30 @@ def halves(rows: int) -> bool:
 
 
 def standing_for(rows: int) -> int:
-    """Return a number of queries or keys that has the same tiles: one of three, each of which leaves a part of a tile.
+    """Return a number of queries or keys with the kernels and tiles of another: one of seven, whatever the other is.
+
+    Each leaves a part of a tile.
 
     A number that torch.compile leaves open becomes a plain one.
     """
     if rows >= KEYS_OF_LONG:
         return KEYS_OF_LONG + 1
-    return 257 if halves(rows) else 197
+    if rows > LARGEST_HEAD:
+        return 257 if halves(rows) else 325
+    return next(most - 15 for most in range(_LARGE // 2, LARGEST_HEAD + 1, _LARGE // 2) if rows <= most)
+
+
+def entry_of(kernel: str, width: int, length: int) -> int:
+    """Return under which number a kernel's tiles are in the tables.
+
+    Args:
+        kernel: Which kernel.
+        width: The features that a tile holds, a power of 2.
+        length: How many queries there are.
+    """
+    if kernel == "head":
+        return max(64, _block(length))
+    return max(64, width)
 
 
 def tile_of(
@@ -418,12 +465,12 @@ def tile_of(
         dtype: What it computes in.
         width: The features that a tile holds, a power of 2.
         device: The device's capability.
-        masked: Whether there is a mask.
+        masked: Whether there is a mask, or what takes as many registers.
         length: How many queries there are.
         keys: How many keys.
     """
-    width, before_hopper = max(64, width), device < (9, 0)
-    tile = _TILES[kernel][width]
+    entry, before_hopper = entry_of(kernel, width, length), device < (9, 0)
+    tile = _TILES[kernel][entry]
     for table, wanted in (
         (_TILES_LONG, keys >= KEYS_OF_LONG),
         (_TILES_BEFORE_HOPPER, before_hopper),
@@ -432,7 +479,7 @@ def tile_of(
         (_TILES_FLOAT32, dtype == torch.float32),
     ):
         if wanted:
-            tile = table.get(kernel, {}).get(width, tile)
+            tile = table.get(kernel, {}).get(entry, tile)
     found = dict(zip(("ROWS", "KEYS", "num_warps", "num_stages"), tile, strict=True))
     own = OWN.get(kernel)
     # Not with a mask: the kernel for keys would spill, and there the others have small tiles as it is.
@@ -553,25 +600,35 @@ def _backward(
     numbers = (scale, call.unit(), *call.threshold(), call.lowest(), *call.dropout())
     launch = triton_kernels.launch
     with _on(query.device):
-        delta = torch.empty_like(log_sum)
-        tile = call.tile("query")
-        launch(
-            triton_kernels.delta_kernel, batches * heads * -(-length // 64), grad, out, delta, *_strides(grad, out),
-            heads, length, VALUES=flags["VALUES"], BLOCK_VALUES=flags["BLOCK_VALUES"], ROWS=64,
-        )  # fmt: skip
+        delta, in_one_pass = torch.empty_like(log_sum), call.in_one_pass
+        # Delta is wanted before where the threshold has a gradient, and by the kernel for the mask.
+        own_delta = in_one_pass and not call.ties and not grad_mask.numel()
+        if not own_delta:
+            launch(
+                triton_kernels.delta_kernel, batches * heads * -(-length // 64), grad, out, delta, *_strides(grad, out),
+                heads, length, VALUES=flags["VALUES"], BLOCK_VALUES=flags["BLOCK_VALUES"], ROWS=64,
+            )  # fmt: skip
         # The forgotten scores become the threshold, and pass their gradient on to it; the comparison has none.
         shares = -(rho * delta).sum() / ties.clamp(min=1) if call.ties else rho
         inputs = (*tensors, centre, eps, seed, grad, log_sum, delta, shares)
-        launch(
-            triton_kernels.query_kernel, batches * heads * -(-length // tile["ROWS"]), *inputs, grad_query,
-            *strides, *_strides(grad_query), *sizes[1:], *numbers, **flags, CAUSAL=is_causal, **tile,
-        )  # fmt: skip
-        tile = call.tile("key")
-        launch(
-            triton_kernels.key_kernel, batches * key.shape[1] * -(-count // tile["KEYS"]), *inputs, grad_key,
-            grad_value, *strides, *_strides(grad_key, grad_value), *sizes[1:], *numbers, **flags, CAUSAL=is_causal,
-            **tile,
-        )  # fmt: skip
+        if in_one_pass:
+            launch(
+                triton_kernels.head_kernel, batches * heads, *inputs, out, grad_query, grad_key, grad_value, *strides,
+                *_strides(out, grad_query, grad_key, grad_value), heads, length, count, *numbers, **flags,
+                DELTA=own_delta, CAUSAL=is_causal, **call.tile("head"),
+            )  # fmt: skip
+        else:
+            tile = call.tile("query")
+            launch(
+                triton_kernels.query_kernel, batches * heads * -(-length // tile["ROWS"]), *inputs, grad_query,
+                *strides, *_strides(grad_query), *sizes[1:], *numbers, **flags, CAUSAL=is_causal, **tile,
+            )  # fmt: skip
+            tile = call.tile("key")
+            launch(
+                triton_kernels.key_kernel, batches * key.shape[1] * -(-count // tile["KEYS"]), *inputs, grad_key,
+                grad_value, *strides, *_strides(grad_key, grad_value), *sizes[1:], *numbers, **flags, CAUSAL=is_causal,
+                **tile,
+            )  # fmt: skip
         if grad_mask.numel():
             tile = call.tile("mask")
             shape = grad_mask.shape

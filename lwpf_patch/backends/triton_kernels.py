@@ -1,4 +1,6 @@
-"""The kernels of the Triton backend: forward, and backward for queries, for keys and values, and for an additive mask.
+"""The kernels of the Triton backend: forward, and backward for queries, keys and values, and for an additive mask.
+
+The backward pass of short sequences is one kernel, of others one for queries and one for keys and values.
 
 The formulas are those of :mod:`.cpu`, tile by tile. What a kernel calls scores is a score up to a positive factor,
 ``unit``, times the natural logarithm of 2: with UNSCALED the plain product ``q k^T``, whose factor holds the scale, so
@@ -590,6 +592,111 @@ def key_kernel(
     put_rows(
         head_of(grad_value, batch, inner, stride_second_batch, stride_second_head), stride_second_row, start_key, count,
         grad_values, KEYS, VALUES, BLOCK_VALUES,
+    )  # fmt: skip
+
+
+@triton.jit
+def head_tiles(
+    totals, queries, grads, log_sums, deltas, key_head, value_head, grad_key_head, grad_value_head, mask_head,
+    stride_key, stride_value, stride_grad_key, stride_grad_value, stride_mask_row, stride_mask_key, length, count, head,
+    middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, TIES: tl.constexpr, DROPOUT: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Go over all keys for all queries of a head; see :func:`head_kernel`."""
+    rows, keys = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
+    # Each tile is loaded while the one before is computed. Triton's own stages take more instructions for that.
+    next_key = rows_of(key_head, stride_key, 0, count, True, KEYS, FEATURES, BLOCK_FEATURES)
+    next_value = rows_of(value_head, stride_value, 0, count, True, KEYS, VALUES, BLOCK_VALUES)
+    for start in range(0, count, KEYS):
+        key, value = next_key, next_value
+        next_key = rows_of(key_head, stride_key, start + KEYS, count, True, KEYS, FEATURES, BLOCK_FEATURES)
+        next_value = rows_of(value_head, stride_value, start + KEYS, count, True, KEYS, VALUES, BLOCK_VALUES)
+        met, of_scores = backward_tile(
+            score_products(queries, tl.trans(key)), product(grads, tl.trans(value)), log_sums[:, None],
+            deltas[:, None], 0, start, rows, keys, length, count, mask_head, stride_mask_row, stride_mask_key, head,
+            middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED, True, CAUSAL,
+            TIES, DROPOUT,
+        )  # fmt: skip
+        met, of_scores = met.to(grads.dtype), of_scores.to(key.dtype)
+        # With the features along the rows, of which Hopper's own instruction takes no fewer than 64.
+        of_values = tl.trans(product(tl.trans(grads), met))
+        put_rows(grad_value_head, stride_grad_value, start, count, of_values, KEYS, VALUES, BLOCK_VALUES)
+        of_keys = tl.trans(product(tl.trans(queries), of_scores)) * scale
+        put_rows(grad_key_head, stride_grad_key, start, count, of_keys, KEYS, FEATURES, BLOCK_FEATURES)
+        totals = add_product(totals, of_scores, key)
+    return totals
+
+
+@triton.jit
+def head_kernel(
+    query, key, value, mask, centre, noise, seeds, grad, log_sum, delta, shares, out, grad_query, grad_key, grad_value,
+    stride_query_batch, stride_query_head, stride_query_row,
+    stride_key_batch, stride_key_head, stride_key_row,
+    stride_value_batch, stride_value_head, stride_value_row,
+    stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_key,
+    stride_grad_batch, stride_grad_head, stride_grad_row,
+    stride_out_batch, stride_out_head, stride_out_row,
+    stride_result_batch, stride_result_head, stride_result_row,
+    stride_second_batch, stride_second_head, stride_second_row,
+    stride_third_batch, stride_third_head, stride_third_row,
+    heads, length, count, scale, unit, mu, noise_unit, lowest, dropout_p, keep_factor,
+    UNSCALED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, MEDIAN: tl.constexpr, NOISY: tl.constexpr,
+    TIES: tl.constexpr, DELTA: tl.constexpr, DROPOUT: tl.constexpr, FEATURES: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of a head's queries, keys and values, whose keys no other head shares.
+
+    One tile, (ROWS, FEATURES), holds all queries, and the keys are gone over once. So the gradients of a tile of keys
+    and values are complete when it has been computed, and only those of the queries are summed, in registers. With
+    DELTA the kernel computes delta, too, which nothing else needs then.
+    """
+    head = tl.program_id(0)
+    batch, inner = head // heads, head % heads
+    queries = rows_of(
+        head_of(query, batch, inner, stride_query_batch, stride_query_head), stride_query_row, 0, length,
+        True, ROWS, FEATURES, BLOCK_FEATURES,
+    )  # fmt: skip
+    grads = rows_of(
+        head_of(grad, batch, inner, stride_grad_batch, stride_grad_head), stride_grad_row, 0, length,
+        True, ROWS, VALUES, BLOCK_VALUES,
+    )  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    place = tl.cast(head, tl.int64) * length + rows
+    # Queries beyond the last are zeros with an infinite L: their weights are 0.
+    log_sums = tl.load(log_sum + place, mask=rows < length, other=float("inf"))
+    if DELTA:
+        outs = rows_of(
+            head_of(out, batch, inner, stride_out_batch, stride_out_head), stride_out_row, 0, length,
+            True, ROWS, VALUES, BLOCK_VALUES,
+        )  # fmt: skip
+        deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+    else:
+        deltas = tl.load(delta + place, mask=rows < length, other=0.0)
+    middle, threshold = threshold_of(centre, noise, mu, noise_unit, MEDIAN, NOISY)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seeds)
+    share = 0.0
+    if TIES:
+        share = tl.load(shares)
+
+    totals = head_tiles(
+        tl.zeros([ROWS, BLOCK_FEATURES], tl.float32), queries, grads, log_sums, deltas,
+        head_of(key, batch, inner, stride_key_batch, stride_key_head),
+        head_of(value, batch, inner, stride_value_batch, stride_value_head),
+        head_of(grad_key, batch, inner, stride_second_batch, stride_second_head),
+        head_of(grad_value, batch, inner, stride_third_batch, stride_third_head),
+        head_of(mask, batch, inner, stride_mask_batch, stride_mask_head),
+        stride_key_row, stride_value_row, stride_second_row, stride_third_row, stride_mask_row, stride_mask_key, length,
+        count, head, middle, threshold, share, seed, scale, unit, lowest, dropout_p, keep_factor, UNSCALED, MASKED,
+        CAUSAL, TIES, DROPOUT, FEATURES, BLOCK_FEATURES, VALUES, BLOCK_VALUES, ROWS, KEYS,
+    )  # fmt: skip
+    put_rows(
+        head_of(grad_query, batch, inner, stride_result_batch, stride_result_head), stride_result_row, 0, length,
+        totals * scale, ROWS, FEATURES, BLOCK_FEATURES,
     )  # fmt: skip
 
 

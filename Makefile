@@ -1,11 +1,12 @@
 # make demo   trains a small vision transformer plain and with partial forgetting, and compares
-# make test   passes the tests
+# make test   passes the tests: of the long ones, what is drawn for the day; make test CASES=all passes all
 # make lint   checks style, types and the direction of imports
 # make hosts  installs hflayers and DeepRC, which are Git repositories; `make test` tries to and goes on without
 # make test-lowest  passes the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # Each builds the environment it needs in .venv, from a Python package index alone.
 
 PYTHON ?= python3
+CASES ?= day
 # The lowest Python that pyproject.toml allows, where it can be run.
 LOWEST_PYTHON ?= $(or $(shell lowest=$$(sed -n 's/^requires-python = ">=\(.*\)"$$/python\1/p' pyproject.toml); \
 	$$lowest -c '' 2>/dev/null && echo $$lowest),$(PYTHON))
@@ -28,7 +29,7 @@ demo: $(ENV)/installed
 
 test: $(ENV)/installed $(TIMM_VERSIONS:%=$(ENV)/timm/%) $(ENV)/timm/source \
 		$(TRANSFORMERS_VERSIONS:%=$(ENV)/transformers/%) try-hosts
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cases $(CASES)
 
 # The same in another environment, where pip is held to the lower bounds.
 test-lowest:

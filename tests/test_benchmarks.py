@@ -99,6 +99,7 @@ def test_attention(bench, tmp_path):
     assert json.loads((tmp_path / "out" / "a.json").read_text())["arguments"]["load"] == 1
 
 
+@pytest.mark.drawn(days=3)
 @needs_triton
 def test_tiles(python, tmp_path):
     """In Triton's interpreter, which has to be a process of its own."""
@@ -128,6 +129,7 @@ def test_attention_memory(bench, tmp_path):
     assert row["peak_ratio"] == row["growth_ratio"] == 1
 
 
+@pytest.mark.drawn(days=3)
 def test_train_step(bench, tmp_path):
     said = bench("train_step", "--device", "cpu", "--quick", "--batch", "1", "--only", "relu", "--output", "out/t")
     rows = check_files(said, tmp_path / "out" / "t", plot=True)
@@ -138,6 +140,7 @@ def test_train_step(bench, tmp_path):
         assert row["peak_bytes"] > 0
 
 
+@pytest.mark.drawn(days=3)
 def test_separation(python, tmp_path):
     out = python("-m", "benchmarks", "separation", "--quick", "--batch=2", "--output", "out", PYTHONPATH=str(ROOT))
     for variant in ("pdist", "separation_loss", "separation_loss, maximum", "a training step", "Stage I"):
@@ -145,6 +148,7 @@ def test_separation(python, tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 5
 
 
+@pytest.mark.drawn(days=3)
 def test_startup(python, tmp_path):
     out = python("-m", "benchmarks", "startup", "--quick", "--output", "out/torch2.11", PYTHONPATH=str(ROOT))
     said = argparse.Namespace(out=out.stdout, err=out.stderr)
@@ -171,6 +175,7 @@ def check_files(said, path, *, plot):
 # --- all of them on a GPU ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(days=3)
 @needs_triton
 def test_gpu_in_the_interpreter(python, tmp_path):
     arguments = ("gpu", "--device", "cpu", "--quick", "--minutes", "3", "--output", "out")

@@ -177,6 +177,7 @@ def test_a_comparison_and_its_report(folder, capsys):
     assert (folder / "comparison" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.drawn(days=2)
 def test_what_has_finished_is_not_repeated(folder, capsys):
     base = ["compare", *ARMS, *TOP1, "--seeds", "1"]
     assert main([*base, *COMMAND]) == 0
@@ -225,6 +226,7 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(folder, capsys):
     assert ran(folder) == ["relu 1"]
 
 
+@pytest.mark.drawn(days=2)
 def test_a_patch_without_effect_is_a_failure(folder, capsys):
     """The attention of the patched runs was never reached: their figures are not theirs."""
     (folder / "train.py").write_text(SCRIPT + "\nimport torch; torch.nn.Linear(2, 2)(torch.zeros(2))")
@@ -414,6 +416,7 @@ def arms_of(*texts, controls=True):
     return {arm.label: arm for arm in read_arms(texts, run, "timm", controls)}
 
 
+@pytest.mark.drawn(days=2)
 def test_controls_have_the_parameters_and_no_stage_one():
     arms = arms_of("plain", "relu", "u: --uhop every=9 --func-d relu", "fixed: --uhop train=false",
                    "both: --uhop train=false --func-d pfu")  # fmt: skip
@@ -509,6 +512,7 @@ for epoch in range(3):
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_a_network_of_timm(folder, capsys):
     require_host("timm")
     (folder / "train.py").write_text(TRAIN)

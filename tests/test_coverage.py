@@ -130,6 +130,7 @@ with torch.device("meta"):
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_a_class_of_another_shape_is_left_out_by_name(python):
     """A timm one class of which no edit fits: the others are patched, and a model that has it is told of."""
     out = python("warn", code=CHANGED, PYTHONPATH="")

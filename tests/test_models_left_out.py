@@ -229,6 +229,7 @@ print(loss.item())
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_an_unmodified_script(python, tmp_path):
     plain = python(code=SCRIPT)
     patched = python(code=SCRIPT, LWPF_PATCH="timm")

@@ -23,6 +23,7 @@ def test_digits(python, tmp_path):
     assert (tmp_path / "figures" / "digits.png").stat().st_size > 10_000
 
 
+@pytest.mark.drawn(days=2)
 def test_bit_pattern(python, tmp_path):
     require_host("hflayers")
     recipe = ROOT / "recipes" / "bit_pattern"
@@ -111,6 +112,7 @@ def test_a_failing_run_fails_the_comparison(python, tmp_path):
     assert sys.executable in out.stderr
 
 
+@pytest.mark.drawn(days=2)
 def test_immune_repertoire(python, tmp_path):
     require_host("deeprc")
     code = f"""

@@ -511,6 +511,7 @@ def _hflayers_case():
     return core, lambda: copy.deepcopy(core), lambda module: module(x, x, x, update_steps_max=1)[0]
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("case", [_timm_case, _hflayers_case], ids=["timm", "hflayers"])
 def test_forwards_and_constructors_while_another_thread_patches(case):
     """Each call computes as before the change or as after it, and nothing of the patch is left in the end."""

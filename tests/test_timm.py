@@ -223,6 +223,7 @@ def test_a_transformed_model_computes_the_same(transform, model_name, fused):
     assert lwpf_patch.status()["hosts"]["timm"]["called"]
 
 
+@pytest.mark.drawn(days=2)
 def test_compiled_by_inductor_with_gradients():
     lwpf_patch.apply("timm", func_d="pfu:mu=dmedian,bias=mu,sigma=0")
     model, x = vit(), images()

@@ -74,6 +74,7 @@ def test_the_table_of_programs(backend):
     check(MADE, backend, transform_cases.made_programs(backend))
 
 
+@pytest.mark.drawn(days=2)
 @pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 @pytest.mark.timeout(900)
 def test_the_tables_of_the_triton_backend(python):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_gpu, needs_triton
+from drawing import are_drawn
 
 import lwpf_patch
 from lwpf_patch import ReLU, backends, lwpf_attention
@@ -34,18 +35,19 @@ PARTS = {
 
 
 @needs_triton
-@pytest.mark.timeout(900)  # ten seconds or so, where nothing else computes
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
-def test_the_cases_in_the_interpreter(part, python):
-    result = python("-m", "pytest", *CASES, "-k", PARTS[part], check=False, cwd=HERE.parent, TRITON_INTERPRET="1")
+def test_the_cases_in_the_interpreter(part, python, request):
+    cases = (*CASES, "-k", PARTS[part], "--cases", "day" if are_drawn(request.config) else "all")
+    result = python("-m", "pytest", *cases, check=False, cwd=HERE.parent, TRITON_INTERPRET="1")
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
 @needs_triton
 @pytest.mark.timeout(900)
-def test_the_check_at_the_first_call(python):
-    cases = (str(HERE / "verify_cases.py"), *CASES[1:])
+def test_the_check_at_the_first_call(python, request):
+    cases = (str(HERE / "verify_cases.py"), *CASES[1:], "--cases", "day" if are_drawn(request.config) else "all")
     result = python("-m", "pytest", *cases, check=False, cwd=HERE.parent, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 

@@ -230,6 +230,7 @@ def test_the_setting(python):
     assert "unknown way to unpickle 'yes' (from --unpickle)" in out.stderr
 
 
+@pytest.mark.drawn(days=2)
 def test_what_a_process_loads_and_saves_again(python, tmp_path):
     """It is checked again by the next one, also where nothing but the model had its host patched."""
     first = "import lwpf_patch, pickle, torch\nfrom timm.layers.attention import Attention\n"

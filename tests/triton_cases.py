@@ -235,6 +235,7 @@ def rounded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape).to(dtype).double()
 
 
+@pytest.mark.drawn(cases=8)
 @pytest.mark.parametrize("turn", range(3))
 @pytest.mark.parametrize("func", FUNC_DS)
 def test_equals_the_oracle(func, turn):
@@ -273,6 +274,7 @@ def started(monkeypatch):
     return names
 
 
+@pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize("func", FUNC_DS)
 def test_heads_in_one_pass(func, started):
     """The backward kernel for whole heads, of sequences of all lengths it is for; the interpreter is slow."""
@@ -296,6 +298,7 @@ def test_heads_in_one_pass(func, started):
     pytest.fail("no case was drawn whose threshold is clear")
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}, {"enable_gqa": True}], ids=str)
 def test_one_pass_and_two_compute_the_same(options, started, monkeypatch):
     """With the same weights dropped; and twice the same, bit by bit. Shared keys take two passes in any case."""
@@ -319,6 +322,7 @@ def test_one_pass_and_two_compute_the_same(options, started, monkeypatch):
         torch.testing.assert_close(one, two, rtol=1e-2, atol=2e-3 * float(two.abs().max()))
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("func", ["relu", "pfu dmedian"])
 def test_the_attention_of_a_vision_transformer(func):
     dtype = next(NEXT_DTYPE)
@@ -326,6 +330,7 @@ def test_the_attention_of_a_vision_transformer(func):
         pass
 
 
+@pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 @pytest.mark.parametrize("func", ["pfu constant", "relu", "pfu dmedian"])
 def test_any_scale(func, scale):
@@ -475,6 +480,7 @@ WAYS = {
 NEXT_SPREAD = dealt([128, 1, 0])
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mask_name", ["none", "causal", "boolean", "additive"])
 def test_the_median_is_exact(mask_name, way, monkeypatch):
@@ -526,6 +532,7 @@ def test_room_for_what_is_collected():
         assert min(programs, parts) * room <= heads * length * count / 8
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_gradient_of_a_median_with_many_ties(way, monkeypatch):
     for name, setting in WAYS[way].items():
@@ -548,6 +555,7 @@ def test_the_gradient_of_a_median_with_many_ties(way, monkeypatch):
 # --- how it is exposed --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(("dropout_p", "mu", "bias"), [(0.0, 0.0, 0.0), (0.3, None, None)])
 def test_opcheck(dropout_p, mu, bias):
     """With a mask that has a gradient, and with one that has none."""
@@ -560,6 +568,7 @@ def test_opcheck(dropout_p, mu, bias):
     torch.library.opcheck(torch.ops.lwpf_patch.triton_attention, arguments)
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(("func_d", "dynamic"), [("pfu", True), (PFU(mu=0.1, bias=0.0), False)], ids=str)
 def test_compiled_without_graph_breaks(func_d, dynamic):
     def attend(query, key, value, mask):
@@ -650,6 +659,7 @@ FEW = [name for name in sdpa_inputs.COMPUTED if name.startswith(("no ", "an empt
 FEW += ["shared keys and values, of other numbers", "a mask over queries", "a scale in a tensor"]
 
 
+@pytest.mark.drawn(cases=6)
 @pytest.mark.skipif(not INTERPRETED, reason="the calls are on the CPU")
 @pytest.mark.parametrize("case", FEW)
 def test_what_sdpa_computes_is_computed(case):

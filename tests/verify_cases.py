@@ -72,6 +72,7 @@ def call(name, tensors, **more):
     return lwpf_attention(*tensors, **options)
 
 
+@pytest.mark.drawn(cases=5)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in CALLS),
@@ -84,6 +85,7 @@ def test_what_is_right_passes(name, dtype, warned):
     assert list(verifying._problems.values()) == [None]
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["relu", "the median"])
 def test_what_cancels_is_no_mistake(name, dtype, warned):
@@ -144,6 +146,7 @@ def change(monkeypatch, result, factor=1.01):
     return count
 
 
+@pytest.mark.drawn(cases=6)
 @pytest.mark.parametrize(
     ("result", "dtype", "width"),
     # In float16 a hundredth of rho or delta is less than rounding makes of the gradients. The width of 24 has two
@@ -229,6 +232,7 @@ def test_always(warned, on_its_device, monkeypatch):
     assert len(warned) == 1
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_it_disturbs_nothing(around, warned):
     tensors = inputs()

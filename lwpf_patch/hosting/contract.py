@@ -183,7 +183,12 @@ def _spec_of(module: str) -> ModuleSpec | None:
         if spec is None or spec.submodule_search_locations is None:
             return None
         name = ".".join([package, *parts[:number]])
-        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+        locations = list(spec.submodule_search_locations)
+        try:
+            spec = PathFinder.find_spec(name, locations)
+        except KeyError:  # a folder without __init__.py, of a package that has not been imported
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(Path(each, parts[number - 1])) for each in locations]
     return spec
 
 

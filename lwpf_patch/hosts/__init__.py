@@ -24,10 +24,15 @@ def register_host(host: Host) -> None:
         host: A :class:`lwpf_patch.hosting.RewrittenHost` or :class:`lwpf_patch.hosting.RegisteredHost`.
 
     Raises:
-        SettingsError: It is none, or the name is that of another host.
+        SettingsError: It is none, the name is that of another host, or it is in the script itself.
     """
     if not isinstance(host, Host):
         raise SettingsError(f"register_host({shown(host)}): it is not a lwpf_patch.hosting.Host")
+    if "__main__" in host.modules():
+        raise SettingsError(
+            f"register_host: host {host.name!r} has attention in __main__, which is no module that is imported: move "
+            "the class into a module of its own"
+        )
     if HOSTS.get(host.name, host) != host:
         raise SettingsError(f"register_host: there is a host by the name {host.name!r} already; choose another one")
     HOSTS[host.name] = host

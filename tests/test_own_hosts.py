@@ -31,6 +31,9 @@ BLOCKS = re.findall(r"(?:`([\w./]+\.\w+)`:\n\n)?```(\w+)\n(.*?)```", PAGE.read_t
 FILES = {name: text for name, _, text in reversed(BLOCKS) if name}  # the first of each
 
 
+WITH_U_HOP = [text for name, _, text in BLOCKS if name == "windows_lwpf.py"][1]
+
+
 def _install(folder: Path, points: dict[str, str], package: str = "windows-lwpf", version: str = "1.0") -> None:
     """Writes what pip writes of a package that declares hosts."""
     metadata_of = folder / f"{package.replace('-', '_')}-{version}.dist-info"
@@ -118,22 +121,30 @@ def _folder_of(package: str) -> Path:
     return Path(importlib.util.find_spec(package).origin).parent
 
 
-def test_the_attention_of_the_page_equals_the_oracle(installed):
+@pytest.mark.parametrize("uhop", [None, "iters=1"])
+def test_the_attention_of_the_page_equals_the_oracle(installed, caplog, uhop):
     """Under its entry point alone; the keys that its mask of -100 hides are excluded."""
     _install(installed, {"windows": "windows_lwpf:HOST"})
-    lwpf_patch.apply("windows", func_d="pfu:mu=0.02,bias=-0.2,sigma=0")
+    _declare(installed, WITH_U_HOP)
+    lwpf_patch.apply("windows", func_d="pfu:mu=0.02,bias=-0.2,sigma=0", uhop=uhop)
     layer = importlib.import_module("windows.attention").WindowAttention(dim=8, heads=2).double()
+    assert "has not been tested" not in caplog.text  # its source is known
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
     hidden = torch.rand(5, 5) < 0.4
+    phi = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
+    if uhop is not None:
+        torch.nn.init.normal_(layer.feature_map.weight, std=0.3)
+        phi = phi + layer.feature_map.weight.detach()
     out = layer(x, torch.zeros(5, 5, dtype=torch.float64).masked_fill(hidden, -100.0))
     q, k, v = torch.nn.functional.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, -1)
     q, k, v = (each.reshape(3, 5, 2, 4).transpose(1, 2) for each in (q, k, v))
+    q, k = (each @ phi.transpose(1, 2) for each in (q, k))
     attended = oracle.attention(q, k, v, func_d=Forgetting("pfu", 0.02, -0.2), attn_mask=~hidden)
     expected = attended.transpose(1, 2).reshape(3, 5, 8) @ layer.proj.weight.T + layer.proj.bias
     oracle.assert_equal(out, expected)
     cotangent = torch.randn_like(out)
-    for got, wanted in zip(*(torch.autograd.grad(each, [x, layer.qkv.weight], cotangent) for each in (out, expected)),
-                           strict=True):  # fmt: skip
+    gradients = [torch.autograd.grad(each, [x, layer.qkv.weight], cotangent) for each in (out, expected)]
+    for got, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 

@@ -125,6 +125,20 @@ CHANGED: dict[tuple[str, str], tuple[Edits, str]] = {
         [(_CHOICE, "        nn.functional.dropout(attn_output_weights, 0.1, inplace=True)\n" + _CHOICE)],
         "before the softmax of attn_output_weights",
     ),
+    ("hflayers", "dropout in one arm"): (
+        [("        else:\n            xi = torch.masked_scatter(", "        else:\n            attn_output_weights = "
+          "nn.functional.dropout(attn_output_weights)\n            xi = torch.masked_scatter(")],
+        "line .* does something with attn_output_weights that no edit covers",
+    ),
+    ("hflayers", "dropout inside of the softmax"): (
+        [("attn_output_weights.masked_select(", "nn.functional.dropout(attn_output_weights).masked_select(")],
+        "no 'if xi is None:' with the softmax of the scores in both arms",
+    ),
+    ("hflayers", "a softmax of which more is made"): (
+        [("nn.functional.softmax(attn_output_weights, dim=-1)",
+          "nn.functional.normalize(nn.functional.softmax(attn_output_weights, dim=-1))")],
+        "no 'if xi is None:' with the softmax of the scores in both arms",
+    ),
     ("hflayers", "bounded scores"): (
         [(_CHOICE, "        attn_output_weights = torch.tanh(attn_output_weights)\n" + _CHOICE)],
         r"no edit covers: attn_output_weights = torch.tanh\(attn_output_weights\)",
@@ -136,7 +150,7 @@ CHANGED: dict[tuple[str, str], tuple[Edits, str]] = {
     ),
     ("hflayers", "weights that are changed"): (
         [(_PRODUCT, "    attn_output_weights = attn_output_weights / 2\n" + _PRODUCT)],
-        "between the softmax and the product with the values, line .* attn_output_weights",
+        "around the softmax, line .* attn_output_weights",
     ),
     ("hflayers", "values in a helper"): (
         [(_PRODUCT, "    attn_output = torch.einsum('bls,bsd->bld', attn_output_weights, v)\n")],
@@ -167,7 +181,7 @@ CHANGED: dict[tuple[str, str], tuple[Edits, str]] = {
     ),
     ("deeprc", "weights that are used before"): (
         [(_WEIGHING, "            pooled = attention_weights.T @ emb_seqs\n" + _WEIGHING)],
-        "between the softmax and the product with the values",
+        "around the softmax, line",
     ),
 }  # fmt: skip
 

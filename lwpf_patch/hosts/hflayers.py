@@ -141,21 +141,33 @@ def _loop(function: Function) -> _Loop:
                 arms = [_softmax_for(arm, state) for arm in (node.body, node.orelse)]
                 found = [call for call in arms if call is not None]
                 if len(found) == 2 == len(function.calls("softmax")):
-                    scores = softmax_scores(function, found[0], "-1", modules=False)
-                    used = {each.id for each in ast.walk(softmax_scores(function, found[1], "-1", modules=False))
-                            if isinstance(each, ast.Name)}  # fmt: skip
-                    if isinstance(scores, ast.Name) and scores.id in used:
-                        return _Loop(node, found, scores.id, state)
+                    names = {_selected(softmax_scores(function, call, "-1", modules=False)) for call in found}
+                    scores = names.pop()
+                    if scores is not None and not names:
+                        check_unchanged(function, scores, node.test, found[1])
+                        return _Loop(node, found, scores, state)
     raise RewriteError(f"{function.where}: no 'if xi is None:' with the softmax of the scores in both arms")
 
 
 def _softmax_for(arm: list[ast.stmt], state: str) -> ast.Call | None:
-    """Return the only softmax of an arm, which the state is made of."""
+    """Return the only softmax of an arm, which the state is made of, or the part of it that is still updated."""
     found = [(each, node) for each in arm for node in ast.walk(each)
              if isinstance(node, ast.Call) and called_name(node) == "softmax"]  # fmt: skip
     match found:
-        case [(ast.Assign(targets=[ast.Name(id=target)]), call)] if target == state:
-            return call
+        case [(ast.Assign(targets=[ast.Name(id=target)], value=value), call)] if target == state:
+            others = {called_name(node) for node in ast.walk(value) if isinstance(node, ast.Call)}
+            inside = {called_name(node) for node in ast.walk(call) if isinstance(node, ast.Call)}
+            return call if others - inside <= {"masked_scatter"} else None
+    return None
+
+
+def _selected(node: ast.expr) -> str | None:
+    """Return the name of the scores, those of active heads or all; None: something is done to them first."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Call(func=ast.Attribute(value=scores, attr="masked_select" | "view" | "reshape")):
+            return _selected(scores)
     return None
 
 

@@ -88,7 +88,7 @@ def check_unused(function: Function, name: str, after: ast.AST, before: ast.AST,
 
 def _unforeseen(function: Function, name: str, statement: ast.stmt) -> RewriteError:
     return RewriteError(
-        f"{function.where}: between the softmax and the product with the values, line {statement.lineno} does "
+        f"{function.where}: around the softmax, line {statement.lineno} does "
         f"something with {name} that no edit covers: {ast.unparse(statement)}"
     )
 

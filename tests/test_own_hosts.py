@@ -241,7 +241,7 @@ def test_lwpf_status_says_who_declares_a_host(installed, capsys, monkeypatch):
     assert status["windows"]["declared_by"] == by
     assert status["windows"]["patchable"]
     assert (status["deeprc"]["declared_by"], status["deeprc"]["not_used"]) == ("lwpf_patch", by)
-    assert "not_used" not in status["hflayers"]
+    assert status["hflayers"]["not_used"] == ""
     assert not status["gone"]["patchable"]
     assert "cannot be loaded: ModuleNotFoundError: No module named 'gone_lwpf'" in status["gone"]["problem"]
     assert main(["status"]) == 0

@@ -27,7 +27,7 @@ class HostReport(HostDescription, total=False):
         patchable: Whether it can be patched.
         shims: Its compatibility shims.
         declared_by: Who declares it, in words: ``"lwpf_patch"``, or the entry point of an installed package.
-        not_used: The entry points that claim its name in vain, in words.
+        not_used: The entry points that claim its name in vain, in words; empty: none.
     """
 
     patchable: bool
@@ -94,8 +94,7 @@ def _command_status() -> CommandStatus:
 
 
 def _report(listed: Listed, settings: Settings) -> HostReport:
-    report: HostReport = {**_found(listed.host, settings), "declared_by": listed.by}
-    return {**report, "not_used": listed.not_used} if listed.not_used else report
+    return {**_found(listed.host, settings), "declared_by": listed.by, "not_used": listed.not_used}
 
 
 def _found(host: Host | SettingsError, settings: Settings) -> HostReport:
@@ -152,7 +151,7 @@ def _status(options: argparse.Namespace) -> int:
             print(f"  {site['name']:<45} {_what_is_known(site)}")
         for shim in host["shims"]:
             print(f"  shim: {shim['name']} ({'needed' if shim['needed'] else 'not needed here'}): {shim['why']}")
-        if "not_used" in host:
+        if host["not_used"]:
             print(f"  not used: {host['not_used']}, since lwpf_patch has a host of this name")
     return 0
 

@@ -385,7 +385,10 @@ def check_hosts(names: HostNames, origin: str, known: Iterable[str]) -> tuple[st
         SettingsError: There is no such host, or no name at all.
     """
     known = tuple(known)
-    checked = tuple(check_name("host", name, origin, known) for name in texts(names))
+    try:
+        checked = tuple(check_name("host", name, origin, known) for name in texts(names))
+    except SettingsError as error:
+        raise SettingsError(f"{error}. How to declare a host of your own: docs/own_host.md") from None
     if not checked:
         raise SettingsError(f"{origin} names no host: allowed are {', '.join(sorted(known))}")
     return tuple(dict.fromkeys(checked))

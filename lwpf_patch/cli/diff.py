@@ -8,9 +8,9 @@ import sys
 
 from ..comparing.command import Subparsers
 from ..hosting import RegisteredHost
-from ..hosts import HOSTS
+from ..hosts import HOSTS, find_hosts
 from ..options import split_list
-from ..settings import Settings, check_hosts, flag_of
+from ..settings import Settings, flag_of
 
 _COLOURS = {"+++": "1", "---": "1", "@@": "36", "+": "32", "-": "31"}
 
@@ -18,7 +18,7 @@ _COLOURS = {"+++": "1", "---": "1", "@@": "36", "+": "32", "-": "31"}
 def add_parser(commands: Subparsers) -> None:
     """Add the verb."""
     parser = commands.add_parser("diff", help="show what patching changes in a host's source")
-    parser.add_argument("host", help=", ".join(HOSTS))
+    parser.add_argument("host", help=f"{', '.join(HOSTS)}, or one that an installed package declares")
     for flag, which in (("--include", "only sites that"), ("--exclude", "no sites that")):
         parser.add_argument(flag, action="append", metavar="GLOBS", help=f"{which} match one of these glob patterns")
     parser.add_argument("--uhop", help="with U-Hop's feature map: 'on', or its options")
@@ -32,7 +32,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    names = check_hosts(options.host, "lwpf diff", HOSTS)
+    names = find_hosts(options.host, "lwpf diff")
     patterns = {
         name: None if given is None else [pattern for text in given for pattern in split_list(text)]
         for name, given in (("include", options.include), ("exclude", options.exclude))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..comparing.command import Subparsers
 from ..errors import HostNotInstalledError, LwpfError
-from ..hosts import HOSTS
 from ..settings import PATCH, Settings
 from .hook import BESIDE, HOOK, hook_files, interpreter_flags
+from .listing import every_host
 
 _PROBE = """
 import sys
@@ -37,14 +37,17 @@ def _doctor(options: argparse.Namespace) -> int:
     print(f"package:       {Path(__file__).parent.parent}")
     print(f"start-up hook: {', '.join(map(str, hook_files())) or 'in no folder of sys.path'}")
     healthy = True
-    for name, host in HOSTS.items():
+    for name, listed in every_host().items():
         beside = ""
+        shown = listed.named(name)
         try:
-            host.plans(Settings())
+            if isinstance(listed.host, LwpfError):
+                raise listed.host
+            listed.host.plans(Settings())
         except HostNotInstalledError:
             beside = f"; it is not installed here, but {BESIDE}"
         except LwpfError as error:
-            print(f"{name}: {error}")
+            print(f"{shown}: {error}")
             continue
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")} | {PATCH.variable: name}
         command = [sys.executable, *interpreter_flags(), "-c", _PROBE]
@@ -52,7 +55,7 @@ def _doctor(options: argparse.Namespace) -> int:
         fires = child.stdout.strip() == name
         healthy = healthy and fires
         effect = "takes effect" if fires else "has NO effect"
-        print(f"{name}: {PATCH.variable}={name} {effect} in a new interpreter{beside}")
+        print(f"{shown}: {PATCH.variable}={name} {effect} in a new interpreter{beside}")
         if not fires:
             print(child.stderr, end="", file=sys.stderr)
     if not healthy:

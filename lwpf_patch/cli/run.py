@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..comparing.command import Subparsers
 from ..errors import SettingsError
-from ..hosts import HOSTS
+from ..hosts import HOSTS, find_hosts
 from ..options import Option
-from ..settings import OBSERVE, PATCH, SETTINGS, UNPICKLE, VARIABLES, Settings, check_hosts, flag_of, variable_of
+from ..settings import OBSERVE, PATCH, SETTINGS, UNPICKLE, VARIABLES, Settings, flag_of, variable_of
 from ..specs import FUNC_D_OPTIONS, OBSERVE_OPTIONS, UHOP_OPTIONS
 from .hook import interpreter_flags, require_hook
 
@@ -74,7 +74,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for setting in VARIABLES:
-        names = f"{', '.join(HOSTS)}: " if setting is PATCH else ""
+        names = f"{', '.join(HOSTS)}, and those that installed packages declare: " if setting is PATCH else ""
         parser.add_argument(setting.flag, metavar=setting.metavar, help=f"{names}{setting.help}")
     parser.add_argument("-m", dest="module", action="store_true", help="the target is a module, as in python -m")
     parser.add_argument("target", nargs=argparse.REMAINDER, help="script (or module) and its arguments")
@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     if not target:
         options.parser.error("no script is given, and no module with -m")
     hosts = asked.get(PATCH.name, "timm")
-    for host in check_hosts(hosts, origin(PATCH.name), HOSTS):
+    for host in find_hosts(hosts, origin(PATCH.name)):
         HOSTS[host].check(settings)
     for alone in (UNPICKLE, OBSERVE):
         alone.read(asked.get(alone.name, ""), origin(alone.name))

@@ -11,12 +11,13 @@ from typing import Any, TypedDict
 
 from .. import __version__
 from ..comparing.command import Subparsers
-from ..errors import HostNotInstalledError, LwpfError
+from ..errors import HostNotInstalledError, LwpfError, SettingsError
 from ..hosting import Host, SiteStatus
-from ..hosts import HOSTS
+from ..hosts import find_hosts, known_hosts
 from ..patching.schema import HostDescription, ShimStatus, describe_shim
-from ..settings import Settings, asked_to_observe, describe_backend, from_environment, in_words
+from ..settings import PATCH, Settings, asked_to_observe, describe_backend, from_environment, in_words
 from .hook import BESIDE, hook_files
+from .listing import BOX, Listed, every_host
 
 
 class HostReport(HostDescription, total=False):
@@ -25,10 +26,14 @@ class HostReport(HostDescription, total=False):
     Attributes:
         patchable: Whether it can be patched.
         shims: Its compatibility shims.
+        declared_by: Who declares it, in words: ``"lwpf_patch"``, or the entry point of an installed package.
+        not_used: The entry points that claim its name in vain, in words; empty: none.
     """
 
     patchable: bool
     shims: list[ShimStatus]
+    declared_by: str
+    not_used: str
 
 
 class CommandStatus(TypedDict):
@@ -67,7 +72,9 @@ def add_parser(commands: Subparsers) -> None:
 
 def _command_status() -> CommandStatus:
     try:
-        requested, settings = from_environment(HOSTS)
+        requested, settings = from_environment(known_hosts(os.environ.get(PATCH.variable, "")))
+        if requested:
+            find_hosts(requested, PATCH.variable)  # raises where an entry point is wrong
         request: dict[str, Any] = {"hosts": list(requested), **settings.describe()} if requested else {}
         observed = asked_to_observe()
     except LwpfError as error:
@@ -82,11 +89,17 @@ def _command_status() -> CommandStatus:
         "request": request,
         "observe": None if observed is None else str(observed),
         "backend": describe_backend(settings.backend),
-        "hosts": {name: _report(host, settings) for name, host in HOSTS.items()},
+        "hosts": {name: _report(listed, settings) for name, listed in every_host().items()},
     }
 
 
-def _report(host: Host, settings: Settings) -> HostReport:
+def _report(listed: Listed, settings: Settings) -> HostReport:
+    return {**_found(listed.host, settings), "declared_by": listed.by, "not_used": listed.not_used}
+
+
+def _found(host: Host | SettingsError, settings: Settings) -> HostReport:
+    if isinstance(host, SettingsError):
+        return {"patchable": False, "problem": str(host)}
     try:
         sites = host.describe_sites(Settings(uhop=settings.uhop))
     except HostNotInstalledError as error:
@@ -129,14 +142,17 @@ def _status(options: argparse.Namespace) -> int:
         print(f"observe:       {status['observe']}")
     print(f"backend:       {status['backend']}")
     for name, host in status["hosts"].items():
+        by = "" if host["declared_by"] == BOX else f" (declared by {host['declared_by']})"
         if not host["patchable"]:
-            print(f"\n{name}: cannot be patched: {host['problem']}")
+            print(f"\n{name}{by}: cannot be patched: {host['problem']}")
             continue
-        print(f"\n{name} {host['version']}: these would be patched")
+        print(f"\n{name} {host['version']}{by}: these would be patched")
         for site in host["sites"]:
             print(f"  {site['name']:<45} {_what_is_known(site)}")
         for shim in host["shims"]:
             print(f"  shim: {shim['name']} ({'needed' if shim['needed'] else 'not needed here'}): {shim['why']}")
+        if host["not_used"]:
+            print(f"  not used: {host['not_used']}, since lwpf_patch has a host of this name")
     return 0
 
 

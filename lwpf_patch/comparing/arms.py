@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import LwpfError, SettingsError
-from ..hosts import HOSTS
-from ..settings import SETTINGS, Settings, check_hosts, flag_of
+from ..hosts import HOSTS, find_hosts
+from ..settings import SETTINGS, Settings, flag_of
 
 PLAIN = "plain"
 #: Stage I runs once and moves nothing: what the feature map then becomes is the work of the task's loss alone.
@@ -103,7 +103,7 @@ def _patched(
     """Build an arm from options of ``lwpf run``, checked as that checks them."""
     options = ["--patch", hosts, *given]
     parsed = _parse(label, options, run)
-    chosen = check_hosts(parsed.patch, f"arm {label!r}, --patch", HOSTS)
+    chosen = find_hosts(parsed.patch, f"arm {label!r}, --patch")
     values = {s.name: value for s in SETTINGS if (value := getattr(parsed, s.name, None)) is not None}
     try:
         settings = Settings(**values, origin=lambda name: f"arm {label!r}, {flag_of(name)}")

@@ -6,7 +6,22 @@ the attention module), and make it known by :func:`lwpf_patch.register_host`.
 """
 
 from ..reporting import info, warn
-from ..rewriting import Edit, Function, Splice, forget_around_softmax, hide, map_query, sdpa_calls, softmax_call
+from ..rewriting import (
+    Edit,
+    Function,
+    Splice,
+    called_name,
+    check_scores,
+    check_unchanged,
+    check_unused,
+    forget_around_softmax,
+    hide,
+    map_query,
+    normalise_call,
+    sdpa_calls,
+    softmax_call,
+    softmax_scores,
+)
 from .attachments import Attachment, FeatureMapAttachment, Folding, FuncDAttachment, HostModule, Order
 from .contract import Host, RegisteredHost, SiteStatus
 from .modular import AttachedModules, ModularHost
@@ -32,12 +47,18 @@ __all__ = [
     "Site",
     "SiteStatus",
     "Splice",
+    "called_name",
+    "check_scores",
+    "check_unchanged",
+    "check_unused",
     "forget_around_softmax",
     "hide",
     "info",
     "map_query",
     "multiply_rows",
+    "normalise_call",
     "sdpa_calls",
     "softmax_call",
+    "softmax_scores",
     "warn",
 ]

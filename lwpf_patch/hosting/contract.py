@@ -51,7 +51,8 @@ class Host(ABC):
     :class:`RegisteredHost` has an interface of its own by which attention is registered.
 
     Attributes:
-        name: Its name, which is that of its package.
+        name: Its name, which is that of its package, or of its module if it is a single one; that of a library which
+            another package has a copy of is dotted, such as ``"project.vendor.hflayers"``.
         install: How to install it, a command.
         distribution: The name of what pip installs, if it is not the package's.
         shims: What it needs to run in a current environment.
@@ -117,7 +118,8 @@ class Host(ABC):
         Raises:
             HostNotInstalledError: Python does not find it from here.
         """
-        return Path(self._locations()[0])
+        spec = self._spec()
+        return Path(next(iter(spec.submodule_search_locations or [str(spec.origin)])))
 
     def find(self, module: str) -> ModuleSpec | None:
         """Return where one of its modules would be imported from, without importing anything; None: it has none.
@@ -127,28 +129,16 @@ class Host(ABC):
         Raises:
             HostNotInstalledError: Python does not find the host from here.
         """
-        locations: Sequence[str] | None = self._locations()
-        package = module.partition(".")[0]
-        if package != self.name:
-            locations = _locations_of(package)
-            if locations is None:
-                return None
-        spec: ModuleSpec | None = None
-        parts = module.split(".")
-        for number in range(2, len(parts) + 1):
-            spec = PathFinder.find_spec(".".join(parts[:number]), locations)
-            if spec is None:
-                return None
-            locations = spec.submodule_search_locations
-        return spec
+        self._spec()
+        return _spec_of(module)
 
-    def _locations(self) -> list[str]:
-        locations = _locations_of(self.name)
-        if locations is None:
+    def _spec(self) -> ModuleSpec:
+        spec = _spec_of(self.name)
+        if spec is None:
             raise HostNotInstalledError(
                 f"{self.name} was asked to be patched, but it is not installed here: {self.install}"
             )
-        return locations
+        return spec
 
     def version(self) -> str | None:
         """Return the version of the package that is imported, or would be; None if it does not say.
@@ -164,26 +154,42 @@ class Host(ABC):
             return version
         root = self.root().resolve()
         try:
-            distribution = metadata.distribution(self.distribution or self.name)
+            distribution = metadata.distribution(self.distribution or self.name.partition(".")[0])
         except metadata.PackageNotFoundError:
             return None
-        files = Path(str(distribution.locate_file(self.name))).resolve()
+        files = Path(str(distribution.locate_file(self.name.replace(".", "/")))).resolve()
         source = _editable_source(distribution)
-        return distribution.version if files == root or (source and source in root.parents) else None
+        is_its_own = files in (root, root.with_suffix("")) or (source and source in root.parents)
+        return distribution.version if is_its_own else None
 
-    def described(self) -> str:
-        """Return its name and version, as messages have it, or where it lies if the version is unknown."""
-        version = self.version()
-        return f"{self.name} {version}" if version else f"{self.name} of unknown version at {self.root()}"
+    def described(self, place: bool = False) -> str:
+        """Return its name and version, as messages have it.
+
+        Args:
+            place: Whether to say where it lies, too; it is said anyway if the version is unknown.
+        """
+        version = self.version() or "of unknown version"
+        return f"{self.name} {version}" + (f" at {self.root()}" if place or not self.version() else "")
 
 
-def _locations_of(package: str) -> list[str] | None:
-    """Return the folders of a package, without importing it; None: Python does not find it from here."""
+def _spec_of(module: str) -> ModuleSpec | None:
+    """Return where a module would be imported from, without importing anything; None: Python does not find it."""
+    package, *parts = module.split(".")
     try:
         spec = importlib.util.find_spec(package)
     except ValueError:  # something that someone has put in sys.modules
         return None
-    return list(spec.submodule_search_locations or ()) or None if spec is not None else None
+    for number in range(1, len(parts) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        name = ".".join([package, *parts[:number]])
+        locations = list(spec.submodule_search_locations)
+        try:
+            spec = PathFinder.find_spec(name, locations)
+        except KeyError:  # a folder without __init__.py, of a package that has not been imported
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(Path(each, parts[number - 1])) for each in locations]
+    return spec
 
 
 def make_host_func_d(host: str, settings: Settings) -> HostFuncD:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -133,6 +134,38 @@ class RewrittenHost(Host):
     names_in_call: Callable[[str, Mapping[str, object]], Iterable[str]] | None = None
     names_of_model: Callable[[HostModule], Iterable[str]] | None = None
 
+    def for_package(self, name: str, install: str = "", distribution: str = "") -> RewrittenHost:
+        """Return the same host for a copy of the library under another name, such as a fork.
+
+        What it does to a function is decided by the function's source alone, as for the library itself: one that is
+        known is patched, one of the same shape with a warning, and others are refused.
+
+        Args:
+            name: The name of the copy: ``"my_hopfield"``, or ``"project.vendor.hflayers"`` for one inside of a package.
+            install: How to install it, for error messages.
+            distribution: The name of what pip installs, if it is not that of the top-level package.
+        """
+
+        def renamed(module: str) -> str:
+            inside = module == self.name or module.startswith(f"{self.name}.")
+            return name + module[len(self.name) :] if inside else module
+
+        return dataclasses.replace(
+            self,
+            name=name,
+            install=install or f"install {name.partition('.')[0]}, or put the folder that holds it on sys.path",
+            distribution=distribution,
+            sites=tuple(
+                dataclasses.replace(
+                    site, module=renamed(site.module), one_of=renamed(site.one_of), copied_to=renamed(site.copied_to)
+                )
+                for site in self.sites
+            ),
+            shims=tuple(dataclasses.replace(shim, modules=tuple(map(renamed, shim.modules))) for shim in self.shims),
+            refused={renamed(each): why for each, why in self.refused.items()},
+            no_attention=frozenset(map(renamed, self.no_attention)),
+        )
+
     def places_of_attention(self) -> list[str]:
         """Return the names of the modules that hold sites."""
         return list(dict.fromkeys(site.module for site in self.sites))
@@ -150,7 +183,9 @@ class RewrittenHost(Host):
     def check_installed(self, settings: Settings) -> None:
         """Check that its source is there and has the sites that are asked for; see :meth:`Host.check_installed`."""
         super().check_installed(settings)
-        if self.name not in sys.modules:
+        if self.name not in sys.modules and self.inseparable:
+            self.plans(settings)
+        elif self.name not in sys.modules:
             self.modules_to_come((), settings, imported=())
 
     def attachments(self) -> list[Attachment]:

@@ -22,7 +22,11 @@ from ..hosting import (
     Shim,
     Site,
     Splice,
+    check_scores,
+    check_unused,
     info,
+    normalise_call,
+    softmax_scores,
     warn,
 )
 from . import known
@@ -31,49 +35,72 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: The name of what is kept, in the patched function.
+_MASK = "xi_mask"
+
+
 def forget_in_bags(function: Function) -> list[Splice]:
     """Put the paper's two lines around the softmax over the sequences of a bag, and ``func_d.normalise`` in its place.
 
-    Anchors: ``attention_weights = torch.softmax(attention_weights, dim=0)`` and, later in the same block, the product
-    of the embedded sequences with the weights.
+    Anchors, by whatever names: ``attention_weights = torch.softmax(attention_weights, dim=0)`` and, later in the same
+    block, ``emb_seqs_after_attention = emb_seqs * attention_weights``, the product of the embedded sequences with them.
 
     Raises:
-        RewriteError: One of them is missing.
+        RewriteError: One of them is missing, or something is done in between that partial forgetting would not stand
+            around as the paper has it.
     """
-    name = "attention_weights"
+    function.check_free(_MASK)
+    calls = function.calls("softmax")
     for block in function.blocks():
-        lines = {ast.unparse(statement): statement for statement in block}
-        softmax = lines.get(f"{name} = torch.softmax({name}, dim=0)")
-        weighing = lines.get(f"emb_seqs_after_attention = emb_seqs * {name}")
-        if softmax is not None and weighing is not None and softmax.lineno < weighing.lineno:
-            assert isinstance(softmax, ast.Assign)
-            assert isinstance(softmax.value, ast.Call)
-            return [
-                function.line_before(softmax, f"{name}, xi_mask = self.func_d({name}, dim=0)"),
-                function.new_callee(softmax.value, "self.func_d.normalise"),
-                function.line_before(weighing, f"{name} = xi_mask * {name}"),
-            ]
-    raise RewriteError(f"{function.where}: no softmax of {name} over dim=0 whose result weighs emb_seqs")
+        for statement in block:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=weights)], value=ast.Call() as call) if [call] == calls:
+                    scores = softmax_scores(function, call, "0", modules=False)
+                    weighing = next((each for each in block if _weighs(each, weights)), None)
+                    if isinstance(scores, ast.Name) and weighing is not None and statement.lineno < weighing.lineno:
+                        check_scores(function, scores.id, statement, makers=("attention_nn",))
+                        check_unused(function, weights, statement, weighing, but=("dropout",))
+                        return [
+                            function.line_before(statement, f"{scores.id}, {_MASK} = self.func_d({scores.id}, dim=0)"),
+                            normalise_call(function, call, "0", "self.func_d"),
+                            function.line_before(weighing, f"{weights} = {_MASK} * {weights}"),
+                        ]
+    raise RewriteError(
+        f"{function.where}: no softmax of attention_weights over dim=0 whose result weighs emb_seqs, in one block"
+    )
+
+
+def _weighs(statement: ast.stmt, weights: str) -> bool:
+    """Return whether a statement multiplies something with the weights."""
+    match statement:
+        case ast.Assign(value=ast.BinOp(left=ast.Name(id=left), op=ast.Mult(), right=ast.Name(id=right))):
+            return weights in (left, right) and left != right
+    return False
 
 
 def map_features(function: Function) -> list[Splice]:
     """Put the feature map into the last layer of the attention network: its weights are the query, its inputs the keys.
 
-    Anchor: ``attention_weights = self.attention_nn(inputs)``.
+    Anchor: ``attention_weights = self.attention_nn(inputs)``, the only call of the network, or a ``return`` of it.
 
     Raises:
         RewriteError: It is missing.
     """
+    function.check_free("keys")
+    calls = function.calls("attention_nn")
     for statement in function.node.body:
-        if ast.unparse(statement) == "attention_weights = self.attention_nn(inputs)":
-            assert isinstance(statement, ast.Assign)
-            last = "self.attention_nn[-1]"
-            score = f"torch.nn.functional.linear(keys, self.feature_map({last}.weight, keys), {last}.bias)"
-            return [
-                function.line_before(statement, "keys = self.attention_nn[:-1](inputs)"),
-                Splice(function.start(statement.value), function.end(statement.value), score),
-            ]
-    raise RewriteError(f"{function.where}: no 'attention_weights = self.attention_nn(inputs)'")
+        match statement:
+            case (
+                ast.Assign(targets=[ast.Name()], value=ast.Call(args=[ast.Name(id=inputs)], keywords=[]) as call)
+                | ast.Return(value=ast.Call(args=[ast.Name(id=inputs)], keywords=[]) as call)
+            ) if [call] == calls and ast.unparse(call.func) == "self.attention_nn":
+                last = "self.attention_nn[-1]"
+                score = f"torch.nn.functional.linear(keys, self.feature_map({last}.weight, keys), {last}.bias)"
+                return [
+                    function.line_before(statement, f"keys = self.attention_nn[:-1]({inputs})"),
+                    Splice(function.start(call), function.end(call), score),
+                ]
+    raise RewriteError(f"{function.where}: no single 'attention_weights = self.attention_nn(inputs)'")
 
 
 def features(module: HostModule) -> tuple[None, int]:

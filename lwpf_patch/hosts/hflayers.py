@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import FoldError, RewriteError, SettingsError
 from ..hosting import (
@@ -19,7 +18,13 @@ from ..hosting import (
     Shim,
     Site,
     Splice,
+    called_name,
+    check_scores,
+    check_unchanged,
+    check_unused,
     multiply_rows,
+    normalise_call,
+    softmax_scores,
 )
 from . import known
 
@@ -27,7 +32,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CORE = "hopfield_core_forward"
-_SCORES = "attn_output_weights"
+#: The name of what is kept, in the patched function.
+_MASK = "xi_mask"
+
+
+class _Loop(NamedTuple):
+    """The anchors of the update loop, whatever its variables are called.
+
+    Attributes:
+        choice: ``if xi is None:``, both arms of which hold a softmax of the scores.
+        softmaxes: Those.
+        scores: The name of the scores.
+        state: The name of xi, their softmax.
+    """
+
+    choice: ast.If
+    softmaxes: list[ast.Call]
+    scores: str
+    state: str
+
+
+class _Retrieval(NamedTuple):
+    """The anchors behind the loop.
+
+    Attributes:
+        product: The statement that multiplies the dropped-out weights with the values.
+        weights: The name of the weights.
+        training: What tells the dropout whether the module trains, as it is written.
+    """
+
+    product: ast.stmt
+    weights: str
+    training: str
 
 
 def forget_in_update_loop(function: Function) -> list[Splice]:
@@ -35,18 +71,27 @@ def forget_in_update_loop(function: Function) -> list[Splice]:
 
     A parameter brings func_d in, and with U-Hop its feature map.
 
-    Anchors: ``if xi is None:``, both arms of which hold the softmax of the scores; the product of the dropped-out
-    weights with the values; the call of itself through ``handle_torch_function``; and, for the feature map, the product
-    of q and k. The map stands in that product alone: the state that the loop keeps is a pattern of the original space.
+    Anchors, by whatever names: ``if xi is None:``, both arms of which hold the softmax of the scores; the product of
+    the dropped-out weights with the values; the call of itself through ``handle_torch_function``; and, for the feature
+    map, the product of q and k. The map stands in that product alone: the state that the loop keeps is a pattern of the
+    original space.
+
+    Raises:
+        RewriteError: One of them is missing, or something is done in between that partial forgetting would not stand
+            around as the paper has it.
     """
     names = _parts(function)
+    function.check_free("func_d", "feature_map", _MASK)
+    loop = _loop(function)
+    retrieval = _retrieval(function, loop)
+    check_scores(function, loop.scores, loop.choice, makers=("bmm",))
     return [
         function.new_keyword_parameter(", ".join(f"{name}=None" for name in names)),
         *_passed(function, "handle_torch_function", names),
-        *_mapped_query(function),
-        function.line_before(_softmax(function), f"{_SCORES}, xi_mask = func_d({_SCORES}, training)"),
-        *(function.new_callee(call, "func_d.normalise") for call in function.calls("softmax")),
-        function.line_before(_retrieval(function), f"{_SCORES} = xi_mask * {_SCORES}"),
+        *_mapped_query(function, loop),
+        function.line_before(loop.choice, f"{loop.scores}, {_MASK} = func_d({loop.scores}, {retrieval.training})"),
+        *(normalise_call(function, call, "-1", "func_d") for call in loop.softmaxes),
+        function.line_before(retrieval.product, f"{retrieval.weights} = {_MASK} * {retrieval.weights}"),
     ]
 
 
@@ -60,34 +105,97 @@ def _passed(function: Function, called: str, names: list[str], source: str = "")
     return [function.new_argument(call, arguments) for call in function.calls(called)]
 
 
-def _mapped_query(function: Function) -> list[Splice]:
+def _mapped_query(function: Function, loop: _Loop) -> list[Splice]:
     if "feature_map" not in function.parts:
         return []
-    products = [call for call in function.calls("bmm") if ast.unparse(call) == "torch.bmm(q, k.transpose(1, 2))"]
+    products = []
+    for block in function.blocks():
+        for statement in block:
+            match statement:
+                case ast.Assign(
+                    targets=[ast.Name(id=loop.scores)],
+                    value=ast.Call(
+                        func=ast.Attribute(attr="bmm"),
+                        args=[
+                            ast.Name() as query,
+                            ast.Call(
+                                func=ast.Attribute(value=ast.Name() as key, attr="transpose"),
+                                args=[ast.Constant(value=1), ast.Constant(value=2)],
+                            ),
+                        ],
+                    ),
+                ):
+                    products.append((query, key))
     if len(products) != 1:
         raise RewriteError(f"{function.where}: no single 'torch.bmm(q, k.transpose(1, 2))' makes the scores")
-    query = products[0].args[0]
-    return [Splice(function.start(query), function.end(query), "feature_map(q, k)")]
+    query, key = products[0]
+    return [Splice(function.start(query), function.end(query), f"feature_map({query.id}, {key.id})")]
 
 
-def _softmax(function: Function) -> ast.If:
+def _loop(function: Function) -> _Loop:
     for node in ast.walk(function.node):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "xi is None":
-            inside = [n for n in ast.walk(node) if isinstance(n, ast.Call) and "softmax" in ast.unparse(n.func)]
-            if len(inside) == 2 == len(function.calls("softmax")):
-                return node
-    raise RewriteError(f"{function.where}: no 'if xi is None:' with the softmax of {_SCORES} in both arms")
-
-
-def _retrieval(function: Function) -> ast.stmt:
-    for block in function.blocks():
-        for before, statement in pairwise(block):
-            if (
-                ast.unparse(before).startswith(f"{_SCORES} = nn.functional.dropout(xi,")
-                and ast.unparse(statement) == f"attn_output = torch.bmm({_SCORES}, v)"
+        match node:
+            case ast.If(
+                test=ast.Compare(left=ast.Name(id=state), ops=[ast.Is()], comparators=[ast.Constant(value=None)])
             ):
-                return statement
-    raise RewriteError(f"{function.where}: no 'torch.bmm({_SCORES}, v)' right after the dropout of xi")
+                arms = [_softmax_for(arm, state) for arm in (node.body, node.orelse)]
+                found = [call for call in arms if call is not None]
+                if len(found) == 2 == len(function.calls("softmax")):
+                    names = {_selected(softmax_scores(function, call, "-1", modules=False)) for call in found}
+                    scores = names.pop()
+                    if scores is not None and not names:
+                        check_unchanged(function, scores, node.test, found[1])
+                        return _Loop(node, found, scores, state)
+    raise RewriteError(f"{function.where}: no 'if xi is None:' with the softmax of the scores in both arms")
+
+
+def _softmax_for(arm: list[ast.stmt], state: str) -> ast.Call | None:
+    """Return the only softmax of an arm, which the state is made of, or the part of it that is still updated."""
+    found = [(each, node) for each in arm for node in ast.walk(each)
+             if isinstance(node, ast.Call) and called_name(node) == "softmax"]  # fmt: skip
+    match found:
+        case [(ast.Assign(targets=[ast.Name(id=target)], value=value), call)] if target == state:
+            others = {called_name(node) for node in ast.walk(value) if isinstance(node, ast.Call)}
+            inside = {called_name(node) for node in ast.walk(call) if isinstance(node, ast.Call)}
+            return call if others - inside <= {"masked_scatter"} else None
+    return None
+
+
+def _selected(node: ast.expr) -> str | None:
+    """Return the name of the scores, those of active heads or all; None: something is done to them first."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Call(func=ast.Attribute(value=scores, attr="masked_select" | "view" | "reshape")):
+            return _selected(scores)
+    return None
+
+
+def _retrieval(function: Function, loop: _Loop) -> _Retrieval:
+    """Find the product of the values with the weights, which are the state after a dropout."""
+    body = function.node.body
+    for dropout in body:
+        match dropout:
+            case ast.Assign(
+                targets=[ast.Name(id=weights)],
+                value=ast.Call(args=[ast.Name(id=loop.state), *_], keywords=options) as call,
+            ) if called_name(call) == "dropout":
+                training = [ast.unparse(each.value) for each in options if each.arg == "training"]
+                product = next((each for each in body if _multiplies(each, weights)), None)
+                if len(training) == 1 and product is not None and product.lineno > dropout.lineno:
+                    check_unchanged(function, loop.state, loop.choice, dropout)
+                    check_unused(function, weights, dropout, product)
+                    return _Retrieval(product, weights, training[0])
+    raise RewriteError(
+        f"{function.where}: no 'torch.bmm(weights, v)' right after the dropout of {loop.state} that makes these weights"
+    )
+
+
+def _multiplies(statement: ast.stmt, weights: str) -> bool:
+    match statement:
+        case ast.Assign(value=ast.Call(args=[ast.Name(id=name), ast.Name()], keywords=[]) as call):
+            return name == weights and called_name(call) == "bmm"
+    return False
 
 
 def pass_parts(function: Function) -> list[Splice]:

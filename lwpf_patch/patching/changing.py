@@ -289,6 +289,8 @@ def _patch(old: PatchedHost | None, new: PatchedHost) -> list[CodeType]:
 
 def _patch_imported(applied: PatchedHost, module: ModuleType) -> None:
     """Patch a module that has just been executed: nothing of it is running, so that there is nobody to wait for."""
+    if _rewritten(applied).inseparable and not applied.sites:
+        applied.host.plans(applied.settings)  # raises for a site of a module to come, before anything is patched
     _shim(applied, module)
     located = _locate(applied, module)
     if not located:
@@ -575,8 +577,9 @@ def _say_what_is_not_known(applied: PatchedHost) -> None:
     if unknown:
         functions = ", ".join(dict.fromkeys(site.function for site in unknown))
         reporting.warn(
-            f"{functions} of {applied.host.described()}: versions that lwpf_patch has not been tested with; their "
-            f"shape is known, and they are patched. `lwpf diff {applied.host.name}` shows how"
+            f"{functions} of {applied.host.described(place=True)}: lwpf_patch has not been tested with their source, "
+            "which is that of a fork or of another version; its shape is known, and they are patched. "
+            f"`lwpf diff {applied.host.name}` shows how"
         )
     for name, why in applied.misfits.items():
         if name not in applied.told:

@@ -135,6 +135,36 @@ def wait_for(names: Iterable[str]) -> list[str]:
     return left
 
 
+class _EndOfSite:
+    """A finder that finds nothing itself: ``site`` looks for ``sitecustomize`` once it has read all .pth files."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback = callback
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "sitecustomize":
+            return None
+        sys.meta_path.remove(self)
+        self.callback()
+        # The caller goes through a list that has changed, and might leave out a finder.
+        specs = (finder.find_spec(name, path, target) for finder in list(sys.meta_path))
+        return next((spec for spec in specs if spec is not None), None)
+
+
+def after_site(callback: Callable[[], None]) -> None:
+    """Have a function called when the interpreter has read all .pth files, at once if that is over."""
+    frame: FrameType | None = sys._getframe(1)
+    functions = set()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "site":
+            functions.add(frame.f_code.co_name)
+        frame = frame.f_back
+    if "main" in functions and not functions & {"execsitecustomize", "execusercustomize"}:
+        sys.meta_path.insert(0, _EndOfSite(callback))
+    else:
+        callback()
+
+
 class _Raiser:
     """A finder that raises."""
 
@@ -150,11 +180,25 @@ class _Raiser:
 def arm(error: BaseException, names: Iterable[str]) -> None:
     """Make every import of some modules fail with an error.
 
-    An exception in a start-up file is printed and the script runs on; this is how a wrong request stops it.
+    An exception in a start-up file is printed and the script runs on; this is how a wrong request stops it. Where torch
+    is imported already, as by a package that declares a host, every forward pass of a module fails, too.
     """
     sys.meta_path.insert(0, _Raiser(error, names))
+    of_torch = sys.modules.get(MODULE_OF_MODULES)
+    if of_torch is not None:
+
+        def refuse(module: Any, inputs: Any) -> None:
+            raise error
+
+        _refusals.append(of_torch.register_module_forward_pre_hook(refuse))
+
+
+#: The hooks that :func:`arm` has registered with torch.
+_refusals: list[Any] = []
 
 
 def disarm() -> None:
     """Undo :func:`arm`."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Raiser)]
+    while _refusals:
+        _refusals.pop().remove()

@@ -13,9 +13,9 @@ from .. import attached, reporting
 from ..errors import HostNotInstalledError
 from ..hosting import Host
 from ..hosting.shims import Shim
-from ..hosts import HOSTS
+from ..hosts import HOSTS, find_hosts
 from ..observing import requesting
-from ..settings import HostNames, Patterns, Settings, check_hosts
+from ..settings import HostNames, Patterns, Settings
 from ..specs import FuncDLike, SepLike, UHopLike
 from . import exit_report, unpickling
 from .attaching import living
@@ -81,7 +81,7 @@ def apply(
         RewriteError: A function of the host has a shape that is not known.
         ConflictError: Someone else has patched a function that would be patched.
     """
-    names = check_hosts(host, "apply()", HOSTS)
+    names = find_hosts(host, "apply()")
     settings = Settings(
         func_d=func_d, sep=sep, masking=masking, backend=backend, verify=verify, uhop=uhop,
         include=include, exclude=exclude, exclude_models=exclude_models, partial=partial,
@@ -120,7 +120,7 @@ def revert(host: HostNames | None = None) -> None:
         LwpfError: It is called inside of a patched forward.
     """
     with TRANSITIONS:
-        names = tuple(PATCHED) if host is None else check_hosts(host, "revert()", HOSTS)
+        names = tuple(PATCHED) if host is None else find_hosts(host, "revert()")
         for name in names:
             if name in PATCHED:
                 change(HOSTS[name], None)
@@ -149,7 +149,7 @@ def patched(host: HostNames, **settings: Any) -> Iterator[None]:
     Raises:
         LwpfError: As for :func:`apply`, and at the end as for :func:`revert`.
     """
-    names = check_hosts(host, "patched()", HOSTS)
+    names = find_hosts(host, "patched()")
     with TRANSITIONS:
         entered = {name: _Block(settings_of(name)) for name in names}
         apply(names, **settings)

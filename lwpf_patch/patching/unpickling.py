@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import LwpfError
 from ..hosting.attachments import refuse_to_ignore
+from ..hosts import find_hosts
 from ..settings import UNPICKLE, in_words
 from . import changing, state
 
@@ -29,7 +30,8 @@ def require_patch(part: Any) -> None:
         return
     here = state.settings_of(part.host)
     if here is None and UNPICKLE.read(os.environ.get(UNPICKLE.variable, ""), UNPICKLE.variable) == "patch":
-        changing.request(part.host, part.request)
+        (host,) = find_hosts(part.host, "a pickled model")
+        changing.request(host, part.request)
         if state.is_patched(part.host, part.site):
             return
     if here is not None and here.uhop is None and part.request.uhop is not None and hasattr(part, "take_settings"):

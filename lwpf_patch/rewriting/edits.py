@@ -51,10 +51,26 @@ def softmax_call(function: Function, call: ast.Call, dim: str = "-1") -> Splice:
     Raises:
         RewriteError: It has another form, or runs over another dimension.
     """
+    scores = softmax_scores(function, call, dim)
+    return Splice(function.start(call), function.end(call), f"self.func_d.softmax({function.text(scores)}, dim={dim})")
+
+
+def softmax_scores(function: Function, call: ast.Call, dim: str = "-1", modules: bool = True) -> ast.expr:
+    """Return what a call of a softmax, in any of the spellings of :func:`softmax_call`, takes as scores.
+
+    Args:
+        function: The function that holds it.
+        call: The call.
+        dim: The dimension of the keys, as it is written.
+        modules: Whether ``self.softmax(x)`` is taken for a softmax over this dimension.
+
+    Raises:
+        RewriteError: It has another form, or runs over another dimension.
+    """
     found: str | None = None
     match call:
         case ast.Call(func=ast.Attribute(value=ast.Name(id="self")), args=[scores], keywords=[]):
-            found = dim
+            found = dim if modules else None
         case ast.Call(func=ast.Attribute(value=module), args=[scores, *args], keywords=options) if _is_torch(module):
             found = _dimension(args, options)
         case ast.Call(func=ast.Attribute(value=scores), args=args, keywords=options):
@@ -62,8 +78,28 @@ def softmax_call(function: Function, call: ast.Call, dim: str = "-1") -> Splice:
         case _:
             scores = call
     if found != dim:
-        raise RewriteError(f"{function.where} has a softmax that no edit covers: {ast.unparse(call)}")
-    return Splice(function.start(call), function.end(call), f"self.func_d.softmax({function.text(scores)}, dim={dim})")
+        raise RewriteError(
+            f"{function.where} has a softmax that no edit covers: {ast.unparse(call)}; one over dim={dim} was expected"
+        )
+    return scores
+
+
+def normalise_call(function: Function, call: ast.Call, dim: str, func_d: str) -> Splice:
+    """Have a call of a softmax call ``normalise`` of a func_d; the scores are forgotten by a line of its own.
+
+    Args:
+        function: The function that holds it.
+        call: The call.
+        dim: The dimension of the keys, as it is written.
+        func_d: What func_d is called there.
+
+    Raises:
+        RewriteError: It has another form, or runs over another dimension.
+    """
+    scores = softmax_scores(function, call, dim, modules=False)
+    if call.args and call.args[0] is scores:
+        return function.new_callee(call, f"{func_d}.normalise")
+    return Splice(function.start(call), function.end(call), f"{func_d}.normalise({function.text(scores)}, dim={dim})")
 
 
 def _is_torch(node: ast.expr) -> bool:

@@ -301,7 +301,8 @@ def _splices(function: Function, edit: Edit, name: str) -> list[Splice]:
     except RewriteError as error:
         raise RewriteError(
             f"{name} cannot be patched: {error}. Its source does not have the shape that lwpf_patch knows; leave it "
-            "out with exclude=, or install a version that is supported"
+            "out with exclude= where its host can do without it, install a version that is supported, or describe "
+            "your fork by a host of its own (docs/own_host.md)"
         ) from None
 
 

@@ -90,6 +90,15 @@ class Function:
         names = {node.id for node in self._nodes if isinstance(node, ast.Name)}
         return names | {node.arg for node in self._nodes if isinstance(node, ast.arg)}
 
+    def check_free(self, *names: str) -> None:
+        """Check that the function does not use names which an edit brings in.
+
+        Raises:
+            RewriteError: It uses one of them.
+        """
+        if taken := sorted(set(names) & self.names()):
+            raise RewriteError(f"{self.where} uses the name {', '.join(taken)} already, which the patch would bring in")
+
     def blocks(self) -> Iterator[list[ast.stmt]]:
         """Yield every list of statements of the function."""
         for node in self._nodes:

@@ -246,7 +246,7 @@ def test_what_checkpointing_computes_again_is_not_seen(reentrant, monkeypatch):
 
     model, calls = Model(), []
     original = statistics.of_call
-    monkeypatch.setattr(statistics, "of_call", lambda call: calls.append(1) or original(call))
+    monkeypatch.setattr(statistics, "of_call", lambda *call: calls.append(1) or original(*call))
     with lwpf_patch.observe(model) as seen, lwpf_patch.observe(model.inner) as inner:
         for _ in range(2):
             model(images().requires_grad_()).sum().backward()
@@ -381,7 +381,7 @@ def test_two_requests_and_an_error_that_harms_nothing(monkeypatch, caplog):
             model(images())
         model(images())
         assert (len(one.records), len(two.records)) == (6, 2)
-        monkeypatch.setattr(statistics, "of_call", lambda call: 1 / 0)
+        monkeypatch.setattr(statistics, "of_call", lambda *call: 1 / 0)
         model(images())
         model(images())
     assert len(one.records) == 6

@@ -190,7 +190,7 @@ HOST = RewrittenHost(
             "HopfieldCore.forward",
             known.sources("hflayers", "hflayers.activation.HopfieldCore.forward"),
             attachments=(
-                FuncDAttachment(edit=None),
+                FuncDAttachment(edit=None, iterates=True),
                 FeatureMapAttachment(edit=None, shape=heads, folding=Folding(projections, multiply, example)),
             ),
             edit=pass_parts,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import math
+import re
 
+import numpy
 import pytest
 import torch
 from conftest import require_host
@@ -13,12 +16,18 @@ from oracle import Forgetting
 from oracle_hflayers import hopfield_core
 from oracle_mode import ForgettingSoftmax
 from oracle_transformers import eager_attention, modeling_files
+from PIL import Image
 from torch import nn
 
 import lwpf_patch
 from lwpf_patch import SettingsError, UnsupportedError, watching
+from lwpf_patch.cli import main
+from lwpf_patch.inspecting import drawing
+from lwpf_patch.inspecting.tokens import Geometry, Tokens
 
 require_host("timm")
+import timm  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from timm_classes import CASES, made  # noqa: E402
 from vits import FUNC_DS, images, set_fused, vit  # noqa: E402
 
@@ -366,3 +375,175 @@ def test_an_error_in_the_model_leaves_no_trace():
     assert model.training
     assert model.blocks[0].attn.training
     assert not watching.on
+
+
+# --- timm's own extraction ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["hook", "fx"])
+def test_attention_extract_of_timm_shows_the_weights_after_the_mask(method):
+    utils = pytest.importorskip("timm.utils")
+    model, x = vit().eval(), images()
+    set_fused(model, False)
+    wanted = by_hand(model, RULES["relu"], x)
+    lwpf_patch.patch_model(model, func_d="relu")
+    found = utils.AttentionExtract(model, method=method)(x)
+    assert list(found) == [f"blocks.{n}.attn.{'attn_drop' if method == 'hook' else 'softmax'}" for n in (0, 1)]
+    for weights, (expected, *_) in zip(found.values(), wanted, strict=True):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-9)
+
+
+def test_attention_extract_of_timm_finds_nothing_in_the_fused_branch_patched_or_not():
+    utils = pytest.importorskip("timm.utils")
+    for patched in (False, True):
+        model = vit().eval()
+        set_fused(model, True)
+        if patched:
+            lwpf_patch.patch_model(model, func_d="relu")
+        assert not utils.AttentionExtract(model, method="hook")(images())
+        with pytest.raises(RuntimeError, match="No node names found"):
+            utils.AttentionExtract(model, method="fx")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+TINY = ("--model", "vit_tiny_patch16_224", "--img-size", "64")
+
+
+def run(*arguments: str, capsys) -> tuple[int, str, str]:
+    code = main(["inspect", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_in_a_fresh_process(python, tmp_path):
+    found = python("-m", "lwpf_patch", "inspect", *TINY, "--func-d", "pfu:sigma=0", "--output", "maps.png")
+    assert "weights: RANDOM (seed 0): nothing of this was learned" in found.stdout
+    assert "image:   the drawn scene, 64 x 64 pixels, 4 x 4 patches" in found.stdout
+    assert "blocks.11.attn, class token: forgotten " in found.stdout
+    assert "written: maps.png" in found.stdout
+    with Image.open(tmp_path / "maps.png") as picture:
+        picture.load()
+        assert picture.size[0] > 800
+
+
+def test_the_command_reads_checkpoints_as_timm_writes_them(tmp_path, capsys, monkeypatch):
+    """Of another number of classes, with arguments beside the weights, of EMA first, and of a wrapped model."""
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    other = {name: torch.zeros_like(value) for name, value in state.items()}
+    torch.save({"state_dict": other, "state_dict_ema": state, "args": argparse.Namespace(lr=1)}, "timm.pth")
+    drawn: list = []
+    monkeypatch.setattr(drawing, "draw", lambda rows, *more: drawn.append((rows, more)) or Figure())
+    chosen = ("--layer", "blocks.0.*,blocks.3.attn", "--query", "class", "--query", "1,2", "--head", "2,0")
+    code, out, err = run(*TINY, "--checkpoint", "timm.pth", *chosen, "--output", "x.svg", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "weights: timm.pth (state_dict_ema)\n" in out
+    ((rows, (heads, image, rule, title, weights, is_random)),) = drawn
+    assert (heads, rule, weights, is_random) == ([2, 0], "relu", "timm.pth (state_dict_ema)", False)
+    assert title == "vit_tiny_patch16_224: attention plain and with relu"
+    names = ["blocks.0.attn", "blocks.0.attn", "blocks.3.attn", "blocks.3.attn"]
+    assert [(row.layer, row.query) for row in rows] == list(zip(names, ["class token", "patch 1, 2"] * 2, strict=True))
+    # The oracle: the model itself, unpatched, in float64, on the same pixels.
+    model = model.eval().double()
+    set_fused(model, False)
+    options = timm.data.resolve_data_config({"input_size": (3, 64, 64)}, model=model)
+    mean, deviation = (torch.tensor(options[name], dtype=torch.float64)[:, None, None] for name in ("mean", "std"))
+    pixels = ((torch.from_numpy(image).double().permute(2, 0, 1) - mean) / deviation)[None]
+    plain, relu = (by_hand(model, RULES[name], pixels) for name in ("none", "relu"))
+    for row, layer, place in zip(rows, (0, 0, 3, 3), (0, 7, 0, 7), strict=True):
+        weights, _, _ = plain[layer]
+        assert abs(torch.from_numpy(row.plain) - weights[0, [2, 0], place]).max() < 1e-4
+        weights, _, forgotten = relu[layer]
+        assert abs(torch.from_numpy(row.patched) - weights[0, [2, 0], place]).max() < 1e-4
+        assert (torch.from_numpy(row.forgotten) == forgotten[0, [2, 0], place]).float().mean() > 0.9
+
+
+def test_the_picture_of_registers_and_of_a_grid_that_is_not_square():
+    tokens = Tokens(("class token", "register 1"), (2, 5))
+    weights = numpy.random.default_rng(0).random((3, 12))
+    rows = [
+        drawing.Row("layer", tokens.name(place), tokens.patch(place), (2, 5), tokens, weights, weights, weights > 0.5)
+        for place in (1, 9)
+    ]
+    assert [row.query for row in rows] == ["register 1", "patch 1, 2"]
+    assert (tokens.find("register1"), tokens.find("1, 2"), tokens.sensible()) == (1, 9, [0, 9, 3])
+    image = numpy.zeros((20, 50, 3))
+    figure = drawing.draw(rows, [0, 1, 4], image, "relu", "title", "weights", False)
+    figure.canvas.draw()
+    shown = [text.get_text() for axes in figure.axes for text in (axes.title, axes.xaxis.label)]
+    assert f"{(weights[2] > 0.5).mean():.0%} forgotten" in shown
+    assert "head 4" in shown
+    laid, blank = drawing._laid_out(weights[0], tokens)
+    assert laid.shape == (4, 5)
+    assert blank.tolist() == [[False] * 2 + [True] * 3, [True] * 5, [False] * 5, [False] * 5]
+    assert (laid[2:].ravel() == weights[0, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--query", "5,1"], r"unknown query '5,1' .*'class', 'ROW,COLUMN' of its 4 x 4 patches"),
+        (["--head", "3"], r"head 3 \(from --head\): there are 3, from 0"),
+        (["--head", "x"], r"'x' \(from --head\) is no whole number"),
+        (["--layer", "stages*"], r"layers pattern 'stages\*' .*they are 'blocks.0.attn'"),
+        (["--output", "a.xyz"], "its ending is not one of .*png"),
+        (["--output", "no/a.png"], "there is no folder 'no'"),
+        (["--func-d", "relo"], "unknown func_d 'relo' .*did you mean 'relu'"),
+        (["--image", "no.png"], r"there is no file 'no.png' \(from --image\)"),
+        (["--checkpoint", "no.pth"], r"there is no file 'no.pth' \(from --checkpoint\)"),
+        (["--checkpoint", "text.pth"], r"'text.pth' \(from --checkpoint\)"),
+        (["--checkpoint", "code.pth"], "holds something else than weights"),
+        (["--checkpoint", "other.pth"], "is not of vit_tiny_patch16_224: .* are missing, such as 'cls_token'"),
+        (["--checkpoint", "empty.pth"], "has no weights where timm keeps them .* the keys 'epoch'"),
+        (["--checkpoint", "other.pth", "--pretrained"], "--pretrained and --checkpoint"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_of_the_command(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    torch.save({"state_dict": {}, "code": Recording}, "code.pth")
+    torch.save({"a.weight": torch.zeros(1)}, "other.pth")
+    torch.save({"epoch": 3}, "empty.pth")
+    code, _, err = run(*TINY, *arguments, capsys=capsys)
+    assert code == 2
+    assert re.search(message, err), err
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (("swin_tiny_patch4_window7_224", "--layer", "layers.0.blocks.0.attn"), "it attends within 64 windows"),
+        (
+            ("vit_smal_patch16_224",),
+            "timm has no model 'vit_smal_patch16_224' .*similar names are vit_small_patch16_224",
+        ),
+        (
+            ("resnet18",),
+            "resnet18 .*no attention module that can be patched|resnet18 cannot be drawn: it has no patch_embed",
+        ),
+    ],
+)
+def test_models_that_the_command_refuses(model, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("--model", *model, capsys=capsys)
+    assert code == 2
+    assert re.search(message, err), err
+
+
+def test_where_tokens_lie():
+    model = nn.Module()
+    model.patch_embed = nn.Module()
+    model.patch_embed.grid_size, model.num_prefix_tokens, model.cls_token = (4, 8), 3, 1
+    geometry = Geometry(model, "m")
+    assert geometry.tokens(35) == Tokens(("class token", "register 1", "register 2"), (4, 8))
+    assert geometry.tokens(32) == Tokens((), (4, 8))
+    assert geometry.tokens(8) == Tokens((), (2, 4))
+    assert geometry.tokens(9) is None
+    assert geometry.why_not(1, 35, 35) is None
+    assert "within 4 windows" in geometry.why_not(4, 9, 9)
+    assert "its 9 keys are not the 3 + 4 x 8 tokens" in geometry.why_not(1, 35, 9)

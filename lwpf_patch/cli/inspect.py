@@ -70,7 +70,7 @@ def _inspect(options: argparse.Namespace) -> int:
     size = None if options.img_size is None else _count(options.img_size, "--img-size")
     loaded = models.load_model(options.model, options.checkpoint, options.pretrained, size)
     picture = images.load_picture(options.image, loaded.model)
-    geometry = Geometry(loaded.model, options.model, *picture.pixels.shape[-2:])
+    geometry = Geometry(loaded.model, options.model)
     print(f"model:   {options.model}, {_patched(loaded, settings, 'none')} attention modules")
     print(f"weights: {loaded.weights}")
     height, width = picture.pixels.shape[-2:]

@@ -62,7 +62,7 @@ class _Page:
         self.image_width = min(self.image_height * image.shape[1] / image.shape[0], 2 * self.image_height)
         self.left = MARGIN + self.image_width + 0.42
         self.right = self.left + heads * (self.map_width + GAP)
-        self.width, self.height = max(self.right + 0.75, 8.0), TOP + len(rows) * self.row_height + 0.12
+        self.width, self.height = max(self.right + 0.75, 9.2), TOP + len(rows) * self.row_height + 0.12
         from matplotlib.figure import Figure
 
         self.figure = Figure(figsize=(self.width, self.height))
@@ -148,9 +148,7 @@ def _draw_query(axes: Axes, row: Row, image: NDArray[Any]) -> None:
     axes.set_xlabel(row.layer, fontsize=9)
 
 
-def _draw_head(
-    axes: Axes, weights: NDArray[Any], forgotten: NDArray[Any] | None, row: Row, highest: float
-) -> Any:
+def _draw_head(axes: Axes, weights: NDArray[Any], forgotten: NDArray[Any] | None, row: Row, highest: float) -> Any:
     """Draw the weights of a head: the patches, and above them the tokens that are none."""
     import numpy as np
     from matplotlib.collections import LineCollection
@@ -159,9 +157,7 @@ def _draw_head(
 
     keys = row.keys
     laid, blank = _laid_out(weights, keys)
-    shown = axes.imshow(
-        np.ma.masked_array(laid, blank), cmap=COLOURS, vmin=0.0, vmax=highest, interpolation="nearest"
-    )
+    shown = axes.imshow(np.ma.masked_array(laid, blank), cmap=COLOURS, vmin=0.0, vmax=highest, interpolation="nearest")
     if forgotten is not None:
         gone, blank = _laid_out(forgotten, keys)
         gone = gone.astype(bool) & ~blank
@@ -217,7 +213,8 @@ def _draw_legend(page: _Page, rows: list[Row]) -> None:
     prefix = max((row.keys.prefix for row in rows), key=len)
     if prefix:
         handles.append(Rectangle((0, 0), 1, 1, facecolor=colours(0.65)))
-        names.append("above each map: " + (prefix[0] if len(prefix) == 1 else f"{prefix[0]} to {prefix[-1]}"))
+        kinds = dict.fromkeys("registers" if name.startswith("register") else name for name in prefix)
+        names.append(f"above each map: {', '.join(kinds)}")
     page.figure.legend(
         handles, names, loc="lower left", bbox_to_anchor=(MARGIN / page.width, 0.1 / page.height), borderaxespad=0.0,
         ncols=len(names), fontsize=9.5, frameon=False, handlelength=1.0, handleheight=1.0, columnspacing=1.6,

@@ -39,9 +39,9 @@ def load_picture(path: str | None, model: nn.Module) -> Picture:
         SettingsError: There is no such file, or it is no image, or the model takes other ones than those of colours.
     """
     import numpy
-    import timm.data
     import torch
     from PIL import Image
+    from timm import data
 
     if path is None:
         image = Image.fromarray((255 * draw_scene()).round().astype("uint8"))
@@ -52,14 +52,15 @@ def load_picture(path: str | None, model: nn.Module) -> Picture:
             raise SettingsError(f"there is no file {path!r} (from --image)") from None
         except Exception as error:
             raise SettingsError(f"{path!r} (from --image) cannot be read as an image: {error}") from error
-    options = timm.data.resolve_data_config({}, model=model)
+    timm_data: Any = data
+    options = timm_data.resolve_data_config({}, model=model)
     if options["input_size"][0] != 3:
         raise SettingsError(f"the model takes images of {options['input_size'][0]} channels, not of colours")
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, tuple) and len(size) == 2 and all(isinstance(each, int) for each in size):
         options["input_size"] = (3, *size)
     # With no share cut off: a drawn scene has its margins, and what a user wants to see is the whole image.
-    transform = timm.data.create_transform(**{**options, "crop_pct": 1.0}, is_training=False)
+    transform = timm_data.create_transform(**{**options, "crop_pct": 1.0}, is_training=False)
     pixels = transform(image)
     mean, deviation = (torch.tensor(options[name])[:, None, None] for name in ("mean", "std"))
     shown = (pixels * deviation + mean).clamp(0, 1).permute(1, 2, 0).numpy()
@@ -93,5 +94,7 @@ def draw_scene() -> NDArray[Any]:
     image = paint(image, (np.abs(x - 0.45) < 0.006) & (y > 0.3) & (y < 0.73), (0.3, 0.2, 0.13))  # the mast
     for side, width, colour in ((1, 0.26, (0.97, 0.95, 0.9)), (-1, 0.17, (0.93, 0.55, 0.2))):  # the sails
         offset = side * (x - 0.45)
-        image = paint(image, (offset > 0.012) & (offset < width * (y - 0.32) / 0.36) & (y < 0.69), colour, -0.25 * offset)
+        image = paint(
+            image, (offset > 0.012) & (offset < width * (y - 0.32) / 0.36) & (y < 0.69), colour, -0.25 * offset
+        )
     return np.clip(image, 0, 1)

@@ -125,7 +125,9 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], str]:
     key = next((key for key in KEYS if isinstance(read, Mapping) and read.get(key) is not None), "")
     state = read[key] if key else read
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        held = f"the keys {', '.join(map(repr, list(state)[:6]))}" if isinstance(state, Mapping) else type(state).__name__
+        held = (
+            f"the keys {', '.join(map(repr, list(state)[:6]))}" if isinstance(state, Mapping) else type(state).__name__
+        )
         raise SettingsError(
             f"{path!r} (from --checkpoint) has no weights where timm keeps them ({', '.join(KEYS)}, or the file "
             f"itself): it has {held}"
@@ -165,16 +167,19 @@ def _load(model: Any, state: dict[str, Tensor], name: str, path: str) -> None:
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
+    shapes = f" ({list(state[other[0]].shape)}, not {list(own[other[0]].shape)})" if other else ""
     problems = [
-        f"{len(keys)} {what}, such as {keys[0]!r}" + more
+        f"{len(keys)} {what}, such as {keys[0]!r}{more}"
         for keys, what, more in (
             (missing, "of the model's are missing", ""),
             (unknown, "are not in the model", ""),
-            (other, "have another shape", other and f" ({list(state[other[0]].shape)}, not {list(own[other[0]].shape)})"),
+            (other, "have another shape", shapes),
         )
         if keys
     ]
     if problems:
-        hint = "; with --img-size the model is made for other images" if any("pos_embed" in key for key in other) else ""
+        hint = (
+            "; with --img-size the model is made for other images" if any("pos_embed" in key for key in other) else ""
+        )
         raise SettingsError(f"{origin} is not of {name}: of its parameters {'; '.join(problems)}{hint}")
     model.load_state_dict(state)

@@ -66,24 +66,17 @@ class Geometry:
     Args:
         model: The model, one of timm's.
         name: What it is called.
-        height: That of the image, in pixels.
-        width: That of the image.
 
     Raises:
         UnsupportedError: Its patches are not known to lie in a grid.
     """
 
-    def __init__(self, model: nn.Module, name: str, height: int, width: int) -> None:
+    def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
-        embed = getattr(model, "patch_embed", None)
-        grid = getattr(embed, "grid_size", None)
-        patch = getattr(embed, "patch_size", None)
-        if grid is None and patch is not None:
-            sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
-            grid = (height // sides[0], width // sides[1])
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         if grid is None:
             raise UnsupportedError(
-                f"{name} cannot be drawn: it has no patch_embed that says how its tokens lie in the image. "
+                f"{name} cannot be drawn: it has no patch_embed.grid_size, which says how its tokens lie in the image. "
                 "lwpf_patch.attention_maps(model, images) returns the weights of its layers"
             )
         self.grid: tuple[int, int] = (int(grid[0]), int(grid[1]))

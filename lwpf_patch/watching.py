@@ -29,6 +29,9 @@ class Watcher(Protocol):
             normalised: The weights that D'(s) multiplies; None: the normalisation of D(s).
         """
 
+    def see_weights(self, func_d: Any, weights: Any) -> None:
+        """See the weights that several iterations of a layer have ended with, which the last D'(s) multiplies."""
+
     def miss(self, reason: str) -> None:
         """Take note of why calls are not seen."""
 

@@ -220,13 +220,14 @@ def test_models_of_transformers(name, asked, monkeypatch):
             assert not visible[0, :, :, :2].any()
 
 
-def test_the_last_iteration_of_hflayers():
+@pytest.mark.parametrize("steps", [3, (0, 4)])
+def test_the_last_iteration_of_hflayers(steps):
+    """Also where the heads make different numbers of iterations."""
     require_host("hflayers")
     import hflayers
 
-    model = hflayers.Hopfield(
-        input_size=8, num_heads=2, hidden_size=4, update_steps_max=3, update_steps_eps=1e-12, batch_first=False
-    ).double()  # fmt: skip
+    options = {"update_steps_max": steps if steps == 3 else torch.tensor(steps), "update_steps_eps": 1e-12}
+    model = hflayers.Hopfield(input_size=8, num_heads=2, hidden_size=4, batch_first=False, **options).double()
     x = torch.randn(5, 2, 8, dtype=torch.float64)
     seen = []
     core = model.association_core

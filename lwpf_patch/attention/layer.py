@@ -22,7 +22,7 @@ from ..specs import Sep
 from .computing import attend, mark_used, note_backend
 from .operator import lwpf_attention, partial_forgetting
 from .owned import OwnedFuncD
-from .watched import SCRIPTED, miss, show_call, show_scores
+from .watched import SCRIPTED, miss, show_call, show_scores, show_weights
 
 
 class HostFuncD(OwnedFuncD):
@@ -208,6 +208,12 @@ class HostFuncD(OwnedFuncD):
         weights = weights if kept is None else kept * weights
         weights = weights if head_mask is None else weights * head_mask
         return (weights @ value).to(dtype), weights.to(dtype)
+
+    @torch.jit.unused
+    def show_weights(self, weights: Tensor) -> None:
+        """Show the weights that several iterations have ended with, before dropout and D', to what watches."""
+        if watching.on:
+            show_weights(self, weights)
 
     def passed_with(self, tensor: Any) -> Any:
         """Return this as an argument, beside a tensor, of a function that torch.fx does not look into."""

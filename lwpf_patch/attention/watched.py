@@ -42,6 +42,14 @@ def show_scores(
         miss_compiled()
 
 
+def show_weights(func_d: Any, weights: Tensor) -> None:
+    """Show the weights that several iterations of a layer have ended with."""
+    if not torch.compiler.is_compiling():  # else it is missed already
+        watcher = watching.current()
+        if _can_be_seen(func_d, weights) and watcher is not None:
+            watcher.see_weights(func_d, weights)
+
+
 def miss(reason: str) -> bool:
     """Tell what observes that it misses calls."""
     watcher = watching.current()

@@ -297,6 +297,9 @@ class _ForgetNothing:
     def normalise(self, scores: Tensor, dim: int = -1) -> Tensor:
         return scores.softmax(dim)
 
+    def show_weights(self, weights: Tensor) -> None:
+        pass
+
     def with_infinity(self, attn_mask: Tensor, sentinel: float) -> Tensor:
         return attn_mask
 

@@ -46,6 +46,7 @@ def forget_in_update_loop(function: Function) -> list[Splice]:
         *_mapped_query(function),
         function.line_before(_softmax(function), f"{_SCORES}, xi_mask = func_d({_SCORES}, training)"),
         *(function.new_callee(call, "func_d.normalise") for call in function.calls("softmax")),
+        function.line_before(_dropout(function), "func_d.show_weights(xi)"),
         function.line_before(_retrieval(function), f"{_SCORES} = xi_mask * {_SCORES}"),
     ]
 
@@ -80,13 +81,21 @@ def _softmax(function: Function) -> ast.If:
 
 
 def _retrieval(function: Function) -> ast.stmt:
+    return _dropout_and_retrieval(function)[1]
+
+
+def _dropout(function: Function) -> ast.stmt:
+    return _dropout_and_retrieval(function)[0]
+
+
+def _dropout_and_retrieval(function: Function) -> tuple[ast.stmt, ast.stmt]:
     for block in function.blocks():
         for before, statement in pairwise(block):
             if (
                 ast.unparse(before).startswith(f"{_SCORES} = nn.functional.dropout(xi,")
                 and ast.unparse(statement) == f"attn_output = torch.bmm({_SCORES}, v)"
             ):
-                return statement
+                return before, statement
     raise RewriteError(f"{function.where}: no 'torch.bmm({_SCORES}, v)' right after the dropout of xi")
 
 

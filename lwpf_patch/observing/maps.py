@@ -131,6 +131,16 @@ class _MapWatcher:
         weights = None if normalised is None else as_chosen(normalised)
         self._keep(name, func_d, _map(parts[1], parts[2], excluded, func_d.sep, weights))
 
+    def see_weights(self, func_d: Any, weights: Tensor) -> None:
+        """See the weights that iterations have ended with: heads may have ended before the last one."""
+        name = self._name_of(func_d)
+        if name is None:
+            return
+        weights = scores_by_head(weights.detach(), -1, func_d.layout, self._heads(name))
+        last = self.maps[name]
+        ended = _Picker(name, self._chosen)(_four(weights)).to(last.weights.dtype)
+        self.maps[name] = last._replace(weights=ended.masked_fill(~last.kept, 0.0))
+
     def miss(self, reason: str) -> None:
         """Note why layers are not seen."""
         if reason not in self.reasons:

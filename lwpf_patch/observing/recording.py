@@ -339,6 +339,9 @@ class _Watcher:
 
         self._see(func_d, compute, scores)
 
+    def see_weights(self, func_d: Any, weights: Tensor) -> None:
+        """Take no figures of them: those of the last iteration count."""
+
     def miss(self, reason: str) -> None:
         for observation in _observations:
             observation.miss(reason)

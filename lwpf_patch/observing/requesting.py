@@ -170,6 +170,9 @@ class _Request:
         """See the first call."""
         self.start().see_scores(func_d, scores, forgotten, mask, dim, normalised)
 
+    def see_weights(self, func_d: Any, weights: Any) -> None:
+        """See nothing: a call comes before."""
+
     def miss(self, reason: str) -> None:
         """Take note of why the first call is not seen."""
         self.start().miss(reason)

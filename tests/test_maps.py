@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import logging
 import math
 import re
 
@@ -328,12 +329,15 @@ def test_what_has_no_maps():
         lwpf_patch.attention_maps(torch.compile(model), images())
 
 
-def test_scripted_layers_are_told_of(caplog, monkeypatch):
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compiler", [lambda each, x: torch.jit.trace(each, x), lambda each, x: torch.jit.script(each)])
+def test_layers_that_torch_jit_hides_are_told_of(compiler, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
     model = vit().eval()
     lwpf_patch.patch_model(model, func_d="relu")
-    model.blocks[0] = torch.jit.trace(model.blocks[0], torch.randn(1, 17, 24, dtype=torch.float64))
-    maps = lwpf_patch.attention_maps(model, images())
-    assert list(maps) == ["blocks.1.attn"]
+    model.blocks[0] = compiler(model.blocks[0], torch.randn(1, 17, 24, dtype=torch.float64))
+    assert list(lwpf_patch.attention_maps(model, images())) == ["blocks.1.attn"]
+    assert "the maps of VisionTransformer are not all there: blocks.0.attn were compiled by torch.jit" in caplog.text
 
 
 # --- no trace -------------------------------------------------------------------------------------------------------

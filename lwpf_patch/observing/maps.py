@@ -297,6 +297,8 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _check_seen(model: nn.Module, watcher: _MapWatcher, patterns: Any) -> None:
     name = type(model).__name__
+    if scripted := _scripted(model):
+        watcher.miss(f"{', '.join(scripted)} were compiled by torch.jit, and do not run as Python")
     if not watcher.maps:
         what = (
             "none of its patched attention layers" if patterns is None else f"no layer that layers={patterns!r} names"
@@ -308,6 +310,15 @@ def _check_seen(model: nn.Module, watcher: _MapWatcher, patterns: Any) -> None:
         raise UnsupportedError(f"attention_maps: {name} ran, but {what} computed a softmax that could be seen: {why}")
     for reason in watcher.reasons:
         reporting.warn(f"attention_maps: the maps of {name} are not all there: {reason}")
+
+
+def _scripted(model: nn.Module) -> list[str]:
+    """Return the names of the patched layers that torch.jit has compiled or traced."""
+    return [
+        name.rpartition(".")[0]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", "").endswith("FuncD")
+    ]
 
 
 # --- leaving no trace -----------------------------------------------------------------------------------------------

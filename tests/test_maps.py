@@ -494,7 +494,7 @@ def test_the_picture_of_registers_and_of_a_grid_that_is_not_square():
         (["--query", "5,1"], r"unknown query '5,1' .*'class', 'ROW,COLUMN' of its 4 x 4 patches"),
         (["--head", "3"], r"head 3 \(from --head\): there are 3, from 0"),
         (["--head", "x"], r"'x' \(from --head\) is no whole number"),
-        (["--layer", "stages*"], r"layers pattern 'stages\*' .*they are 'blocks.0.attn'"),
+        (["--layer", "stages*"], r"pattern 'stages\*' \(from --layer\) .*they are blocks.0.attn"),
         (["--output", "a.xyz"], "its ending is not one of .*png"),
         (["--output", "no/a.png"], "there is no folder 'no'"),
         (["--func-d", "relo"], "unknown func_d 'relo' .*did you mean 'relu'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,14 +132,20 @@ def _plain_maps(loaded: Loaded, pixels: Any, geometry: Geometry, layers: list[st
     """
     from ..observing.maps import attention_maps
 
+    names = [name.rpartition(".")[0] for name, _ in loaded.model.named_modules() if name.endswith(".func_d")]
     if layers is not None:
         patterns = [pattern for text in layers for pattern in split_list(text)]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SettingsError(
+                    f"pattern {pattern!r} (from --layer) matches no attention module of {geometry.name}; they are "
+                    f"{', '.join(names)}"
+                )
         maps = attention_maps(loaded.model, pixels, layers=patterns)
         for name, found in maps.items():
             if reason := geometry.why_not(*_sizes(found)):
                 raise UnsupportedError(_refusal(name, geometry, reason))
         return maps
-    names = [name.rpartition(".")[0] for name, _ in loaded.model.named_modules() if name.endswith(".func_d")]
     reasons = []
     for name in names[: -TRIED - 1 : -1]:
         maps = attention_maps(loaded.model, pixels, layers=name)

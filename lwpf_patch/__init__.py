@@ -17,6 +17,7 @@ _EXPORTS = {
     "patching.registry": ("apply", "revert", "patched", "status"),
     "patching.models": ("patch_model", "unpatch_model"),
     "patching.folding": ("fold",),
+    "observing.maps": ("AttentionMap", "attention_maps"),
     "observing.requesting": ("observe",),
     "attention": ("HostFuncD", "lwpf_attention", "partial_forgetting"),
     "uhop.retrieval": ("retrieve",),
@@ -59,6 +60,8 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .forgetting import ReLU as ReLU
     from .forgetting import Threshold as Threshold
     from .hosts import register_host as register_host
+    from .observing.maps import AttentionMap as AttentionMap
+    from .observing.maps import attention_maps as attention_maps
     from .observing.requesting import observe as observe
     from .patching.folding import fold as fold
     from .patching.models import patch_model as patch_model

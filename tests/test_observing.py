@@ -25,6 +25,7 @@ from lwpf_patch.observing.writing import read_records
 from lwpf_patch.specs import Observe, Sep
 
 require_host("timm")
+from timm_classes import made  # noqa: E402
 from vits import images, set_fused, vit  # noqa: E402
 
 NAMES = ("forgotten", "empty_rows", "entropy", "forgotten_weight")
@@ -246,7 +247,7 @@ def test_what_checkpointing_computes_again_is_not_seen(reentrant, monkeypatch):
 
     model, calls = Model(), []
     original = statistics.of_call
-    monkeypatch.setattr(statistics, "of_call", lambda call: calls.append(1) or original(call))
+    monkeypatch.setattr(statistics, "of_call", lambda *call: calls.append(1) or original(*call))
     with lwpf_patch.observe(model) as seen, lwpf_patch.observe(model.inner) as inner:
         for _ in range(2):
             model(images().requires_grad_()).sum().backward()
@@ -328,6 +329,26 @@ def test_keys_in_the_first_dimension():
     assert_close(found, expected(rows, torch.zeros_like(rows, dtype=torch.bool), RULES["relu"]))
 
 
+@pytest.mark.parametrize("name", ["models.hiera.MaskUnitAttention", "layers.attention2d.MultiQueryAttentionV2"])
+def test_heads_are_told_apart_where_a_class_of_timm_has_another_layout(name):
+    module, inputs = made(name)
+    lwpf_patch.patch_model(module, func_d="relu")
+    (found,) = lwpf_patch.attention_maps(module, tuple(inputs)).values()
+    with lwpf_patch.observe(module.eval()) as seen:
+        module(*inputs)
+    assert seen.records[0]["forgotten"] == pytest.approx(found.forgotten.double().mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert len(seen.records[0]["forgotten"]) == 3
+
+
+def test_what_sinks_take_of_the_denominator_is_not_the_forgotten_keys():
+    scores = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    forgotten, mask = lwpf_patch.HostFuncD("relu")(scores)
+    weights = torch.cat([forgotten, torch.ones(2, 3, 4, 1)], -1).softmax(-1)[..., :-1]
+    found = statistics.of_scores(scores, forgotten, mask, -1e300, Sep(), -1, None, normalised=weights)
+    lost = (weights * (scores <= 0)).sum(-1).mean((0, 2))
+    assert found.forgotten_weight.tolist() == pytest.approx(lost.tolist())
+
+
 # --- where it goes --------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +402,7 @@ def test_two_requests_and_an_error_that_harms_nothing(monkeypatch, caplog):
             model(images())
         model(images())
         assert (len(one.records), len(two.records)) == (6, 2)
-        monkeypatch.setattr(statistics, "of_call", lambda call: 1 / 0)
+        monkeypatch.setattr(statistics, "of_call", lambda *call: 1 / 0)
         model(images())
         model(images())
     assert len(one.records) == 6

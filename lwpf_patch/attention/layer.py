@@ -22,7 +22,7 @@ from ..specs import Sep
 from .computing import attend, mark_used, note_backend
 from .operator import lwpf_attention, partial_forgetting
 from .owned import OwnedFuncD
-from .watched import SCRIPTED, miss, show_call, show_scores
+from .watched import SCRIPTED, miss, show_call, show_scores, show_weights
 
 
 class HostFuncD(OwnedFuncD):
@@ -194,15 +194,26 @@ class HostFuncD(OwnedFuncD):
             excluded = attn_mask <= self.highest_hidden(attn_mask)
             scores = scores + attn_mask.to(scores.dtype)
         kept: Tensor | None = None
+        unforgotten = scores
         if not self.is_plain():
             scores, kept = self.rule.forget_rows(scores, excluded, self.training, self.masking, -1)
         with_sinks = scores if sinks is None else torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
         weights = self.normalise(with_sinks)[..., : scores.size(-1)]
+        if watching.on:
+            shown = weights if head_mask is None else weights * head_mask
+            mask = torch.ones((), dtype=torch.bool, device=scores.device) if kept is None else kept
+            show_scores(self, unforgotten, scores, mask, -1, shown)
         if dropout_p > 0.0:
             weights = F.dropout(weights, dropout_p, True)
         weights = weights if kept is None else kept * weights
         weights = weights if head_mask is None else weights * head_mask
         return (weights @ value).to(dtype), weights.to(dtype)
+
+    @torch.jit.unused
+    def show_weights(self, weights: Tensor) -> None:
+        """Show the weights that several iterations have ended with, before dropout and D', to what watches."""
+        if watching.on:
+            show_weights(self, weights)
 
     def passed_with(self, tensor: Any) -> Any:
         """Return this as an argument, beside a tensor, of a function that torch.fx does not look into."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .. import watching
 from ..attached import Attached
 from ..backends import eager_form as eager
 from ..forgetting import FuncD, make_func_d
@@ -43,11 +44,17 @@ class OwnedFuncD(Attached, nn.Module):
         verify: When the kernels of a GPU are checked against the eager form.
         mask_sentinel: The number that a mask of the host adds to the scores of hidden keys, where it is neither -inf
             nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
+        layout: What the dimensions of the host's scores are, a letter each: ``b`` items, ``h`` heads, ``w`` windows or
+            other parts of an image, ``q`` queries, ``k`` keys, ``(bh)`` items and heads in one. Empty: ``bhqk``, or
+            ``bwhqk``, or ``(bh)qk`` where the module says how many heads it has, else ``bqk``.
+        iterates: Whether the host calls it for several iterations, of which the weights of the last one count.
         why_not_scripted: Why torch.jit.script cannot compile the layer, in words that follow a colon; empty: it can.
         by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
             ``revert()`` takes the rest away.
     """
 
+    layout = ""
+    iterates = False
     why_not_scripted = ""
     masking: str
     backend: str
@@ -113,7 +120,7 @@ class OwnedFuncD(Attached, nn.Module):
 
     def allows_fast_path(self) -> bool:
         """Return whether a host may compute its layer by one call of its own, which knows nothing of this."""
-        return self.is_plain()
+        return self.is_plain() and not watching.has_own()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**DEFAULTS, **state})  # type: ignore[no-untyped-call] # an older one has fewer

@@ -23,25 +23,38 @@ REPLICAS = "layers are in replicas of nn.DataParallel, which are not observed: u
 def show_call(func_d: Any, call: Call) -> None:
     """Show a call that computed attention as a whole."""
     if not torch.compiler.is_compiling():
-        if _can_be_seen(func_d, call.query) and watching.watcher is not None:
-            watching.watcher.see_call(func_d, call)
+        watcher = watching.current()
+        if _can_be_seen(func_d, call.query) and watcher is not None:
+            watcher.see_call(func_d, call)
     elif not tracing.is_exporting():
         miss_compiled()
 
 
-def show_scores(func_d: Any, scores: Tensor, forgotten: Tensor, mask: Tensor, dim: int) -> None:
-    """Show a call around a softmax that is written out."""
+def show_scores(
+    func_d: Any, scores: Tensor, forgotten: Tensor, mask: Tensor, dim: int, normalised: Tensor | None = None
+) -> None:
+    """Show a call around a softmax that is written out; see :meth:`lwpf_patch.watching.Watcher.see_scores`."""
     if not torch.compiler.is_compiling():
-        if _can_be_seen(func_d, scores) and watching.watcher is not None:
-            watching.watcher.see_scores(func_d, scores, forgotten, mask, dim)
+        watcher = watching.current()
+        if _can_be_seen(func_d, scores) and watcher is not None:
+            watcher.see_scores(func_d, scores, forgotten, mask, dim, normalised)
     elif not tracing.is_exporting():
         miss_compiled()
+
+
+def show_weights(func_d: Any, weights: Tensor) -> None:
+    """Show the weights that several iterations of a layer have ended with."""
+    if not torch.compiler.is_compiling():  # else it is missed already
+        watcher = watching.current()
+        if _can_be_seen(func_d, weights) and watcher is not None:
+            watcher.see_weights(func_d, weights)
 
 
 def miss(reason: str) -> bool:
     """Tell what observes that it misses calls."""
-    if watching.watcher is not None:
-        watching.watcher.miss(reason)
+    watcher = watching.current()
+    if watcher is not None:
+        watcher.miss(reason)
     return True
 
 

@@ -13,7 +13,7 @@ from ..comparing import command as comparing
 from ..errors import LwpfError
 from ..observing import requesting
 from ..patching import importing, registry
-from . import diff, doctor, models, run, status
+from . import diff, doctor, inspect, models, run, status
 from .hook import require_hook
 
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_parser(commands, run.add_parser(commands), require_hook)
     status.add_parser(commands)
     models.add_parser(commands)
+    inspect.add_parser(commands)
     diff.add_parser(commands)
     doctor.add_parser(commands)
     return parser

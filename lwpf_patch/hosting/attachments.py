@@ -122,6 +122,8 @@ class FuncDAttachment(Attachment):
         mask_sentinel: The number that a mask of the site adds to the scores of hidden keys, such as -100, where it is
             neither -inf nor ``finfo.min``; keys whose score or mask is at most half of it are excluded.
         forward_hook: Called after every forward of it, as a hook of torch.
+        layout: What the dimensions of the site's scores are; see :class:`lwpf_patch.attention.owned.OwnedFuncD`.
+        iterates: Whether the site calls it for several iterations, of which the weights of the last one count.
         why_not_scripted: Why torch.jit.script cannot compile the patched function, in words that follow a colon; empty:
             it can.
     """
@@ -130,6 +132,8 @@ class FuncDAttachment(Attachment):
     edit: Edit | None = forget_around_softmax
     mask_sentinel: float | None = None
     forward_hook: ForwardHook | None = None
+    layout: str = ""
+    iterates: bool = False
     why_not_scripted: str = ""
 
     def is_asked(self, settings: Settings) -> bool:
@@ -151,6 +155,7 @@ class FuncDAttachment(Attachment):
         func_d = HostFuncD(NoForgetting(), "") if order.plain else copy.deepcopy(order.prototype)
         func_d.mask_sentinel = self.mask_sentinel
         func_d.why_not_scripted = self.why_not_scripted
+        func_d.layout, func_d.iterates = self.layout, self.iterates
         if self.forward_hook is not None and not order.plain:
             func_d.register_forward_hook(self.forward_hook)
         return func_d
@@ -291,6 +296,9 @@ class _ForgetNothing:
 
     def normalise(self, scores: Tensor, dim: int = -1) -> Tensor:
         return scores.softmax(dim)
+
+    def show_weights(self, weights: Tensor) -> None:
+        pass
 
     def with_infinity(self, attn_mask: Tensor, sentinel: float) -> Tensor:
         return attn_mask

@@ -56,11 +56,13 @@ class _Retrieval(NamedTuple):
     """The anchors behind the loop.
 
     Attributes:
+        dropout: The statement that drops out of the weights.
         product: The statement that multiplies the dropped-out weights with the values.
         weights: The name of the weights.
         training: What tells the dropout whether the module trains, as it is written.
     """
 
+    dropout: ast.stmt
     product: ast.stmt
     weights: str
     training: str
@@ -91,6 +93,7 @@ def forget_in_update_loop(function: Function) -> list[Splice]:
         *_mapped_query(function, loop),
         function.line_before(loop.choice, f"{loop.scores}, {_MASK} = func_d({loop.scores}, {retrieval.training})"),
         *(normalise_call(function, call, "-1", "func_d") for call in loop.softmaxes),
+        function.line_before(retrieval.dropout, f"func_d.show_weights({loop.state})"),
         function.line_before(retrieval.product, f"{retrieval.weights} = {_MASK} * {retrieval.weights}"),
     ]
 
@@ -185,7 +188,7 @@ def _retrieval(function: Function, loop: _Loop) -> _Retrieval:
                 if len(training) == 1 and product is not None and product.lineno > dropout.lineno:
                     check_unchanged(function, loop.state, loop.choice, dropout)
                     check_unused(function, weights, dropout, product)
-                    return _Retrieval(product, weights, training[0])
+                    return _Retrieval(dropout, product, weights, training[0])
     raise RewriteError(
         f"{function.where}: no 'torch.bmm(weights, v)' right after the dropout of {loop.state} that makes these weights"
     )
@@ -298,7 +301,7 @@ HOST = RewrittenHost(
             "HopfieldCore.forward",
             known.sources("hflayers", "hflayers.activation.HopfieldCore.forward"),
             attachments=(
-                FuncDAttachment(edit=None),
+                FuncDAttachment(edit=None, iterates=True),
                 FeatureMapAttachment(edit=None, shape=heads, folding=Folding(projections, multiply, example)),
             ),
             edit=pass_parts,

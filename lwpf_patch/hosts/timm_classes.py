@@ -38,6 +38,7 @@ class _Class:
         forget: The edit that brings func_d in.
         map: The edit that brings the feature map in.
         mask: The parameter that has -100 for hidden keys.
+        layout: What the dimensions of its scores are; see :class:`lwpf_patch.attention.owned.OwnedFuncD`.
     """
 
     module: str
@@ -47,10 +48,11 @@ class _Class:
     forget: Edit = forget_around_softmax
     map: Edit = map_query
     mask: str = ""
+    layout: str = ""
 
     def sites(self) -> Iterator[Site]:
         """Yield the class where versions of timm have it."""
-        attachments: list[Attachment] = [FuncDAttachment(edit=self.forget)]
+        attachments: list[Attachment] = [FuncDAttachment(edit=self.forget, layout=self.layout)]
         if self.folding is not None:
             attachments.append(FeatureMapAttachment(edit=self.map, shape=self.heads, folding=self.folding))
         qualname = self.name if "." in self.name else f"{self.name}.forward"
@@ -67,7 +69,7 @@ _CLASSES = (
     _Class("layers.attention", "AttentionRope", fold.ROTARY),
     _Class("layers.attention2d", "Attention2d"),
     _Class("layers.attention2d", "MultiQueryAttention2d"),
-    _Class("layers.attention2d", "MultiQueryAttentionV2"),
+    _Class("layers.attention2d", "MultiQueryAttentionV2", layout="bqhk"),
     _Class("layers.attention_pool", "AttentionPoolLatent", fold.NO_FOLDING),
     _Class("layers.attention_pool", "AttentionPoolPrr"),
     _Class("layers.attention_pool2d", "AttentionPool2d", fold.NO_FOLDING),
@@ -75,7 +77,7 @@ _CLASSES = (
     _Class("layers.bottleneck_attn", "BottleneckAttn"),
     _Class("layers.diff_attention", "DiffAttention", fold.TOKENS, fold.twice_as_many_heads,
            forget_in_both, map_before_branches),
-    _Class("layers.halo_attn", "HaloAttn"),
+    _Class("layers.halo_attn", "HaloAttn", layout="(bh)wqk"),
     _Class("layers.non_local_attn", "NonLocalAttn", forget=forget_over_the_third),
     _Class("layers.other_pool", "SimPool1d", fold.NO_FOLDING),
     _Class("layers.other_pool", "SimPool2d", fold.NO_FOLDING),
@@ -90,12 +92,12 @@ _CLASSES = (
     _Class("models.efficientformer", "Attention", fold.INTERLEAVED),
     _Class("models.efficientformer_v2", "Attention2d"),
     _Class("models.efficientformer_v2", "Attention2dDownsample"),
-    _Class("models.efficientvit_msra", "CascadedGroupAttention"),
+    _Class("models.efficientvit_msra", "CascadedGroupAttention", layout="bqk"),
     _Class("models.eva", "EvaAttention", fold.ROTARY),
     _Class("models.fastvit", "Attention", fold.IMAGE),
     _Class("models.gcvit", "WindowAttentionGlobal", fold.NO_FOLDING),
     _Class("models.gemma4_vit", "Gemma4Attention", fold.ROTARY),
-    _Class("models.hiera", "MaskUnitAttention"),
+    _Class("models.hiera", "MaskUnitAttention", layout="bhwqk"),
     _Class("models.hieradet_sam2", "MultiScaleAttention", fold.NO_FOLDING),
     _Class("models.iformer", "SHMA"),
     _Class("models.levit", "Attention"),
@@ -106,7 +108,7 @@ _CLASSES = (
     _Class("models.maxxvit", "AttentionCl", fold.NO_FOLDING),
     _Class("models.metaformer", "Attention", fold.TOKENS),
     _Class("models.mvitv2", "MultiScaleAttention"),
-    _Class("models.nest", "Attention"),
+    _Class("models.nest", "Attention", layout="bhwqk"),
     _Class("models.nextvit", "EfficientAttention", fold.SIXTY_FOUR),
     _Class("models.pvt_v2", "Attention", fold.SIZED),
     _Class("models.shvit", "SHSA"),
@@ -126,7 +128,7 @@ _CLASSES = (
     _Class("models.vision_transformer_sam", "Attention", fold.NO_FOLDING),
     _Class("models.volo", "Attention", fold.ROWS),
     _Class("models.volo", "ClassAttention", fold.TOKENS),
-    _Class("models.volo", "OutlookAttention"),
+    _Class("models.volo", "OutlookAttention", layout="bhwqk"),
 )  # fmt: skip
 
 _ATTENTION = (FuncDAttachment(), FeatureMapAttachment(shape=fold.heads, folding=fold.TOKENS))

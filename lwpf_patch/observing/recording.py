@@ -24,8 +24,7 @@ from .. import reporting, watching
 from ..attention.owned import OwnedFuncD
 from . import statistics
 from .statistics import Figures
-
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+from .watchable import WRAPPERS
 
 #: One line of the file: of one layer at one step.
 Record = dict[str, Any]
@@ -96,7 +95,7 @@ class Observation:
                 return root, layer
         if not self.finds_models or not func_d.host:  # which one has that stays plain
             return None
-        called = _called_modules()
+        called = called_modules()
         outer = [each for each in called if type(each).__name__ not in WRAPPERS]
         if not outer:
             self.miss("layers were called past the __call__ of any module, so that no model is known")
@@ -264,7 +263,7 @@ _hook: Any = None
 
 
 def _before_forward(module: nn.Module, inputs: Any) -> None:
-    if torch.compiler.is_compiling() or _in_backward():
+    if torch.compiler.is_compiling() or _in_backward() or watching.has_own():
         return
     for root in tuple(_roots_of.get(module, ())):
         with _harmless(root.observation):
@@ -272,7 +271,7 @@ def _before_forward(module: nn.Module, inputs: Any) -> None:
 
 
 def _after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or _in_backward():
+    if torch.compiler.is_compiling() or _in_backward() or watching.has_own():
         return
     for root in tuple(_roots_of.get(module, ())):
         with _harmless(root.observation):
@@ -304,7 +303,7 @@ def _in_backward() -> bool:
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
-def _called_modules() -> list[nn.Module]:
+def called_modules() -> list[nn.Module]:
     """Return the modules whose ``__call__`` runs in this thread, from the inside to the outside."""
     code = nn.Module._call_impl.__code__
     found = []
@@ -325,16 +324,23 @@ class _Watcher:
     """Computes the figures of the calls that are to be looked at; see :class:`lwpf_patch.watching.Watcher`."""
 
     def see_call(self, func_d: Any, call: Any) -> None:
-        self._see(func_d, lambda layer: statistics.of_call(call), call.query)
+        self._see(func_d, lambda layer: statistics.of_call(call, func_d.layout, layer.heads), call.query)
 
-    def see_scores(self, func_d: Any, scores: Tensor, forgotten: Tensor, mask: Tensor, dim: int) -> None:
+    def see_scores(
+        self, func_d: Any, scores: Tensor, forgotten: Tensor, mask: Tensor, dim: int, normalised: Tensor | None = None
+    ) -> None:
         plain = func_d.masking == "paper" and not func_d.is_plain()
         hidden = None if plain else func_d.highest_hidden(scores)
 
         def compute(layer: Layer) -> Figures:
-            return statistics.of_scores(scores, forgotten, mask, hidden, func_d.sep, dim, layer.heads)
+            return statistics.of_scores(
+                scores, forgotten, mask, hidden, func_d.sep, dim, layer.heads, func_d.layout, normalised
+            )
 
         self._see(func_d, compute, scores)
+
+    def see_weights(self, func_d: Any, weights: Tensor) -> None:
+        """Take no figures of them: those of the last iteration count."""
 
     def miss(self, reason: str) -> None:
         for observation in _observations:

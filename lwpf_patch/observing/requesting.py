@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .. import reporting, watching
-from ..errors import SettingsError, UnsupportedError, shown
+from ..errors import SettingsError, shown
 from ..options import FLAGS
 from ..specs import OBSERVE_OPTIONS, Observe, check_path
+from .watchable import check_watchable, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,49 +98,20 @@ def observe(
         SettingsError: A wrong value, or a model without a patched attention module.
         UnsupportedError: The model is compiled.
     """
-    from torch import nn
-
-    if not isinstance(model, nn.Module):
-        raise SettingsError(f"model={shown(model)} (from observe(model=...)): model must be a torch.nn.Module")
+    check_watchable(model, "observe")
     every = OBSERVE_OPTIONS["every"].read_argument(every, "every", "observe")
     if not isinstance(tensorboard, bool):
         words = ", ".join(FLAGS)
         raise SettingsError(f"tensorboard={shown(tensorboard)} (from observe(tensorboard=...)): not one of {words}")
     path = None if path is None else os.path.abspath(path)
     check_path(path, " (from observe(path=...))")
-    _check_layers(model)
     from . import recording, writing
 
     observation = recording.Observation(every, lambda records: None)
     handle = Observing(observation, writing.Writer(Observe(every, path, tensorboard)))
-    observation.add(getattr(model, "module", model) if type(model).__name__ in recording.WRAPPERS else model)
+    observation.add(unwrapped(model))
     recording.start(observation)
     return handle
-
-
-def _check_layers(model: nn.Module) -> None:
-    from torch import jit
-
-    from ..attention.owned import OwnedFuncD
-
-    if isinstance(model, jit.ScriptModule):
-        raise UnsupportedError(
-            "observe: the model was compiled by torch.jit.script or traced; observe the model that it was made of"
-        )
-    layers = {name for name, module in model.named_modules() if isinstance(module, OwnedFuncD)}
-    if not layers:
-        raise SettingsError(
-            f"observe: {type(model).__name__} has no patched attention module: call lwpf_patch.apply() or "
-            "lwpf_patch.patch_model() first"
-        )
-    for name, module in model.named_modules():
-        compiled = type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None)
-        if compiled and any(layer.startswith(f"{name}." if name else "") for layer in layers):
-            raise UnsupportedError(
-                f"observe: {name or 'the model'} is compiled by torch.compile, and what is compiled cannot be "
-                "observed: observe the model before it is compiled, in some steps of its own, or set "
-                "TORCH_COMPILE_DISABLE=1"
-            )
 
 
 # --- the variable ---------------------------------------------------------------------------------------------------
@@ -194,9 +166,12 @@ class _Request:
         """See the first call."""
         self.start().see_call(func_d, call)
 
-    def see_scores(self, func_d: Any, scores: Any, forgotten: Any, mask: Any, dim: int) -> None:
+    def see_scores(self, func_d: Any, scores: Any, forgotten: Any, mask: Any, dim: int, normalised: Any = None) -> None:
         """See the first call."""
-        self.start().see_scores(func_d, scores, forgotten, mask, dim)
+        self.start().see_scores(func_d, scores, forgotten, mask, dim, normalised)
+
+    def see_weights(self, func_d: Any, weights: Any) -> None:
+        """See nothing: a call comes before."""
 
     def miss(self, reason: str) -> None:
         """Take note of why the first call is not seen."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import autocasting, normalising
 from ..backends import Call, Threshold
 from ..backends import eager_form as eager
-from ..backends.arguments import batch_shape
 from ..specs import Sep
+from .scoring import cast, heads_before_rows, scores_by_head, scores_of_rows
 
 #: So many items of a batch are looked at.
 ITEMS = 4
@@ -51,20 +51,22 @@ class _Sums:
         # Keys, forgotten keys, rows, empty rows, rows that keep a key; sums of entropies and of weights.
         self.sums = torch.zeros(7, heads, dtype=dtype, device=device)
 
-    def add(self, forgotten: Tensor, kept: Tensor, excluded: Tensor | None) -> None:
+    def add(self, forgotten: Tensor, kept: Tensor, excluded: Tensor | None, weights: Tensor | None = None) -> None:
         """Add a block.
 
         Args:
             forgotten: D(s), -inf where a key is excluded.
             kept: D'(s) != 0.
             excluded: Which keys do not count, of the same shape; None: all count.
+            weights: What D'(s) multiplies; None: the normalisation of D(s).
         """
         counted = torch.ones_like(kept) if excluded is None else ~excluded
         kept = kept & counted
         rows, keeps = counted.any(-1), kept.any(-1)
         alpha, n = self.sep
-        softmax = alpha == 1.0 and n == 0.0
-        weights = forgotten.softmax(-1) if softmax else normalising.normalise(forgotten, alpha, n)
+        if weights is None:
+            softmax = alpha == 1.0 and n == 0.0
+            weights = forgotten.softmax(-1) if softmax else normalising.normalise(forgotten, alpha, n)
         lost = weights.masked_fill(kept | ~counted, 0.0).sum(-1)
         if alpha == 1.0:  # whatever is added to the denominator
             shares = forgotten.masked_fill(~kept, -math.inf).softmax(-1)
@@ -87,22 +89,20 @@ class _Sums:
 # --- attention as a whole -------------------------------------------------------------------------------------------
 
 
-def of_call(call: Call) -> Figures:
+def of_call(call: Call, layout: str = "", heads: int | None = None) -> Figures:
     """Return the figures of a call of the operator, from some items and rows of it.
 
     The threshold is taken without its noise. The median is that of all scores where there are at most :data:`SCORES`,
     and else of rows at even distances, of all items and heads.
     """
-    query, key = _cast(call)
+    query, key, mask = cast(call)
+    query, key = heads_before_rows(query, layout, heads), heads_before_rows(key, layout, heads)
+    mask = None if mask is None else heads_before_rows(mask, layout, heads)
     with torch.no_grad(), autocasting.without_autocast(query.device.type):
-        return _of_scored(call, query, key)
+        return _of_scored(call, query, key, mask)
 
 
-def _of_scored(call: Call, query: Tensor, key: Tensor) -> Figures:
-    shape = batch_shape(query.shape[:-2], key.shape[:-2])
-    query, key = query.expand(*shape, *query.shape[-2:]), key.expand(*shape, *key.shape[-2:])
-    mask = call.attn_mask
-    mask = None if mask is None else mask.expand(*shape, query.size(-2), key.size(-2))
+def _of_scored(call: Call, query: Tensor, key: Tensor, mask: Tensor | None) -> Figures:
     rule: Any = call.rule
     threshold: Threshold | None = rule.threshold()
     mu = None
@@ -112,7 +112,7 @@ def _of_scored(call: Call, query: Tensor, key: Tensor) -> Figures:
     mask = None if mask is None else _some_items(mask)
     sums = _Sums(query.size(1), query.device, call.sep)
     for rows in _blocks(query.shape[:2].numel(), query.size(2), key.size(2)):
-        scores, excluded = _scores(call, query, key, mask, rows)
+        scores, excluded = scores_of_rows(call, query, key, mask, rows)
         if call.masking == "paper":
             excluded = None
         if threshold is None:
@@ -121,18 +121,6 @@ def _of_scored(call: Call, query: Tensor, key: Tensor) -> Figures:
             forgotten, kept = _above(threshold, mu, rule.empty_rows, scores, excluded)
         sums.add(forgotten, kept, None if excluded is None else excluded.expand_as(scores))
     return sums.figures()
-
-
-def _cast(call: Call) -> tuple[Tensor, Tensor]:
-    """Return query and key as the operator computes with them, keys repeated for their groups of queries."""
-    query, key = call.query.detach(), call.key.detach()
-    device = query.device.type
-    if autocasting.in_autocast(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key = autocasting.cast(query, dtype), autocasting.cast(key, dtype)
-    if query.dtype in (torch.float16, torch.bfloat16):
-        query, key = query.float(), key.float()
-    return query, eager.repeat_heads(query, key) if call.enable_gqa else key
 
 
 def _some_items(tensor: Tensor) -> Tensor:
@@ -160,22 +148,12 @@ def _blocks(leading: int, rows: int, keys: int) -> list[slice]:
     return [slice(start, min(start + size, rows), stride) for start in range(stride // 2, rows, size)]
 
 
-def _scores(call: Call, query: Tensor, key: Tensor, mask: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """Return the scores of some rows, and which keys are excluded; see :func:`eager.attention_scores`."""
-    if call.is_causal:
-        places = torch.arange(query.size(-2), device=query.device)[rows]
-        mask = torch.arange(key.size(-2), device=query.device) <= places[:, None]
-    elif mask is not None:
-        mask = mask[..., rows, :]
-    return eager.attention_scores(query[..., rows, :], key, mask, False, call.scale)
-
-
 def _median(call: Call, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Return the median of the scores that count, or of those of some rows."""
     leading = query.shape[:-2].numel()
     found = []
     for rows in _blocks(leading, query.size(-2), key.size(-2)):
-        scores, excluded = _scores(call, query, key, mask, rows)
+        scores, excluded = scores_of_rows(call, query, key, mask, rows)
         if excluded is None or call.masking == "paper":
             found.append(scores.flatten())
         else:
@@ -209,7 +187,15 @@ def _by_rule(rule: Any, scores: Tensor, excluded: Tensor | None, masking: str) -
 
 
 def of_scores(
-    scores: Tensor, forgotten: Tensor, mask: Tensor, hidden: float | None, sep: Sep, dim: int, heads: int | None
+    scores: Tensor,
+    forgotten: Tensor,
+    mask: Tensor,
+    hidden: float | None,
+    sep: Sep,
+    dim: int,
+    heads: int | None,
+    layout: str = "",
+    normalised: Tensor | None = None,
 ) -> Figures:
     """Return the figures of a call around a softmax that is written out, from some items and rows of it.
 
@@ -222,26 +208,16 @@ def of_scores(
         sep: The normalisation.
         dim: The dimension of the keys.
         heads: The number of heads, where those of three dimensions may have items and heads in the first.
+        layout: What their dimensions are; see :class:`lwpf_patch.attention.owned.OwnedFuncD`.
+        normalised: The weights that D'(s) multiplies; None: the normalisation of D(s).
     """
     half = scores.dtype in (torch.float16, torch.bfloat16)
-    parts = [_as_rows(part.detach(), dim, heads) for part in (scores, forgotten, mask.expand_as(scores))]
+    given = [scores, forgotten, mask.expand_as(scores), *([] if normalised is None else [normalised])]
+    parts = [_some_items(scores_by_head(part.detach(), dim, layout, heads)) for part in given]
     sums = _Sums(parts[0].size(1), scores.device, sep)
     with torch.no_grad(), autocasting.without_autocast(scores.device.type):
         for rows in _blocks(parts[0].shape[:2].numel(), *parts[0].shape[2:]):
-            block, computed, kept = (part[:, :, rows] for part in parts)
+            block, computed, kept, *weights = (part[:, :, rows] for part in parts)
             excluded = None if hidden is None else block <= hidden
-            sums.add(computed.float() if half else computed, kept != 0, excluded)
+            sums.add(computed.float() if half else computed, kept != 0, excluded, *weights)
     return sums.figures()
-
-
-def _as_rows(tensor: Tensor, dim: int, heads: int | None) -> Tensor:
-    """Return (items, heads, L, S) of scores; some of the items."""
-    by_head = tensor.dim() == 2 and dim % 2 == 0
-    tensor = tensor.movedim(dim, -1)
-    if by_head:
-        tensor = tensor.unsqueeze(-2)
-    elif tensor.dim() == 3 and heads and tensor.size(0) % heads == 0:
-        tensor = tensor.reshape(-1, heads, *tensor.shape[1:])
-    while tensor.dim() < 2:
-        tensor = tensor.unsqueeze(0)
-    return _some_items(tensor)

@@ -351,9 +351,11 @@ def refuse_to_ignore(feature_map: Any, owner: str) -> None:
 
 
 def is_trained(feature_map: Any) -> bool:
-    """Return whether a feature map is another one than the identity."""
+    """Return whether a feature map is another one than the identity; of a sharded one, what lies here."""
+    from ..uhop import sharding
+
     weight = getattr(feature_map, "weight", None)
-    return weight is not None and not weight.is_meta and bool(weight.any())
+    return weight is not None and not weight.is_meta and sharding.has_values_here(weight)
 
 
 def _name_the_remedy(

@@ -16,6 +16,7 @@ from .. import autocasting, tracing
 from ..attached import Attached
 from ..errors import LwpfError
 from ..specs import UHop
+from . import sharding
 from .separation import FeatureMap
 
 _numbers = itertools.count()
@@ -59,9 +60,29 @@ class HostFeatureMap(Attached, FeatureMap):
         if self.weight.is_meta:
             self._start_at(settings, 0)
             return
-        if not self.steps and self.weight.any():
+        if not self.steps and sharding.gather(self.weight).any():
             self.steps.fill_(1)  # an average of models may have lost the count
         self._start_at(settings, int(self.steps))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make Φ the identity, before Stage I."""
+        super().reset_parameters()
+        if "steps" in self._buffers:  # the constructor of the base has none yet
+            self.steps.zero_()
+            self._keys = None
+            self._set_steps(0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "HostFeatureMap":
+        """Apply a function to the tensors; where ``to_empty`` makes them real, Φ is the identity.
+
+        The script that initialises the model then need not know of Φ.
+        """
+        was_meta = self.steps.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.steps.is_meta:
+            self.reset_parameters()
+        return self
 
     def _start_at(self, settings: UHop, steps: int) -> None:
         self.settings = settings

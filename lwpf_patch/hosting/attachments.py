@@ -201,7 +201,7 @@ class FeatureMapAttachment(Attachment):
 
     def make(self, module: nn.Module, order: Order) -> nn.Module:
         """Return the feature map of one module, on its device and of its dtype; the identity."""
-        from ..uhop import HostFeatureMap
+        from ..uhop import HostFeatureMap, sharding
 
         assert order.asked is not None
         assert order.asked.uhop is not None
@@ -214,9 +214,13 @@ class FeatureMapAttachment(Attachment):
         like = next((p for p in module.parameters() if p.is_floating_point()), None)
         if like is None:
             name = type(module).__qualname__
-            raise SettingsError(f"uhop: {name} has no parameter of a floating dtype to make Φ like")
+            raise SettingsError(
+                f"uhop: {name} has no parameter of a floating dtype to make Φ like; where FSDP1 has flattened them, apply "
+                "lwpf_patch before the model is sharded"
+            )
         feature_map = HostFeatureMap(features, heads, order.asked.uhop, order.host, like)
         feature_map.advice = self.advice
+        feature_map._is_after_fsdp = sharding.is_fsdp_module(module)
         return feature_map
 
     def prepare(self, module: nn.Module, order: Order) -> list[Step]:

@@ -45,6 +45,7 @@ class HostFeatureMap(Attached, FeatureMap):
     """
 
     advice = ""
+    _is_after_fsdp = False  # whether FSDP had the attention module before
     steps: Tensor
     _number: int
 
@@ -60,8 +61,9 @@ class HostFeatureMap(Attached, FeatureMap):
         if self.weight.is_meta:
             self._start_at(settings, 0)
             return
-        if not self.steps and sharding.gather(self.weight).any():
-            self.steps.fill_(1)  # an average of models may have lost the count
+        # An average of models may have lost the count. No other process is asked: which models live may differ.
+        if not self.steps and not sharding.is_dtensor(self.weight) and sharding.has_values_here(self.weight):
+            self.steps.fill_(1)
         self._start_at(settings, int(self.steps))
 
     @torch.no_grad()
@@ -86,7 +88,8 @@ class HostFeatureMap(Attached, FeatureMap):
 
     def _start_at(self, settings: UHop, steps: int) -> None:
         self.settings = settings
-        self.weight.requires_grad_(settings.train)
+        if "weight" in self._parameters:  # else FSDP1 has flattened it into another
+            self.weight.requires_grad_(settings.train)
         self._trains = settings.train
         self._keys: Tensor | None = None
         self._counted = False  # whether these keys have been waiting for an optimizer already
@@ -163,6 +166,8 @@ class HostFeatureMap(Attached, FeatureMap):
                 self.steps.zero_()
         else:
             super()._load_from_state_dict(state_dict, prefix, *rest)
+        if sharding.is_dtensor(self.weight) and not self.weight.is_meta and not self.steps:
+            self.steps.fill_(bool(sharding.gather(self.weight).any()))  # all processes load
         self.take_settings(self.settings)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,7 +274,8 @@ def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
     They are the same if the pass is computed again, for gradient checkpointing.
 
     Raises:
-        LwpfError: In a replica of nn.DataParallel, whose keys would be lost with it.
+        LwpfError: In a replica of nn.DataParallel, whose keys would be lost with it; or in a wrapper that does not know
+            the map.
     """
     if getattr(feature_map, "_is_replica", False):
         raise LwpfError(
@@ -277,6 +283,8 @@ def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
             "Stage I: use DistributedDataParallel, or apply lwpf_patch without uhop"
         )
     weight = feature_map.weight
+    if not torch.compiler.is_compiling():
+        sharding.check_wrapper(feature_map)
     if weight.dim() == 3:
         key = key.unflatten(0, (-1, weight.size(0))) if key.dim() == 3 else key  # type: ignore[no-untyped-call]
         key = key.transpose(0, 1).flatten(1, 2)

@@ -5,6 +5,7 @@ is gathered, worked on, and each process writes its part back. What other ways l
 """
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -40,22 +41,35 @@ def _sharded_by_fsdp2(feature_map: nn.Module) -> Any:
     return None
 
 
-def check_kind(feature_map: Any) -> None:
-    """Refuse a parameter of which Stage I cannot get all, or to which it cannot write.
+def check_kinds(waiting: list[Any]) -> list[Any]:
+    """Refuse parameters of which Stage I cannot get all, or to which it cannot write.
+
+    A map that was refused is refused again after another forward pass of its model, and another model, while that one
+    is still around, is not.
 
     Args:
-        feature_map: A :class:`lwpf_patch.uhop.HostFeatureMap`.
+        waiting: Feature maps, :class:`lwpf_patch.uhop.HostFeatureMap`, that wait for a Stage I.
+
+    Returns:
+        Those whose parameters Stage I can work on.
 
     Raises:
-        LwpfError: It is such a parameter.
+        LwpfError: Another map has seen a forward pass, or waits for a later step.
     """
-    weight = parameter_of(feature_map)
-    reason = _why_not(feature_map, weight)
-    if reason:
+    reasons = {each: reason for each in waiting if (reason := _why_not(each, parameter_of(each)))}
+    new = [each for each in reasons if each._keys is not None or not (each._listening or each in _refused)]
+    for each in new:
+        each._keys = None
+        _refused.add(each)
+    if new:
         raise LwpfError(
-            f"uhop: the feature map of {feature_map.host} is {reason}: Stage I needs it whole on every process. Use "
+            f"uhop: the feature map of {new[0].host} is {reasons[new[0]]}: Stage I needs it whole on every process. Use "
             "FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel, or apply lwpf_patch without uhop"
         )
+    return [each for each in waiting if each not in reasons]
+
+
+_refused: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def _why_not(feature_map: Any, weight: Any) -> str:
@@ -97,6 +111,35 @@ def check_is_sharded_now(feature_map: Any) -> None:
         )
 
 
+def check_wrapper(feature_map: Any) -> None:
+    """Refuse to train a feature map whose gradients nothing averages over the processes, since it came too late.
+
+    This is called in a forward pass in training.
+
+    Raises:
+        LwpfError: FSDP or DistributedDataParallel had the model before, or DistributedDataParallel ignores the map.
+    """
+    if not (feature_map._trains and feature_map.weight.requires_grad):
+        return
+    came_late = "FSDP" if feature_map._is_after_fsdp else ""
+    wrapper: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module() if distributed.is_available() else None
+    averaged = getattr(wrapper, "_module_parameters", None)
+    if averaged is not None and not any(each is feature_map.weight for each in averaged):
+        if any(each is feature_map for each in wrapper.module.modules()):
+            came_late = "DistributedDataParallel"
+    if came_late:
+        raise LwpfError(
+            f"uhop: {came_late} does not average the gradients of the feature maps of {feature_map.host}, which came "
+            "after it or which it ignores: apply lwpf_patch before the model is wrapped or sharded, or set train=false "
+            "in uhop"
+        )
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Return whether a module is FSDP's, which does not get to know a parameter that comes later."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def gather(weight: Tensor) -> Tensor:
     """Return all of a parameter, without its graph: a DTensor's is gathered, for which all its processes call this."""
     weight = weight.detach()
@@ -128,7 +171,10 @@ def write(weight: Tensor, value: Tensor) -> None:
 def has_values_here(weight: Tensor) -> bool:
     """Return whether this process's part of a parameter is other than 0; no other process is asked."""
     part: Any = weight.detach()
-    return bool((part.to_local() if is_dtensor(part) else part).any())
+    part = part.to_local() if is_dtensor(part) else part
+    # FSDP1 frees what it has gathered, and leaves views of it.
+    is_freed = part.untyped_storage().nbytes() < part.numel() * part.element_size()
+    return not is_freed and bool(part.any())
 
 
 def mesh_of(feature_map: Any) -> Any:

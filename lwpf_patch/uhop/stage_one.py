@@ -36,8 +36,8 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     waiting.sort(key=lambda each: each._number)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     counting = []
+    waiting = sharding.check_kinds(waiting)
     for each in waiting:
-        sharding.check_kind(each)
         # One that listens and has no keys has seen no forward pass in training yet.
         if _is_trained_by(each, optimizer, trained) and not (each._listening and each._keys is None):
             sharding.check_is_sharded_now(each)
@@ -265,7 +265,7 @@ def _patterns(maps: list[HostFeatureMap], weights: list[Tensor], names: str) -> 
                 "nothing can be separated with: see whether the loss is finite. The feature maps are as they were, and "
                 "it is tried again after the next step"
             )
-    return [_different(each, weight.device) for each, weight in zip(maps, weights, strict=True)]
+    return [_different(each).to(weight.device) for each, weight in zip(maps, weights, strict=True)]
 
 
 def _dtype_of_keys(feature_map: HostFeatureMap) -> torch.dtype:
@@ -274,14 +274,14 @@ def _dtype_of_keys(feature_map: HostFeatureMap) -> torch.dtype:
     return torch.promote_types(keys.dtype, torch.float32)
 
 
-def _different(feature_map: HostFeatureMap, device: torch.device) -> Tensor:
+def _different(feature_map: HostFeatureMap) -> Tensor:
     """Return the sampled keys without repetitions, (heads, M, d) or (M, d), in float32 at least.
 
     Stored patterns that are parameters are repeated for each item of a batch, and nothing can separate them.
     """
     keys = feature_map._keys
     assert keys is not None
-    keys = keys.to(_dtype_of_keys(feature_map)).to(device)
+    keys = keys.to(_dtype_of_keys(feature_map))
     rows = keys.transpose(0, 1).flatten(1) if keys.dim() == 3 else keys
     rows = torch.unique(rows, dim=0)
     return rows.unflatten(1, (keys.size(0), -1)).transpose(0, 1).contiguous() if keys.dim() == 3 else rows

@@ -215,8 +215,8 @@ class FeatureMapAttachment(Attachment):
         if like is None:
             name = type(module).__qualname__
             raise SettingsError(
-                f"uhop: {name} has no parameter of a floating dtype to make Φ like; where FSDP1 has flattened them, apply "
-                "lwpf_patch before the model is sharded"
+                f"uhop: {name} has no parameter of a floating dtype to make Φ like; where FSDP1 has flattened them, "
+                "apply lwpf_patch before the model is sharded"
             )
         feature_map = HostFeatureMap(features, heads, order.asked.uhop, order.host, like)
         feature_map.advice = self.advice

@@ -131,9 +131,9 @@ def _plan(model: nn.Module, name: str, feature_map: HostFeatureMap) -> _Change |
             raise FoldError("its feature map is on the device meta and has no values")
         if any(sharding.is_dtensor(parameter) for parameter in module.parameters()):
             raise FoldError(
-                "its parameters are sharded (FSDP2); gather them with "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict and StateDictOptions(full_state_dict=True), "
-                "load them into a model that is not sharded, and fold that"
+                "its parameters are sharded (FSDP2); gather them with get_model_state_dict and "
+                "StateDictOptions(full_state_dict=True) of torch.distributed.checkpoint.state_dict, load them into a "
+                "model that is not sharded, and fold that"
             )
         if not feature_map.weight.any():
             return None

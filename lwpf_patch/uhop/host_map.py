@@ -72,8 +72,7 @@ class HostFeatureMap(Attached, FeatureMap):
         super().reset_parameters()
         if "steps" in self._buffers:  # the constructor of the base has none yet
             self.steps.zero_()
-            self._keys = None
-            self._set_steps(0)
+            self._start_over(0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HostFeatureMap":
         """Apply a function to the tensors; where ``to_empty`` makes them real, Φ is the identity.
@@ -91,6 +90,9 @@ class HostFeatureMap(Attached, FeatureMap):
         if "weight" in self._parameters:  # else FSDP1 has flattened it into another
             self.weight.requires_grad_(settings.train)
         self._trains = settings.train
+        self._start_over(steps)
+
+    def _start_over(self, steps: int) -> None:
         self._keys: Tensor | None = None
         self._counted = False  # whether these keys have been waiting for an optimizer already
         self._missed = 0

@@ -63,8 +63,8 @@ def check_kinds(waiting: list[Any]) -> list[Any]:
         _refused.add(each)
     if new:
         raise LwpfError(
-            f"uhop: the feature map of {new[0].host} is {reasons[new[0]]}: Stage I needs it whole on every process. Use "
-            "FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel, or apply lwpf_patch without uhop"
+            f"uhop: the feature map of {new[0].host} is {reasons[new[0]]}: Stage I needs it whole on every process. "
+            "Use FSDP2 (torch.distributed.fsdp.fully_shard), DistributedDataParallel, or lwpf_patch without uhop"
         )
     return [each for each in waiting if each not in reasons]
 
@@ -121,18 +121,25 @@ def check_wrapper(feature_map: Any) -> None:
     """
     if not (feature_map._trains and feature_map.weight.requires_grad):
         return
-    came_late = "FSDP" if feature_map._is_after_fsdp else ""
-    wrapper: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module() if distributed.is_available() else None
-    averaged = getattr(wrapper, "_module_parameters", None)
-    if averaged is not None and not any(each is feature_map.weight for each in averaged):
-        if any(each is feature_map for each in wrapper.module.modules()):
-            came_late = "DistributedDataParallel"
-    if came_late:
+    who = "FSDP" if feature_map._is_after_fsdp else _ddp_without(feature_map)
+    if who:
         raise LwpfError(
-            f"uhop: {came_late} does not average the gradients of the feature maps of {feature_map.host}, which came "
+            f"uhop: {who} does not average the gradients of the feature maps of {feature_map.host}, which came "
             "after it or which it ignores: apply lwpf_patch before the model is wrapped or sharded, or set train=false "
             "in uhop"
         )
+
+
+def _ddp_without(feature_map: nn.Module) -> str:
+    """Return the name of the wrapper whose forward pass this is, if it holds a map and averages no gradient of it."""
+    if not distributed.is_available():
+        return ""
+    ddp: Any = nn.parallel.DistributedDataParallel
+    wrapper = ddp._get_active_ddp_module()
+    averaged = getattr(wrapper, "_module_parameters", None)
+    if averaged is None or any(each is feature_map.weight for each in averaged):
+        return ""
+    return ddp.__name__ if any(each is feature_map for each in wrapper.module.modules()) else ""
 
 
 def is_fsdp_module(module: nn.Module) -> bool:

@@ -131,8 +131,9 @@ def _check_patience(waiting: list[HostFeatureMap]) -> None:
 def run_stage_one(maps: list[HostFeatureMap]) -> None:
     """Run Stage I on the sampled keys, for all layers side by side, with gradients averaged over the ranks.
 
-    The maps are of the same settings and on the same mesh. An error on one rank is an error on all: until the end they tell each other with the gradients, so that none waits
-    for one that has left, and either all maps change or none does.
+    The maps are of the same settings and on the same mesh. An error on one rank is an error on all: until the end they
+    tell each other with the gradients, so that none waits for one that has left, and either all maps change or none
+    does.
 
     Raises:
         StageOneError: Keys or feature maps are not finite, or did not stay so; it failed on another rank; or another
@@ -322,7 +323,9 @@ def _check_maps(groups: list[Any], maps: list[HostFeatureMap], names: str, devic
     """
     if not groups:
         return
-    text = repr([(tuple(each.weight.shape), _dtype_of_keys(each), each._steps) for each in maps]) + repr(maps[0].settings)
+    text = repr([(tuple(each.weight.shape), _dtype_of_keys(each), each._steps) for each in maps]) + repr(
+        maps[0].settings
+    )
     code = zlib.crc32(text.encode())
     if _spread(groups, torch.tensor([code], dtype=torch.int64, device=device)).any():
         raise StageOneError(

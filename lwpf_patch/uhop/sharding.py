@@ -114,7 +114,7 @@ def check_is_sharded_now(feature_map: Any) -> None:
 def check_wrapper(feature_map: Any) -> None:
     """Refuse to train a feature map whose gradients nothing averages over the processes, since it came too late.
 
-    This is called in a forward pass in training.
+    DistributedDataParallel is known while its forward pass runs.
 
     Raises:
         LwpfError: FSDP or DistributedDataParallel had the model before, or DistributedDataParallel ignores the map.

@@ -40,6 +40,7 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     for each in waiting:
         # One that listens and has no keys has seen no forward pass in training yet.
         if _is_trained_by(each, optimizer, trained) and not (each._listening and each._keys is None):
+            sharding.check_wrapper(each)  # as in the forward pass, but for those that are compiled
             sharding.check_is_sharded_now(each)
             counting.append(each)
     _check_patience(waiting)
@@ -105,7 +106,7 @@ def _makes_its_state(optimizer: Any) -> bool:
         if rate != 0:
             return False
     gradients = (each.grad for group in optimizer.param_groups for each in group["params"])
-    return not any(sharding.has_values_here(gradient) for gradient in gradients if gradient is not None)
+    return all(each is None or not (each.is_sparse or sharding.has_values_here(each)) for each in gradients)
 
 
 def _check_patience(waiting: list[HostFeatureMap]) -> None:

@@ -206,7 +206,7 @@ class FeatureMapAttachment(Attachment):
 
     def make(self, module: nn.Module, order: Order) -> nn.Module:
         """Return the feature map of one module, on its device and of its dtype; the identity."""
-        from ..uhop import HostFeatureMap
+        from ..uhop import HostFeatureMap, sharding
 
         assert order.asked is not None
         assert order.asked.uhop is not None
@@ -219,9 +219,13 @@ class FeatureMapAttachment(Attachment):
         like = next((p for p in module.parameters() if p.is_floating_point()), None)
         if like is None:
             name = type(module).__qualname__
-            raise SettingsError(f"uhop: {name} has no parameter of a floating dtype to make Φ like")
+            raise SettingsError(
+                f"uhop: {name} has no parameter of a floating dtype to make Φ like; where FSDP1 has flattened them, "
+                "apply lwpf_patch before the model is sharded"
+            )
         feature_map = HostFeatureMap(features, heads, order.asked.uhop, order.host, like)
         feature_map.advice = self.advice
+        feature_map._is_after_fsdp = sharding.is_fsdp_module(module)
         return feature_map
 
     def prepare(self, module: nn.Module, order: Order) -> list[Step]:
@@ -359,9 +363,11 @@ def refuse_to_ignore(feature_map: Any, owner: str) -> None:
 
 
 def is_trained(feature_map: Any) -> bool:
-    """Return whether a feature map is another one than the identity."""
+    """Return whether a feature map is another one than the identity; of a sharded one, what lies here."""
+    from ..uhop import sharding
+
     weight = getattr(feature_map, "weight", None)
-    return weight is not None and not weight.is_meta and bool(weight.any())
+    return weight is not None and not weight.is_meta and sharding.has_values_here(weight)
 
 
 def _name_the_remedy(

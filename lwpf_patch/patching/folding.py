@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import FoldError, SettingsError
 from ..hosting import Folding
-from ..uhop import FoldedFeatureMap, HostFeatureMap
+from ..uhop import FoldedFeatureMap, HostFeatureMap, sharding
 from .models import site_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -129,6 +129,12 @@ def _plan(model: nn.Module, name: str, feature_map: HostFeatureMap) -> _Change |
     try:
         if feature_map.weight.is_meta:
             raise FoldError("its feature map is on the device meta and has no values")
+        if any(sharding.is_dtensor(parameter) for parameter in module.parameters()):
+            raise FoldError(
+                "its parameters are sharded (FSDP2); gather them with get_model_state_dict and "
+                "StateDictOptions(full_state_dict=True) of torch.distributed.checkpoint.state_dict, load them into a "
+                "model that is not sharded, and fold that"
+            )
         if not feature_map.weight.any():
             return None
         names = folding.parameters(model, module)

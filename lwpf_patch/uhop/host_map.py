@@ -16,6 +16,7 @@ from .. import autocasting, tracing
 from ..attached import Attached
 from ..errors import LwpfError
 from ..specs import UHop
+from . import sharding
 from .separation import FeatureMap
 
 _numbers = itertools.count()
@@ -44,6 +45,7 @@ class HostFeatureMap(Attached, FeatureMap):
     """
 
     advice = ""
+    _is_after_fsdp = False  # whether FSDP had the attention module before
     steps: Tensor
     _number: int
 
@@ -59,14 +61,38 @@ class HostFeatureMap(Attached, FeatureMap):
         if self.weight.is_meta:
             self._start_at(settings, 0)
             return
-        if not self.steps and self.weight.any():
-            self.steps.fill_(1)  # an average of models may have lost the count
+        # An average of models may have lost the count. No other process is asked: which models live may differ.
+        if not self.steps and not sharding.is_dtensor(self.weight) and sharding.has_values_here(self.weight):
+            self.steps.fill_(1)
         self._start_at(settings, int(self.steps))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make Φ the identity, before Stage I."""
+        super().reset_parameters()
+        if "steps" in self._buffers:  # the constructor of the base has none yet
+            self.steps.zero_()
+            self._start_over(0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "HostFeatureMap":
+        """Apply a function to the tensors; where ``to_empty`` makes them real, Φ is the identity.
+
+        The script that initialises the model then need not know of Φ.
+        """
+        was_meta = self.steps.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.steps.is_meta:
+            self.reset_parameters()
+        return self
 
     def _start_at(self, settings: UHop, steps: int) -> None:
         self.settings = settings
-        self.weight.requires_grad_(settings.train)
+        if "weight" in self._parameters:  # else FSDP1 has flattened it into another
+            self.weight.requires_grad_(settings.train)
         self._trains = settings.train
+        self._start_over(steps)
+
+    def _start_over(self, steps: int) -> None:
         self._keys: Tensor | None = None
         self._counted = False  # whether these keys have been waiting for an optimizer already
         self._missed = 0
@@ -142,6 +168,8 @@ class HostFeatureMap(Attached, FeatureMap):
                 self.steps.zero_()
         else:
             super()._load_from_state_dict(state_dict, prefix, *rest)
+        if sharding.is_dtensor(self.weight) and not self.weight.is_meta and not self.steps:
+            self.steps.fill_(bool(sharding.gather(self.weight).any()))  # all processes load
         self.take_settings(self.settings)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,7 +276,8 @@ def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
     They are the same if the pass is computed again, for gradient checkpointing.
 
     Raises:
-        LwpfError: In a replica of nn.DataParallel, whose keys would be lost with it.
+        LwpfError: In a replica of nn.DataParallel, whose keys would be lost with it; or in a wrapper that does not know
+            the map.
     """
     if getattr(feature_map, "_is_replica", False):
         raise LwpfError(
@@ -256,6 +285,8 @@ def _sample(feature_map: HostFeatureMap, key: Tensor) -> Tensor:
             "Stage I: use DistributedDataParallel, or apply lwpf_patch without uhop"
         )
     weight = feature_map.weight
+    if not torch.compiler.is_compiling():
+        sharding.check_wrapper(feature_map)
     if weight.dim() == 3:
         key = key.unflatten(0, (-1, weight.size(0))) if key.dim() == 3 else key  # type: ignore[no-untyped-call]
         key = key.transpose(0, 1).flatten(1, 2)

@@ -5,17 +5,20 @@ GradScaler, and a step that GradScaler skips does not count.
 """
 
 import itertools
+import math
 import time
 import weakref
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .. import compiling, reporting
 from ..errors import LwpfError, StageOneError
 from ..specs import UHop
+from . import sharding
 from .host_map import MAPS, HostFeatureMap
 from .separation import separation_gradient
 
@@ -28,22 +31,24 @@ FAILURES: dict[int, tuple[str, str]] = {}
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Count the step of an optimizer for the feature maps that it trains, and run Stage I for those that are due."""
     waiting = [each for each in MAPS if each._steps < each.settings.last and not each.steps.is_meta]
-    if not waiting:
+    if not waiting or optimizer in _parts or _makes_its_state(optimizer):
         return
     waiting.sort(key=lambda each: each._number)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     counting = []
+    waiting = sharding.check_kinds(waiting)
     for each in waiting:
-        _check_kind(each)
         # One that listens and has no keys has seen no forward pass in training yet.
         if _is_trained_by(each, optimizer, trained) and not (each._listening and each._keys is None):
+            sharding.check_wrapper(each)  # as in the forward pass, but for those that are compiled
+            sharding.check_is_sharded_now(each)
             counting.append(each)
     _check_patience(waiting)
     due = [each for each in counting if each._listening]
     for each in counting:
         if not each._listening:
             each._count_step()
-    for _, group in itertools.groupby(due, key=lambda each: each.settings):
+    for _, group in itertools.groupby(due, key=lambda each: (each.settings, sharding.mesh_of(each))):
         together = list(group)
         try:
             run_stage_one(together)
@@ -65,7 +70,7 @@ def _is_trained_by(feature_map: HostFeatureMap, optimizer: Any, trained: set[int
         if feature_map._keys is not None and feature_map not in _followed:
             _followed[feature_map] = weakref.ref(optimizer)
         return feature_map in _followed and _followed[feature_map]() is optimizer
-    if id(feature_map.weight) in trained:
+    if id(sharding.parameter_of(feature_map)) in trained:
         feature_map._missed = 0
         return True
     # A gradient has reached the map in a new forward pass, and yet this optimizer does not have it.
@@ -76,6 +81,32 @@ def _is_trained_by(feature_map: HostFeatureMap, optimizer: Any, trained: set[int
 
 
 _followed: "weakref.WeakKeyDictionary[HostFeatureMap, Any]" = weakref.WeakKeyDictionary()
+_parts: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Take note of an optimizer whose steps are a part of another's, which hands on what they make afterwards.
+
+    That of ZeroRedundancyOptimizer has other parameters on each process.
+    """
+    part = getattr(optimizer, "optim", None)
+    if isinstance(part, torch.optim.Optimizer):
+        _parts.add(part)
+
+
+def _makes_its_state(optimizer: Any) -> bool:
+    """Return whether a step had a rate of 0 and gradients of 0, and so is none of the training.
+
+    torch.distributed.checkpoint has an optimizer make its state by such a step, when it saves and when it loads.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if isinstance(rate, Tensor) and rate.device.type != "cpu":  # nothing waits for a device here
+            return False
+        if rate != 0:
+            return False
+    gradients = (each.grad for group in optimizer.param_groups for each in group["params"])
+    return all(each is None or not (each.is_sparse or sharding.has_values_here(each)) for each in gradients)
 
 
 def _check_patience(waiting: list[HostFeatureMap]) -> None:
@@ -92,44 +123,33 @@ def _check_patience(waiting: list[HostFeatureMap]) -> None:
     if missed:
         raise LwpfError(
             f"uhop: after {PATIENCE} steps no optimizer has the feature maps of {missed[0].host} among its "
-            "parameters, so that they would never be trained: apply lwpf_patch before the optimizer is made, give it "
-            "model.parameters(), or set train=false in uhop"
+            "parameters, so that they would never be trained: apply lwpf_patch before the optimizer is made, make that "
+            "after fully_shard(), give it model.parameters(), or set train=false in uhop"
         )
-
-
-def _check_kind(feature_map: HostFeatureMap) -> None:
-    """Refuse what shards or replaces parameters, so that Stage I has no whole Φ to work on.
-
-    Raises:
-        LwpfError: Φ is no ordinary parameter any more.
-    """
-    weight = feature_map._parameters.get("weight")
-    whole = weight is not None and weight.dim() in (2, 3) and weight.size(-1) == weight.size(-2) > 0
-    if whole and type(weight) is nn.Parameter and not hasattr(weight, "ds_id"):
-        return
-    found = "flattened into another parameter" if weight is None else f"a {type(weight).__name__} {list(weight.shape)}"
-    raise LwpfError(
-        f"uhop: the feature map of {feature_map.host} is {found}: Stage I needs it whole on every process, which FSDP "
-        "and other ways of sharding parameters do not give it. Use DDP, or apply lwpf_patch without uhop"
-    )
 
 
 @torch.no_grad()
 def run_stage_one(maps: list[HostFeatureMap]) -> None:
-    """Run Stage I on the sampled keys, for all layers side by side; under DDP with gradients averaged over the ranks.
+    """Run Stage I on the sampled keys, for all layers side by side, with gradients averaged over the ranks.
 
-    An error on one rank is an error on all: until the end they tell each other with the gradients, so that none waits
-    for one that has left, and either all maps change or none does.
+    The maps are of the same settings and on the same mesh. An error on one rank is an error on all: until the end they
+    tell each other with the gradients, so that none waits for one that has left, and either all maps change or none
+    does.
 
     Raises:
         StageOneError: Keys or feature maps are not finite, or did not stay so; it failed on another rank; or another
-            rank has no part in it.
+            rank has no part in it, or other maps.
     """
     settings = maps[0].settings
     begun = time.perf_counter()
     names = ", ".join(dict.fromkeys(each.host for each in maps))
-    weights = [each.weight.detach().to(_dtype_of_keys(each), copy=True) for each in maps]
-    _count_ranks(names, weights[0].device)
+    mesh = sharding.mesh_of(maps[0])
+    groups = sharding.groups_of(mesh)
+    device = maps[0].weight.device if mesh is None else torch.device(mesh.device_type)
+    _count_ranks(groups, names, device)
+    _check_maps(groups, maps, names, device)
+    weights = [sharding.gather(each.weight).to(_dtype_of_keys(each), copy=True) for each in maps]
+    _check_values(groups, maps, weights, names)
     failure: Exception | None = None
     patterns: list[Tensor] = []
     first: list[Tensor] = []
@@ -139,14 +159,14 @@ def run_stage_one(maps: list[HostFeatureMap]) -> None:
         gradients = [torch.zeros_like(weight) for weight in weights]
         try:
             if failure is None:
-                patterns = patterns or _patterns(maps, names)
+                patterns = patterns or _patterns(maps, weights, names)
                 results = [_step(weight, keys, settings) for weight, keys in zip(weights, patterns, strict=True)]
                 losses = [loss.mean() for loss, _ in results]
                 first = first or losses
                 gradients = [gradient for _, gradient in results]
         except Exception as error:  # raised on this rank once all know of it
             failure = error
-        averaged = _averaged(gradients, failure, names)
+        averaged = _averaged(groups, gradients, failure, names)
         if iteration == settings.iters:
             break
         for weight, gradient in zip(weights, averaged, strict=True):
@@ -160,7 +180,7 @@ def run_stage_one(maps: list[HostFeatureMap]) -> None:
             "ones in uhop. The feature maps are as they were, and it is tried again after the next step"
         )
     for each, weight in zip(maps, weights, strict=True):
-        each.weight.copy_(weight)
+        sharding.write(each.weight, weight)
         each._keys = None
     changes = list(zip(_floats(first), _floats(losses), strict=True))
     change = ", ".join(f"{a:.3f} -> {b:.3f}" for a, b in changes)
@@ -233,13 +253,13 @@ def _floats(values: list[Tensor]) -> list[float]:
     return torch.stack([value.double() for value in values]).tolist()
 
 
-def _patterns(maps: list[HostFeatureMap], names: str) -> list[Tensor]:
-    """Return what Stage I separates, for each feature map.
+def _patterns(maps: list[HostFeatureMap], weights: list[Tensor], names: str) -> list[Tensor]:
+    """Return what Stage I separates, for each feature map, where its W is.
 
     Raises:
         StageOneError: Keys or feature maps are not finite.
     """
-    for what, tensors in (("keys", [each._keys for each in maps]), ("feature maps", [each.weight for each in maps])):
+    for what, tensors in (("keys", [each._keys for each in maps]), ("feature maps", weights)):
         broken = sum(tensor is not None and not tensor.isfinite().all() for tensor in tensors)
         if broken:
             raise StageOneError(
@@ -247,8 +267,7 @@ def _patterns(maps: list[HostFeatureMap], names: str) -> list[Tensor]:
                 "nothing can be separated with: see whether the loss is finite. The feature maps are as they were, and "
                 "it is tried again after the next step"
             )
-    patterns = [_different(each) for each in maps]
-    return patterns
+    return [_different(each).to(weight.device) for each, weight in zip(maps, weights, strict=True)]
 
 
 def _dtype_of_keys(feature_map: HostFeatureMap) -> torch.dtype:
@@ -264,17 +283,17 @@ def _different(feature_map: HostFeatureMap) -> Tensor:
     """
     keys = feature_map._keys
     assert keys is not None
-    keys = keys.to(_dtype_of_keys(feature_map)).to(feature_map.weight.device)
+    keys = keys.to(_dtype_of_keys(feature_map))
     rows = keys.transpose(0, 1).flatten(1) if keys.dim() == 3 else keys
     rows = torch.unique(rows, dim=0)
     return rows.unflatten(1, (keys.size(0), -1)).transpose(0, 1).contiguous() if keys.dim() == 3 else rows
 
 
-def _ranks() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+def _ranks(groups: list[Any]) -> int:
+    return math.prod(distributed.get_world_size(group) for group in groups)
 
 
-def _count_ranks(names: str, device: torch.device) -> None:
+def _count_ranks(groups: list[Any], names: str, device: torch.device) -> None:
     """See that all ranks take part, before there is a collective operation that one of them does not expect.
 
     Under ``torch.distributed.algorithms.join.Join`` a rank whose inputs have ended answers those operations of DDP that
@@ -284,11 +303,10 @@ def _count_ranks(names: str, device: torch.device) -> None:
     Raises:
         StageOneError: A rank has no inputs left.
     """
-    ranks = _ranks()
-    if ranks == 1:
-        return
     present = torch.ones(1, device=device)
-    distributed.all_reduce(present)
+    for group in groups:
+        distributed.all_reduce(present, group=group)
+    ranks = _ranks(groups)
     left = ranks - round(present.item())
     if left:
         raise StageOneError(
@@ -298,24 +316,75 @@ def _count_ranks(names: str, device: torch.device) -> None:
         )
 
 
-def _averaged(gradients: list[Tensor], failure: Exception | None, names: str) -> list[Tensor]:
+def _check_maps(groups: list[Any], maps: list[HostFeatureMap], names: str, device: torch.device) -> None:
+    """See that all ranks work on as many maps, of the same shapes, and with the same settings.
+
+    Raises:
+        StageOneError: They do not.
+    """
+    if not groups:
+        return
+    text = repr([(tuple(each.weight.shape), _dtype_of_keys(each), each._steps) for each in maps]) + repr(
+        maps[0].settings
+    )
+    code = zlib.crc32(text.encode())
+    if _spread(groups, torch.tensor([code], dtype=torch.int64, device=device)).any():
+        raise StageOneError(
+            f"uhop: Stage I on {names} is to average over {_ranks(groups)} processes, but they have different feature "
+            f"maps to work on, here {len(maps)}: each of them needs the whole model (no pipeline or tensor "
+            "parallelism), and the same layers in each forward pass. The feature maps are as they were, and it is "
+            "tried again after the next step"
+        )
+
+
+def _check_values(groups: list[Any], maps: list[HostFeatureMap], weights: list[Tensor], names: str) -> None:
+    """See that maps that are not sharded are the same on all ranks, but for rounding.
+
+    Raises:
+        StageOneError: They are not.
+    """
+    if not groups or sharding.mesh_of(maps[0]) is not None:
+        return
+    flat = torch.cat([weight.flatten() for weight in weights])
+    allowed = max(torch.finfo(each.weight.dtype).eps for each in maps) ** 0.5 * flat.abs().max()
+    apart = (_spread(groups, flat) > allowed).any().to(torch.int64)  # not finite is told of later
+    for group in groups:
+        distributed.all_reduce(apart, distributed.ReduceOp.MAX, group=group)
+    if apart.item():
+        raise StageOneError(
+            f"uhop: the feature maps of {names} differ between the {_ranks(groups)} processes, since nothing averages "
+            "their gradients: apply lwpf_patch before DistributedDataParallel or fully_shard() is, and do not have "
+            "these ignore the feature maps"
+        )
+
+
+def _spread(groups: list[Any], values: Tensor) -> Tensor:
+    """Return the differences of the largest and the least of each value over the ranks."""
+    largest, least = values.clone(), values.clone()
+    for group in groups:
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=group)
+        distributed.all_reduce(least, distributed.ReduceOp.MIN, group=group)
+    return largest - least
+
+
+def _averaged(groups: list[Any], gradients: list[Tensor], failure: Exception | None, names: str) -> list[Tensor]:
     """Average over the processes, so that Φ stays the same on all of them; and tell all if one has failed.
 
     Raises:
         Exception: ``failure``, if that is what happened on this rank.
         StageOneError: Another one has failed.
     """
-    ranks = _ranks()
-    if ranks == 1:
+    if not groups:
         if failure is not None:
             raise failure
         return gradients
-    failed = gradients[0].new_zeros(ranks)
+    failed = gradients[0].new_zeros(distributed.get_world_size())
     if failure is not None:
         failed[distributed.get_rank()] = 1.0
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), failed])
-    distributed.all_reduce(flat)
-    *parts, failed = torch.split(flat, [*(gradient.numel() for gradient in gradients), ranks])
+    for group in groups:
+        distributed.all_reduce(flat, group=group)
+    *parts, failed = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(failed)])
     if failed.any():
         if failure is not None:
             raise failure
@@ -324,9 +393,11 @@ def _averaged(gradients: list[Tensor], failure: Exception | None, names: str) ->
             f"uhop: Stage I on {names} failed on rank {others}, whose error says why. The feature maps are as they "
             "were, and it is tried again after the next step"
         )
+    ranks = _ranks(groups)
     return [part.view_as(gradient) / ranks for part, gradient in zip(parts, gradients, strict=True)]
 
 
 def watch_optimizers() -> None:
     """Have Stage I run after the steps of all optimizers of torch.optim; called once, when this package is imported."""
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)

@@ -272,6 +272,7 @@ def _warnings(caplog) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
 
 
+@pytest.mark.drawn(cases=8)
 @pytest.mark.parametrize("when", ["before the import", "after it"])
 @pytest.mark.parametrize(("package", "what"), KEPT)
 def test_a_fork_that_kept_the_shape(fork, caplog, package, what, when):
@@ -288,6 +289,7 @@ def test_a_fork_that_kept_the_shape(fork, caplog, package, what, when):
     assert [each for each, known in sites.items() if known is None] == [function.partition(".")[2]]
 
 
+@pytest.mark.drawn(cases=16)
 @pytest.mark.parametrize("way", ["apply, then import", "import, then apply"])
 @pytest.mark.parametrize(("package", "what"), CHANGED)
 def test_a_fork_that_changed_it(fork, package, what, way):

@@ -69,6 +69,7 @@ def assert_maps(maps, wanted, reshape=lambda weights: weights, atol=1e-9) -> Non
 # --- the weights ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(cases=4)
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("text", RULES)
 def test_a_vit(text, fused):
@@ -104,6 +105,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.drawn(cases=15)
 @pytest.mark.parametrize("name", CASES)
 def test_every_class_of_timm(name):
     module, inputs = made(name)
@@ -193,6 +195,7 @@ def _transformers_model(name):
     return hf.GptOssForCausalLM(hf.GptOssConfig(**widths, **more)), tokens
 
 
+@pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_models_of_transformers(name, asked, monkeypatch):
@@ -519,6 +522,7 @@ def test_wrong_requests_of_the_command(arguments, message, tmp_path, capsys, mon
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -197,14 +197,14 @@ def test_fused_and_eager_branches_agree(func_d):
 
 
 def test_only_some_items_are_looked_at_and_all_count_for_the_median():
-    query = torch.randn(7, 2, 5, 3, dtype=torch.float64)
+    query, key = torch.randn(2, 7, 2, 5, 3, dtype=torch.float64)  # of one tensor two scores each would be the same
     query[4:] *= 3
-    scores = scores_of(query, query, 3**-0.5)
+    scores = scores_of(query, key, 3**-0.5)
     hidden = torch.zeros_like(scores, dtype=torch.bool)
     few = slice(0, statistics.ITEMS)
-    found = statistics.of_call(Call(query, query, query, make_func_d("relu")))
+    found = statistics.of_call(Call(query, key, query, make_func_d("relu")))
     assert_close(found, expected(scores[few], hidden[few], RULES["relu"]))
-    found = statistics.of_call(Call(query, query, query, make_func_d("pfu")))
+    found = statistics.of_call(Call(query, key, query, make_func_d("pfu")))
     assert found.forgotten.tolist() == pytest.approx(
         (scores[few] <= scores.median()).double().mean((0, 2, 3)).tolist(), abs=1e-6
     )

@@ -13,8 +13,13 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 #: The pages that the site has beside those in docs/, by their file in the repository.
 PAGES = {
-    f"recipes/{path.parent.name}/README.md": f"recipes/{path.parent.name}.md"
-    for path in ROOT.glob("recipes/*/README.md")
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/results/README.md": "benchmark_results.md",
+    **{
+        f"recipes/{path.parent.name}/README.md": f"recipes/{path.parent.name}.md"
+        for path in ROOT.glob("recipes/*/README.md")
+    },
 }
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")

@@ -50,8 +50,9 @@ lint: $(ENV)/linters
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Without --quiet: warnings that it hides are no errors under --strict.
 docs: $(ENV)/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(ENV) .venv-lowest build dist

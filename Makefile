@@ -1,6 +1,7 @@
 # make demo   trains a small vision transformer plain and with partial forgetting, and compares
 # make test   passes the tests: of the long ones, what is drawn for the day; make test CASES=all passes all
 # make lint   checks style, types and the direction of imports
+# make docs   builds the documentation into build/docs; a broken link or reference is an error
 # make hosts  installs hflayers and DeepRC, which are Git repositories; `make test` tries to and goes on without
 # make test-lowest  passes the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # Each builds the environment it needs in .venv, from a Python package index alone.
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A repository that cannot be reached shall say so and not wait for a password.
 export GIT_TERMINAL_PROMPT := 0
 
-.PHONY: demo test test-lowest lint hosts try-hosts clean
+.PHONY: demo test test-lowest lint docs hosts try-hosts clean
 .DELETE_ON_ERROR:
 
 demo: $(ENV)/installed
@@ -49,6 +50,10 @@ lint: $(ENV)/linters
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Without --quiet: warnings that it hides are no errors under --strict.
+docs: $(ENV)/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(ENV) .venv-lowest build dist
 
@@ -65,6 +70,10 @@ $(ENV)/hosts: $(ENV)/installed
 
 $(ENV)/linters: $(ENV)/installed
 	$(PIP) install -e '.[dev]'
+	touch $@
+
+$(ENV)/site: $(ENV)/installed
+	$(PIP) install -e '.[docs]'
 	touch $@
 
 $(ENV)/timm/source: $(ENV)/installed

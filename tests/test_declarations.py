@@ -159,12 +159,3 @@ def test_the_page_of_settings(heading):
         return
     section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     assert section.strip() == table, f"{PAGE} is not what is declared: TESTS_UPDATE_DOCS=1 writes it"
-
-
-def test_the_table_in_the_readme():
-    section = (ROOT / "README.md").read_text().partition("\n## Settings\n")[2].partition("\n\n| func_d |")[0]
-    rows = [[re.findall(r"`([^`]+)`", cell) for cell in line.split(" | ")[:3]] for line in section.splitlines()]
-    found = [row for row in rows if len(row) == 3 and row[1]]
-    assert [names for python, _, _ in found for names in python] == [f"{setting.name}=" for setting in SETTINGS]
-    assert [name for _, variables, _ in found for name in variables] == [setting.variable for setting in VARIABLES]
-    assert [flag for _, _, flags in found for flag in flags] == [setting.flag for setting in VARIABLES]

@@ -1,8 +1,9 @@
-"""What of the other hosts' attention is patched, and what can be done with it: found by trying, for docs/coverage.md."""
+"""What of the other hosts' attention is patched, and what can be done with it: found by trying them."""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,7 @@ CASES: dict[str, dict[str, Make]] = {
         "torchvision `ShiftedWindowAttentionV2`": functools.partial(_windows, "ShiftedWindowAttentionV2"),
         "torchvision `ShiftedWindowAttention3d`": _windows_of_videos,
         "open_clip `Attention`": _open_clip,
-        "open_clip `Attention`, `scaled_cosine=True`": functools.partial(_open_clip, scaled_cosine=True),
+        "open_clip `Attention`, `qk_norm=True`": functools.partial(_open_clip, qk_norm=True),
     },
     "hflayers": {"`HopfieldCore`, and what has one": _hopfield},
     "deeprc": {"`DeepRC`, `AttentionNetwork`": _repertoires},
@@ -112,12 +113,13 @@ CASES: dict[str, dict[str, Make]] = {
         "attention sinks (`GptOssModel`)": functools.partial(
             _transformer, "GptOssModel", {**_GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}
         ),
-        "attention past `AttentionInterface` (`DebertaV2Model`)": functools.partial(_transformer, "DebertaV2Model", {}),
+        "`DebertaV2Model`": functools.partial(_transformer, "DebertaV2Model", {}),
+        "`LongformerModel`": functools.partial(_transformer, "LongformerModel", {"attention_window": 2}),
+        '`attn_implementation="flex_attention"` (`ViTModel`)': functools.partial(
+            _transformer, "ViTModel", {"image_size": 8, "patch_size": 4, "attn_implementation": "flex_attention"}
+        ),
     },
 }
-
-#: What is written where a model is refused.
-REFUSED = "refused when it is made"
 
 
 def try_out(host: str, row: str) -> dict[str, str]:
@@ -126,25 +128,37 @@ def try_out(host: str, row: str) -> dict[str, str]:
     Returns:
         The cells of its row, by column.
     """
-    with_map = host != "transformers"
     lwpf_patch.apply(host, func_d="relu")
     try:
         try:
             called = CASES[host][row]()
-        except lwpf_patch.SettingsError:
-            return {"func_d": REFUSED, "uhop": "—", "fold": "—", "compile": "—", "backend": "—"}
+        except lwpf_patch.SettingsError as error:
+            nothing = {"uhop": "—", "fold": "—", "compile": "—", "backend": "—"}
+            return {"func_d": f"refused: {_reason(str(error))}", **nothing}
         fused = "scaled_dot_product_attention" in called_of_func_d(called)
         reason = why_not_cpu(called) if fused else ""
         compiled = why_not_compiled(called)
-        cells = {"func_d": "patched", "uhop": "no", "fold": "—"}
-        if with_map:
-            lwpf_patch.apply(host, uhop="on")
-            if any("feature_map" in module._modules for module in called.module.modules()):
-                why = why_not_folded(called.module)
-                cells |= {"uhop": "yes", "fold": f"no: {why}" if why else "works"}
+        cells = {"func_d": "patched", **_cells_of_maps(host, called)}
     finally:
         lwpf_patch.revert()
     if compiled:
         compiled = "—" if why_not_compiled(called) else f"no: {compiled}"
     backend = "`triton`, `cpu`" if fused and not reason else "`eager`"
     return {**cells, "compile": compiled or "works", "backend": backend}
+
+
+def _reason(message: str) -> str:
+    """Returns why a model is refused, without what to do then."""
+    reason = message.partition(" cannot be patched: ")[2] or message
+    return re.split(r": leave it out|\. If it shall stay plain", reason)[0]
+
+
+def _cells_of_maps(host: str, called: Called) -> dict[str, str]:
+    try:
+        lwpf_patch.apply(host, uhop="on")
+    except lwpf_patch.SettingsError:
+        return {"uhop": "no", "fold": "—"}
+    if not any("feature_map" in module._modules for module in called.module.modules()):
+        return {"uhop": "no", "fold": "—"}
+    why = why_not_folded(called.module)
+    return {"uhop": "yes", "fold": f"no: {why}" if why else "works"}

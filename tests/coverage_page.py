@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lwpf_patch.hosting import Site
 from lwpf_patch.hosts import HOSTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -57,15 +59,31 @@ def short(cls: str) -> str:
     return f"`{cls.rpartition('.')[2]}`"
 
 
+def listed(classes: Iterable[str]) -> str:
+    """Returns the names of classes as a cell has them."""
+    return ", ".join(f"`{name}`" for name in sorted({cls.rpartition(".")[2] for cls in classes}))
+
+
+def classes_of_timm() -> dict[str, Site]:
+    """Returns the sites of the classes that the installed timm has, by the name of the class."""
+    found = {}
+    for site in HOSTS["timm"].sites:
+        if site.owner and HOSTS["timm"].find(site.module) is not None:
+            cls = getattr(importlib.import_module(site.module), site.owner, None)
+            if cls is not None and cls.__module__ == site.module:
+                found.setdefault(site.name, site)
+    return found
+
+
 def cell_of_func_d(found: list[dict[str, Any]]) -> str:
     numbers = Counter(each["state"] for each in found)
     return ", ".join(f"{numbers[state]} {words}" for state, words in STATES.items() if numbers[state])
 
 
 def cell_of_classes(found: list[dict[str, Any]]) -> str:
-    patched = sorted({short(cls) for each in found for cls in each["patched"]})
-    plain = sorted({short(cls) for each in found for cls in each["plain"]})
-    return "; ".join(filter(None, (", ".join(patched), f"not {', '.join(plain)}" if plain else "")))
+    patched = listed(cls for each in found for cls in each["patched"])
+    plain = listed(cls for each in found for cls in each["plain"])
+    return "; ".join(filter(None, (patched, f"not {plain}" if plain else "")))
 
 
 def cell_of_uhop(found: list[dict[str, Any]]) -> str:
@@ -75,7 +93,7 @@ def cell_of_uhop(found: list[dict[str, Any]]) -> str:
         return "—"
     if not without:
         return "all"
-    return f"some: not {', '.join(sorted(map(short, without)))}" if patched - without else "no"
+    return f"some: not {listed(without)}" if patched - without else "no"
 
 
 def cell_of_fold(found: list[dict[str, Any]], reasons: list[str]) -> str:
@@ -98,9 +116,8 @@ def cell_of_compile(tried: dict[str, dict[str, Any]]) -> str:
     if not problems:
         return "works"
     if all(problem is None for problem in problems.values()):
-        plain = ", ".join(sorted(map(short, problems)))
-        return "—" if len(problems) == len(tried) else f"works; — {plain}"
-    return "no: " + ", ".join(sorted(short(cls) for cls, problem in problems.items() if problem))
+        return "—" if len(problems) == len(tried) else f"works; — {listed(problems)}"
+    return f"no: {listed(cls for cls, problem in problems.items() if problem)}"
 
 
 def branches_of(cls: str) -> tuple[bool, bool]:
@@ -110,7 +127,8 @@ def branches_of(cls: str) -> tuple[bool, bool]:
     names: set[str] = set()
     for site in HOSTS["timm"].sites:
         if site.owner and any(f"{each.__module__}.{each.__qualname__}" == site.name for each in made.__mro__):
-            names |= set(getattr(made, site.qualname.rpartition(".")[2]).__code__.co_names)
+            function = getattr(made, site.qualname.rpartition(".")[2], None)
+            names |= set(function.__code__.co_names) if function is not None else set()  # versions differ in methods
     return "scaled_dot_product_attention" in names, "softmax" in names
 
 
@@ -119,9 +137,7 @@ def cell_of_backend(found: list[dict[str, Any]]) -> str:
     kinds = sorted(set(of_classes.values()))
     if len(kinds) <= 1:
         return "".join(kinds) or "—"
-    return "<br>".join(
-        f"{', '.join(sorted(short(cls) for cls, each in of_classes.items() if each == kind))}: {kind}" for kind in kinds
-    )
+    return "<br>".join(f"{listed(cls for cls, each in of_classes.items() if each == kind)}: {kind}" for kind in kinds)
 
 
 def _backend_of(cls: str, found: list[dict[str, Any]]) -> str:
@@ -156,7 +172,8 @@ def check(found: list[dict[str, Any]], tried: dict[str, dict[str, Any]], chosen:
         for cls in classes:
             branches = of_names[name]["fused"].get(cls, [branches_of(cls)[0]])
             calls = tried[cls]["calls"]
-            assert calls and set(calls) <= {"scaled_dot_product_attention" if each else "softmax" for each in branches}
+            assert calls, cls
+            assert set(calls) <= {"scaled_dot_product_attention" if each else "softmax" for each in branches}
             assert not tried[cls]["cpu"], f"{cls}: {tried[cls]['cpu']}"
             if "folding" in tried[cls]:
                 assert tried[cls]["folding"] in of_names[name]["folding"][cls], cls

@@ -105,6 +105,7 @@ class Kept:
 
 # --- attention modules on the CPU -----------------------------------------------------------------------------------
 
+
 class _SeenError(Exception):
     """Ends a forward pass in which all has been seen."""
 

@@ -17,10 +17,7 @@ import coverage_hosts
 import coverage_timm
 import timm
 import torch
-from coverage_page import HOST_COLUMNS, PAGE, TIMM_COLUMNS, check, replaced, row_of, short, table
-
-from lwpf_patch.hosts import HOSTS
-
+from coverage_page import HOST_COLUMNS, PAGE, TIMM_COLUMNS, check, classes_of_timm, replaced, row_of, short, table
 
 
 def of_timm(kept: coverage_timm.Kept) -> dict[str, str]:
@@ -28,10 +25,8 @@ def of_timm(kept: coverage_timm.Kept) -> dict[str, str]:
     of_families: dict[str, list[dict[str, Any]]] = {}
     for family in timm.list_modules():
         of_families[family] = coverage_timm.look_at_all(timm.list_models(module=family), kept)
-    reasons = sorted(
-        {reason for found in of_families.values() for each in found for why in each["folding"].values() for reason in why}
-        - {""}
-    )
+    of_classes = [why for found in of_families.values() for each in found for why in each["folding"].values()]
+    reasons = sorted({reason for why in of_classes for reason in why if reason})
     rows, without = [], []
     for family, found in of_families.items():
         if all(each["state"] == "nothing to patch" for each in found):
@@ -42,7 +37,7 @@ def of_timm(kept: coverage_timm.Kept) -> dict[str, str]:
         check(found, tried, chosen)
         rows.append(row_of(family, found, tried, list(chosen), reasons))
     used = {cls for found in of_families.values() for each in found for cls in each["patched"]}
-    there = {site.name for site in HOSTS["timm"].sites if site.owner and HOSTS["timm"].find(site.module) is not None}
+    there = {*classes_of_timm()}
     plain = {cls: why for found in of_families.values() for each in found for cls, why in each["plain"].items()}
     return {
         "timm": table(TIMM_COLUMNS, rows),

@@ -98,8 +98,9 @@ def _model_of(func_d: Any, host: Host) -> nn.Module:
     outermost = [
         each for each in candidates if not any(owner is other for owner in owners.of(each)[1:] for other in candidates)
     ]
-    # A part of a model may be part of something else as well, such as an nn.Sequential of its first blocks.
-    return max(outermost, key=lambda each: sum(1 for _ in _layers(each, host.name)))
+    # A part of a model may be part of something else as well, such as an nn.Sequential of its first blocks. None is the
+    # outermost where a module holds one that holds it.
+    return max(outermost or candidates, key=lambda each: sum(1 for _ in _layers(each, host.name)))
 
 
 def _layers(model: nn.Module, host: str) -> Iterator[tuple[str, Any]]:

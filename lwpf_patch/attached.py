@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 #: Sets the state of an attached part that is unpickled, and sees that its host is patched there. It is named in every
 #: pickle, so that a process that loads one imports what it needs. Set by lwpf_patch.patching.registry.
 set_state_of: Callable[[Any, Any], None] | None = None
+#: Decides which attention modules of the model that a func_d belongs to forget, where ``blocks`` was asked for. Set by
+#: lwpf_patch.patching.deciding.
+decide: Callable[[Any], None] | None = None
 
 
 class Attached:

@@ -29,6 +29,12 @@ def constant(function: _Function) -> _Function:
     return function
 
 
+def marked_as(function: _Function, other: Callable[..., Any]) -> _Function:
+    """Mark a function as another one is marked, now or later; return the function."""
+    function.__dict__ = other.__dict__
+    return function
+
+
 def whole(number: int) -> int:
     """Return a whole number as one that torch.compile does not leave open: what it compiles is for this one."""
     return operator.index(number)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeAlias, TypedDict, cast
 
 from .attached import Attached
+from .blocks import Blocks, parse_blocks
 from .errors import SettingsError, shown, unknown_value
 from .options import FLAGS, check_name, read_flag, texts
 from .specs import (
@@ -179,6 +180,7 @@ class SettingsStatus(TypedDict):
     uhop: str | None
     include: list[str]
     exclude: list[str]
+    blocks: str | None
     exclude_models: list[str]
     partial: str
     compat: bool
@@ -201,6 +203,7 @@ class Settings:
         uhop: U-Hop's Stage I; None: no U-Hop.
         include: Glob patterns over the names of the sites; a site that matches none of them is left alone.
         exclude: Glob patterns over the names of the sites to be left alone.
+        blocks: The attention modules of a model that forget, by their number; None: all.
         exclude_models: Glob patterns over the names of models whose attention stays plain.
         partial: What becomes of a model that holds attention which is not patched, when it is made.
         compat: Whether to mend what a current environment breaks in a host.
@@ -270,6 +273,14 @@ class Settings:
             "leave alone sites that match one of these glob patterns (default: none)",
         )
     )
+    blocks: Blocks | None = field(
+        metadata=_declaration(
+            parse_blocks,
+            "BLOCKS",
+            "the attention modules of each model that forget, counted from 0, as in 6- (from the seventh on), -5 (the "
+            "first six), 0,3,8-11 or last 4; the others stay plain (default: all)",
+        )
+    )
     exclude_models: tuple[str, ...] = field(
         metadata=_declaration(
             functools.partial(_patterns, "exclude_models", ()),
@@ -334,6 +345,12 @@ class Settings:
         object.__setattr__(changed, "origin", lambda name: origin if name == "func_d" else self.origin(name))
         return changed
 
+    def without_uhop(self) -> Settings:
+        """Return the same settings without U-Hop."""
+        changed = copy.copy(self)
+        object.__setattr__(changed, "uhop", None)
+        return changed
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         return self  # frozen, and what every copy of a patched module refers to
 
@@ -368,7 +385,7 @@ VARIABLES: tuple[Setting, ...] = (PATCH, *SETTINGS, UNPICKLE, OBSERVE)
 
 
 def _plain(value: object) -> Any:
-    if isinstance(value, FuncDSpec | Sep | UHop):
+    if isinstance(value, FuncDSpec | Sep | UHop | Blocks):
         return str(value)
     if isinstance(value, tuple):
         return list(value)

@@ -21,6 +21,7 @@ from lwpf_patch.settings import (
     VARIABLES,
     Settings,
     SettingsStatus,
+    flag_of,
     from_environment,
 )
 from lwpf_patch.specs import FUNC_D_OPTIONS, OBSERVE_OPTIONS, SEP_OPTIONS, UHOP_OPTIONS
@@ -41,6 +42,7 @@ SAMPLES = {
     "uhop": ("every=7", str(UHop(every=7))),
     "include": ("*.Attention, *Rope", ["*.Attention", "*Rope"]),
     "exclude": ("*Rope", ["*Rope"]),
+    "blocks": (" 0, 8 -", "0,8-"),
     "exclude_models": ("a_teacher,b*", ["a_teacher", "b*"]),
     "partial": ("error", "error"),
     "compat": ("No", False),
@@ -74,7 +76,8 @@ def test_every_option_of_run_reaches_the_script(python, tmp_path):
         "print(json.dumps([state['timm']['settings'], [name for name in state if state[name]['state'] != 'off'],"
         " {name: value for name, value in os.environ.items() if name.startswith('LWPF_')}]))\n"
     )
-    options = [part for setting in VARIABLES for part in (setting.flag, SAMPLES[setting.name][0])]
+    samples = {name: sample for name, sample in SAMPLES.items() if name != "blocks"}  # which does not go with uhop
+    options = [part for name, (text, _) in samples.items() for part in (flag_of(name), text)]
     others = {"LWPF_PATCH": "hflayers", "LWPF_UNPICKLE": "error", "LWPF_FUNC_D": "relu", "LWPF_SEP": "softmax",
               "LWPF_MASKING": "exclude", "LWPF_BACKEND": "auto", "LWPF_VERIFY": "first", "LWPF_UHOP": "off",
               "LWPF_INCLUDE": "*", "LWPF_EXCLUDE_MODELS": "c", "LWPF_PARTIAL": "allow", "LWPF_COMPAT": "1",
@@ -82,10 +85,10 @@ def test_every_option_of_run_reaches_the_script(python, tmp_path):
     out = python("-m", "lwpf_patch", "run", *options, "script.py", **others)
     settings, hosts, environment = json.loads(out.stdout)
     assert settings == {
-        name: shown for name, (_, shown) in SAMPLES.items() if name not in ("patch", "unpickle", "observe")
+        name: samples[name][1] if name in samples else default for name, default in Settings().describe().items()
     }
     assert hosts == ["timm"]
-    assert environment == {f"LWPF_{name.upper()}": text for name, (text, _) in SAMPLES.items()}
+    assert environment == {f"LWPF_{name.upper()}": text for name, (text, _) in samples.items()}
 
 
 def test_every_variable_is_read():

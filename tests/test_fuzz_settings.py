@@ -250,6 +250,7 @@ READERS = {
     "masking": lambda value: lwpf_attention(X, X, X, func_d="relu", masking=value),
     "backend": lambda value: Settings(backend=value),
     "include": lambda value: Settings(include=value),
+    "blocks": lambda value: Settings(blocks=value),
     "compat": lambda value: Settings(compat=value),
     "uhop": lambda value: Settings(uhop=value),
     "func_d": lambda value: Settings(func_d=value),

@@ -31,9 +31,10 @@ class HostFuncD(OwnedFuncD):
     def forward(self, scores: Tensor, training: bool | None = None, dim: int = -1) -> tuple[Tensor, Tensor]:
         """Forget part of the scores, as this layer's settings say; see :meth:`lwpf_patch.FuncD.forward`."""
         if not torch.jit.is_scripting():
+            self.settle()
             if has_torch_function_unary(scores):
                 return _dispatch_scores(self, scores, training, dim)
-            mark_used(self.host)
+            mark_used("" if self.left_plain else self.host)
         if self.is_plain():
             forgotten, mask = scores, torch.ones((), dtype=torch.bool, device=scores.device)
         else:
@@ -56,6 +57,8 @@ class HostFuncD(OwnedFuncD):
             The weights, of the scores' shape and dtype.
         """
         alpha, n = self.sep
+        if self.left_plain:
+            alpha, n = 1.0, 0.0
         if alpha == 1.0 and n == 0.0:
             return scores.softmax(dim)
         if not torch.jit.is_scripting():  # noqa: SIM102 - torch.jit.script looks for it alone
@@ -80,10 +83,11 @@ class HostFuncD(OwnedFuncD):
                 return scores.softmax(dim)
             forgotten, mask = self.forward(scores, None, dim)
         else:
+            self.settle()
             if isinstance(scores, fx.Proxy):
                 return tracing.call_method(self, HostFuncD.softmax.__name__, (scores,), {"dim": dim})
             if self.is_plain() and not watching.on and not has_torch_function_unary(scores):
-                mark_used(self.host)
+                mark_used("" if self.left_plain else self.host)
                 return scores.softmax(dim)
             forgotten, mask = self(scores, dim=dim)
         return mask * self.normalise(forgotten, dim)
@@ -106,15 +110,16 @@ class HostFuncD(OwnedFuncD):
         """
         noisy = self.training if training is None else training
         if not torch.jit.is_scripting():
+            self.settle()
             if has_torch_function((query, key, value)):
                 options = (attn_mask, dropout_p, is_causal, scale, enable_gqa, training)
                 return _dispatch_attention(self, query, key, value, *options)
             attn_mask = self.with_infinity(attn_mask)
             call = Call(
-                query, key, value, self.rule, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                noisy, self.masking, Sep(*self.sep), self.verify,
+                query, key, value, self.rule_here(), attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                noisy, self.masking, Sep(*self.sep_here()), self.verify,
             )  # fmt: skip
-            output = attend(call, self.backend, self.host)
+            output = attend(call, self.backend, "" if self.left_plain else self.host)
             if watching.on:
                 show_call(self, call)
             return output
@@ -165,13 +170,15 @@ class HostFuncD(OwnedFuncD):
         Raises:
             SettingsError: A backend was asked for that cannot do that.
         """
-        if self.backend not in ("auto", "eager", "plain"):
+        self.settle()
+        if self.backend not in ("auto", "eager", "plain") and not self.left_plain:
             raise SettingsError(
                 f"backend {self.backend!r} (of {self.host or 'func_d'}) cannot return the attention weights, nor bound "
                 "the scores (softcap), nor take sinks or a head mask: use backend='auto' or 'eager'"
             )
-        mark_used(self.host)
-        note_backend(self.host, "eager", "the weights are asked for, or softcap, sinks or a head mask")
+        host = "" if self.left_plain else self.host
+        mark_used(host)
+        note_backend(host, "eager", "the weights are asked for, or softcap, sinks or a head mask")
         device = query.device.type
         if in_autocast(device):
             with without_autocast(device):
@@ -217,6 +224,7 @@ class HostFuncD(OwnedFuncD):
 
     def passed_with(self, tensor: Any) -> Any:
         """Return this as an argument, beside a tensor, of a function that torch.fx does not look into."""
+        self.settle()
         return tracing.as_argument(self, tensor)
 
     def __prepare_scriptable__(self) -> "HostFuncD":
@@ -225,13 +233,14 @@ class HostFuncD(OwnedFuncD):
                 f"torch.jit.script cannot compile a layer that is patched for {self.host or 'one model alone'}: "
                 f"{self.why_not_scripted}; use torch.compile, torch.export or torch.jit.trace, or revert the patch"
             )
-        if self.sep[0] != 1.0:
+        self.settle()
+        if self.sep_here()[0] != 1.0:
             raise SettingsError(
                 f"sep {Sep(*self.sep)}: torch.jit.script cannot compile sparsemax and entmax; use torch.compile, "
                 "torch.export, or a func_d whose sep is 'softmax' or 'softmax_n'"
             )
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
-        mark_used(self.host)
+        mark_used("" if self.left_plain else self.host)
         if watching.on:
             miss(SCRIPTED)
         return self

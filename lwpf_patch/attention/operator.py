@@ -89,6 +89,8 @@ def lwpf_attention(
     owned = func_d if isinstance(func_d, OwnedFuncD) else None
     attn_mask = owned.with_infinity(attn_mask) if owned else attn_mask
     own: dict[str, Any] = {name: getattr(owned, name) for name in DEFAULTS} if owned else DEFAULTS
+    if owned is not None and owned.left_plain:
+        rule, own = owned.rule_here(), {**own, "sep": owned.sep_here()}
     normalisation = Sep(*own["sep"]) if sep is None else parse_sep(sep, "lwpf_attention(sep=...)")
     call = Call(
         query, key, value, rule, attn_mask, dropout_p, is_causal, scale, enable_gqa, _training(func_d, training),

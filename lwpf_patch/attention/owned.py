@@ -3,21 +3,28 @@
 Typing is spelled as torch.jit.script reads it.
 """
 
-from typing import Any, Optional, Tuple
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .. import watching
+from .. import attached, compiling, watching
 from ..attached import Attached
 from ..backends import eager_form as eager
-from ..forgetting import FuncD, make_func_d
+from ..errors import UnsupportedError
+from ..forgetting import FuncD, NoForgetting, make_func_d
 from ..options import check_name
 from ..settings import BACKENDS, DEFAULTS, MASKINGS, VERIFICATIONS
 from ..specs import FuncDLike, parse_sep
 
 _ALLOWED = {"masking": MASKINGS, "backend": BACKENDS, "verify": VERIFICATIONS}
+#: What a layer is whose blocks nobody asked for.
+_DECIDED: dict[str, Any] = {"left_plain": False, "undecided": False, "block": -1, "_decide": None}
+#: What forgets in a layer that is left plain.
+_NOTHING = NoForgetting()
 
 
 class OwnedFuncD(Attached, nn.Module):
@@ -51,6 +58,9 @@ class OwnedFuncD(Attached, nn.Module):
         why_not_scripted: Why torch.jit.script cannot compile the layer, in words that follow a colon; empty: it can.
         by_hand: Whether the rule was assigned by hand: it stays when ``apply()`` comes with other settings, and when
             ``revert()`` takes the rest away.
+        left_plain: Whether the layer computes plain attention, since it is none of the blocks that were asked for.
+        undecided: Whether that is open: it is decided when the layer is first called, with all others of its model.
+        block: The number of the layer in its model, once that was decided; -1: it was not asked.
     """
 
     layout = ""
@@ -62,6 +72,11 @@ class OwnedFuncD(Attached, nn.Module):
     sep: Tuple[float, float]
     by_hand: bool
     mask_sentinel: Optional[float]
+    left_plain: bool
+    undecided: bool
+    block: int
+    if TYPE_CHECKING:  # torch.jit.script would read it, and knows no functions
+        _decide: Optional[Callable[[], bool]]
 
     def __init__(
         self,
@@ -81,6 +96,10 @@ class OwnedFuncD(Attached, nn.Module):
         self.verify = verify
         self.by_hand = False
         self.mask_sentinel = None
+        self.left_plain = False
+        self.undecided = False
+        self.block = -1
+        self._decide = None
         _keep_settings_of_layers()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -94,6 +113,48 @@ class OwnedFuncD(Attached, nn.Module):
         if name in _ALLOWED:
             value = check_name(name, value, f"func_d.{name} = ...", _ALLOWED[name])
         super().__setattr__(name, value)
+        if name in ("rule", "sep") and (self.__dict__.get("left_plain") or self.__dict__.get("undecided")):
+            self.take_part()  # it is set by hand
+
+    def leave_open(self) -> None:
+        """Have it decided at the first call whether the layer is one of the blocks that were asked for."""
+        self.undecided = True
+        self._decide = _decider(self)
+
+    def take_part(self, block: int = -1) -> None:
+        """Have the layer forget, as one of the blocks that were asked for, or since it was set by hand."""
+        self.left_plain, self.block = False, block
+        self.undecided = False
+
+    def leave_plain(self, block: int) -> None:
+        """Have the layer compute plain attention, since it is none of the blocks that were asked for."""
+        self.left_plain, self.block = True, block
+        self.undecided = False
+
+    def settle(self) -> None:
+        """See that it is decided whether the layer forgets; each way to compute begins with it.
+
+        Raises:
+            SettingsError: The model has no such blocks.
+            UnsupportedError: It cannot be decided here.
+        """
+        # Not a question of what is undecided: torch.compile would take the answer for one that holds, and it changes.
+        if self._decide is not None:
+            self._decide()
+            if self.undecided:
+                raise UnsupportedError(
+                    f"blocks: nn.DataParallel makes new replicas of the model for every step, and which layers of "
+                    f"{self.host} forget has to be decided before: call the model once without it, or use "
+                    "DistributedDataParallel"
+                )
+
+    def rule_here(self) -> FuncD:
+        """Return the forgetting function that computes: one that forgets nothing where the layer is left plain."""
+        return _NOTHING if self.left_plain else self.rule
+
+    def sep_here(self) -> Tuple[float, float]:
+        """Return the normalisation that computes: the softmax where the layer is left plain."""
+        return (1.0, 0.0) if self.left_plain else self.sep
 
     def highest_hidden(self, scores: Tensor) -> float:
         """Return the value at and below which a mask hides a key, in the dtype of some scores or a mask."""
@@ -107,6 +168,8 @@ class OwnedFuncD(Attached, nn.Module):
             attn_mask: The mask.
             sentinel: The number that it has for hidden keys; None: ``mask_sentinel``.
         """
+        if not torch.jit.is_scripting():
+            self.settle()
         hidden = self.mask_sentinel if sentinel is None else sentinel
         if attn_mask is None or hidden is None or attn_mask.dtype == torch.bool:
             return attn_mask
@@ -116,19 +179,37 @@ class OwnedFuncD(Attached, nn.Module):
 
     def is_plain(self) -> bool:
         """Return whether attention is computed as it is without this package."""
-        return not self.rule.forgets and self.sep[0] == 1.0 and self.sep[1] == 0.0
+        return self.left_plain or (not self.rule.forgets and self.sep[0] == 1.0 and self.sep[1] == 0.0)
 
     def allows_fast_path(self) -> bool:
         """Return whether a host may compute its layer by one call of its own, which knows nothing of this."""
+        self.settle()
         return self.is_plain() and not watching.has_own()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decide": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**DEFAULTS, **state})  # type: ignore[no-untyped-call] # an older one has fewer
+        super().__setstate__({**DEFAULTS, **_DECIDED, **state})  # type: ignore[no-untyped-call] # an older one has fewer
+        if self.undecided:
+            self.leave_open()
         _keep_settings_of_layers()
 
     def __repr__(self) -> str:
-        """Show the forgetting function, and the settings that are not the defaults."""
+        """Show the forgetting function, the settings that are not the defaults, and which block the layer is."""
+        if self.left_plain:
+            return f"NoForgetting(block={self.block})"
+        counted = [f"block={self.block}"] if self.block >= 0 else []
+        return self.described(["in some blocks only"] if self.undecided else counted)
+
+    def described(self, more: Sequence[str] = ()) -> str:
+        """Return the forgetting function and the settings that are not the defaults, in words.
+
+        Args:
+            more: What else to tell.
+        """
         changed = [f"{name}={getattr(self, name)}" for name, value in DEFAULTS.items() if getattr(self, name) != value]
+        changed += more
         shown = repr(self.rule)
         if not changed or not shown.endswith(")"):
             return shown
@@ -143,6 +224,28 @@ def rule_of(func_d: FuncDLike, origin: str = "func_d") -> FuncD:
         SettingsError: As for :func:`lwpf_patch.forgetting.make_func_d`.
     """
     return func_d.rule if isinstance(func_d, OwnedFuncD) else make_func_d(func_d, origin)
+
+
+# While torch.compile traces, a layer is decided at tracing, before anything is read of it, and leaves no node.
+@compiling.constant
+def _marked() -> bool:
+    return True
+
+
+def _decider(func_d: OwnedFuncD) -> Callable[[], bool]:
+    """Return what decides, for all layers of the model of one, whether they forget, if that is open.
+
+    A function of each layer, since torch.compile would compile anew for each layer that is an argument.
+    """
+    reference = weakref.ref(func_d)
+
+    def decide_blocks() -> bool:
+        layer = reference()
+        if layer is not None and layer.undecided and attached.decide is not None:
+            attached.decide(layer)
+        return True
+
+    return compiling.marked_as(decide_blocks, _marked)
 
 
 def _keep_settings_of_layers() -> None:
@@ -163,5 +266,6 @@ def _on_assignment(module: nn.Module, name: str, assigned: Optional[nn.Module]) 
         return None
     layer.rule = make_func_d(assigned, f"{type(module).__name__}.func_d = ...")
     layer.by_hand = True
+    layer.take_part()
     layer.rule.train(layer.training)
     return layer

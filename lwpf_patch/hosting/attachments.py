@@ -174,8 +174,10 @@ class FuncDAttachment(Attachment):
         if assigned or getattr(existing, "by_hand", False):
             func_d.rule, func_d.by_hand = getattr(existing, "rule", existing), True
         order.mark(func_d)
-        if existing is not None and repr(existing) != repr(func_d):
-            reporting.note_replaced(order.host, repr(existing), repr(func_d))
+        if existing is not None:
+            before = repr(existing) if assigned else existing.described()
+            if before != func_d.described():
+                reporting.note_replaced(order.host, before, func_d.described())
         return [partial(own, module, self.name, func_d)]
 
     def in_function(self, prototype: Any, is_asked: bool) -> InFunction:

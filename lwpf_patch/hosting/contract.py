@@ -56,12 +56,15 @@ class Host(ABC):
         install: How to install it, a command.
         distribution: The name of what pip installs, if it is not the package's.
         shims: What it needs to run in a current environment.
+        is_model: Tells of a module whether the library made it as a whole model, whose blocks are counted by themselves
+            wherever it lies; None: no module is.
     """
 
     name: str
     install: str
     distribution: str = ""
     shims: tuple[Shim, ...] = ()
+    is_model: Callable[[Any], bool] | None = None
 
     @abstractmethod
     def places_of_attention(self) -> list[str]:
@@ -201,7 +204,10 @@ def make_host_func_d(host: str, settings: Settings) -> HostFuncD:
     from ..attention import HostFuncD, rule_of
 
     rule = copy.deepcopy(rule_of(settings.func_d, settings.origin("func_d")))
-    return HostFuncD(rule, host, settings.masking, settings.backend, settings.sep, settings.verify)
+    func_d = HostFuncD(rule, host, settings.masking, settings.backend, settings.sep, settings.verify)
+    if settings.blocks is not None:
+        func_d.leave_open()
+    return func_d
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +226,7 @@ class RegisteredHost(Host):
 
     places: tuple[str, ...]
     register: Callable[[ModuleType, HostFuncD], Callable[[], None]]
-    refused: Sequence[str] = ("uhop", "include", "exclude", "exclude_models")
+    refused: Sequence[str] = ("uhop", "include", "exclude", "blocks", "exclude_models")
 
     def places_of_attention(self) -> list[str]:
         """Return the names of the modules that have the interface."""
@@ -229,7 +235,8 @@ class RegisteredHost(Host):
     def check(self, settings: Settings) -> None:
         """Check that nothing is asked for that such a host cannot do; see :meth:`Host.check`."""
         given = {"uhop": settings.uhop is not None, "include": settings.include != ("*",),
-                 "exclude": settings.exclude != (), "exclude_models": settings.exclude_models != ()}  # fmt: skip
+                 "exclude": settings.exclude != (), "blocks": settings.blocks is not None,
+                 "exclude_models": settings.exclude_models != ()}  # fmt: skip
         for option in (option for option, is_given in given.items() if is_given and option in self.refused):
             raise SettingsError(
                 f"{option} (from {settings.origin(option)}): {self.name} takes its attention by an interface of its "

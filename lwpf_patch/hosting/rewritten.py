@@ -171,8 +171,15 @@ class RewrittenHost(Host):
         return list(dict.fromkeys(site.module for site in self.sites))
 
     def check(self, settings: Settings) -> None:
-        """Check that include and exclude leave sites; see :meth:`Host.check`."""
+        """Check that include and exclude leave sites, and that U-Hop can have them; see :meth:`Host.check`."""
         self.chosen_sites(settings)
+        if settings.uhop is not None and settings.blocks is not None:
+            raise SettingsError(
+                f"blocks={str(settings.blocks)!r} (from {settings.origin('blocks')}) and uhop={settings.uhop} (from "
+                f"{settings.origin('uhop')}) do not go together for all models of {self.name}: a feature map has to be "
+                "there when the optimizer is made, and which blocks a model has is known at its first call. Leave one "
+                "of them out, or patch one model: lwpf_patch.patch_model(model, blocks=..., uhop=...)"
+            )
 
     def prototypes(self, settings: Settings) -> dict[str, Any]:
         """Return what is made once for each attachment; see :meth:`Host.prototypes`."""

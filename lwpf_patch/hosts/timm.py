@@ -24,6 +24,11 @@ def names_of_model(model: HostModule) -> list[str]:
     return _names(configuration.get("architecture"), configuration) if isinstance(configuration, Mapping) else []
 
 
+def is_model(module: HostModule) -> bool:
+    """Return whether timm has made a module as a whole model, as ``timm.create_model`` does."""
+    return "pretrained_cfg" in module.__dict__
+
+
 def _names(name: object, configuration: object) -> list[str]:
     if not isinstance(name, str) or not name:
         return []
@@ -46,4 +51,5 @@ HOST = RewrittenHost(
     no_attention=NO_ATTENTION,
     names_in_call=names_in_call,
     names_of_model=names_of_model,
+    is_model=is_model,
 )

@@ -610,6 +610,12 @@ def names_of_model(model: HostModule) -> Iterable[str]:
     return [name] if name else []
 
 
+def is_model(module: HostModule) -> bool:
+    """Return whether a module is a model of transformers."""
+    library: Any = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(module, library.PreTrainedModel)
+
+
 HOST = ModularHost(
     name="transformers",
     install="pip install 'transformers>=4.57'",
@@ -621,5 +627,6 @@ HOST = ModularHost(
     # markuplm adds -10,000 to what is hidden, eomt -1e9.
     attachment=FuncDAttachment(edit=None, mask_sentinel=-1e4),
     names_of_model=names_of_model,
+    is_model=is_model,
     no_model="takes no attention by transformers' AttentionInterface, or was left out by exclude_models",
 )

@@ -129,7 +129,7 @@ class _MapWatcher:
         if func_d.masking != "paper" or func_d.is_plain():
             excluded = parts[0] <= func_d.highest_hidden(scores)
         weights = None if normalised is None else as_chosen(normalised)
-        self._keep(name, func_d, _map(parts[1], parts[2], excluded, func_d.sep, weights))
+        self._keep(name, func_d, _map(parts[1], parts[2], excluded, func_d.sep_here(), weights))
 
     def see_weights(self, func_d: Any, weights: Tensor) -> None:
         """See the weights that iterations have ended with: heads may have ended before the last one."""

@@ -334,7 +334,7 @@ class _Watcher:
 
         def compute(layer: Layer) -> Figures:
             return statistics.of_scores(
-                scores, forgotten, mask, hidden, func_d.sep, dim, layer.heads, func_d.layout, normalised
+                scores, forgotten, mask, hidden, func_d.sep_here(), dim, layer.heads, func_d.layout, normalised
             )
 
         self._see(func_d, compute, scores)

@@ -420,20 +420,6 @@ def living(classes: Iterable[type]) -> list[Any]:
     # tuple(generator), cannot be finished while somebody has a reference to it.
     candidates = gc.get_referrers(*wanted.values())
     if gc.get_freeze_count():
-        candidates = [*candidates, *_reachable()]
+        candidates = [*candidates, *frames.reachable()]
     found = {id(obj): obj for obj in candidates if id(type(obj)) in wanted}
-    return list(found.values())
-
-
-def _reachable() -> list[Any]:
-    """Return what can be reached from modules and frames; ``gc.freeze`` hides objects from the collector."""
-    left: list[Any] = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
-    left += frames.variables()
-    found = {id(obj): obj for obj in left}
-    while left:
-        referents, left = gc.get_referents(*left), []
-        for obj in referents:
-            if id(obj) not in found and gc.is_tracked(obj):
-                found[id(obj)] = obj
-                left.append(obj)
     return list(found.values())

@@ -21,7 +21,7 @@ from ..hosts import HOSTS
 from ..rewriting import source_of
 from ..settings import Settings, in_words
 from ..specs import FuncDSpec
-from . import exit_report, frames, importing
+from . import deciding, exit_report, frames, importing
 from .attaching import Makers, detach, living
 from .owners import Owners
 from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost
@@ -113,6 +113,7 @@ def change(host: Host, settings: Settings | None) -> None:
     3. The code is swapped.
     4. What only the old state needed is taken away, once nothing runs its code any more.
     """
+    deciding.start_anew(host.name)
     if isinstance(host, RegisteredHost):
         _change_registered(host, settings)
         return

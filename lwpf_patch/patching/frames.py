@@ -55,6 +55,20 @@ def variables(frames: Iterable[FrameType] | None = None) -> list[dict[str, Any]]
         return [dict(frame.f_locals) for frame in chosen]
 
 
+def reachable() -> list[Any]:
+    """Return what can be reached from modules and frames; ``gc.freeze`` hides objects from the collector."""
+    left: list[Any] = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
+    left += variables()
+    found = {id(obj): obj for obj in left}
+    while left:
+        referents, left = gc.get_referents(*left), []
+        for obj in referents:
+            if id(obj) not in found and gc.is_tracked(obj):
+                found[id(obj)] = obj
+                left.append(obj)
+    return list(found.values())
+
+
 def _stacks() -> dict[int, list[FrameType]]:
     with _no_collection():
         return {thread: _stack(top) for thread, top in sys._current_frames().items()}

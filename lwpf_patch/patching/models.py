@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..blocks import BlocksLike
 from ..errors import ConflictError, SettingsError, shown
 from ..hosting import ModularHost, RewrittenHost, Site
 from ..hosting.attachments import Order, is_trained
@@ -34,6 +35,7 @@ def patch_model(
     uhop: UHopLike | None = None,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    blocks: BlocksLike | None = None,
 ) -> list[str]:
     """Patch the attention of one model; its classes and every other model stay as they are.
 
@@ -51,9 +53,12 @@ def patch_model(
         include: Glob patterns over the names of the model's modules (``model.named_modules()``), such as
             ``"blocks.1?.attn"``; default all.
         exclude: Glob patterns over the names of modules to leave alone.
+        blocks: As for :func:`lwpf_patch.apply`: the attention modules that forget, counted from 0 over all of the
+            model's. Of those that ``include`` and ``exclude`` leave, the others compute plain attention, under a
+            patched host too. It goes with ``uhop`` here.
 
     Returns:
-        The names of the modules that were patched.
+        The names of the modules that were patched, without those that ``blocks`` leaves plain.
 
     Raises:
         SettingsError: A wrong value, a pattern that matches no attention module, or a model without any.
@@ -70,6 +75,7 @@ def patch_model(
         uhop=uhop,
         include=include,
         exclude=exclude,
+        blocks=blocks,
         origin=origin,
     )
     for host in _modular_hosts():
@@ -87,20 +93,28 @@ def patch_model(
             f"patch_model: {type(model).__name__} has no attention module that can be patched; those are "
             + ", ".join(site.name for host in _rewritten_hosts() for site in host.sites if not site.is_companion)
         )
-    chosen = _included(holders, settings)
-    around = [name for name in found if name not in holders and any(_is_inside(each, name) for each in chosen)]
-    for name in (*chosen, *around):
+    included = _included(holders, settings)
+    numbers = {name: number for number, name in enumerate(holders)}
+    chosen = _in_blocks(model, included, numbers, settings)
+    around = [name for name in found if name not in holders and any(_is_inside(each, name) for each in included)]
+    for name in (*included, *around):
         _refuse_own_forward(name, model.get_submodule(name), found[name][1])
     if settings.uhop is not None and not any(found[name][1].feature_map for name in chosen):
         raise SettingsError(
-            f"uhop={settings.uhop} (from patch_model(uhop=...)): include and exclude leave no module that has a "
-            f"feature map; those are {', '.join(name for name, (_, site) in found.items() if site.feature_map)}"
+            f"uhop={settings.uhop} (from patch_model(uhop=...)): include, exclude and blocks leave no module that has "
+            f"a feature map; those are {', '.join(name for name, (_, site) in found.items() if site.feature_map)}"
         )
-    classes = {
-        name: _patched_class(_plain_class(type(model.get_submodule(name))), found[name][0].parts(settings))
-        for name in (*chosen, *around)
+    forgets_nothing = settings.without_uhop()
+    asked = {
+        name: forgets_nothing if name in included and name not in chosen else settings for name in (*included, *around)
     }
-    parts = {name: _parts(model.get_submodule(name), *found[name], settings) for name in classes}
+    classes = {
+        name: _patched_class(_plain_class(type(model.get_submodule(name))), found[name][0].parts(each))
+        for name, each in asked.items()
+    }
+    parts = {name: _parts(model.get_submodule(name), *found[name], each) for name, each in asked.items()}
+    for name in included if settings.blocks is not None else ():
+        _place(parts[name]["func_d"], numbers[name], name in chosen)
     lost = 0
     for name, patched_class in classes.items():
         module = model.get_submodule(name)
@@ -158,17 +172,21 @@ def unpatch_model(model: nn.Module) -> list[str]:
 def _patch_modules(model: nn.Module, host: ModularHost, modules: dict[str, nn.Module], settings: Settings) -> list[str]:
     """Give modules of a host with an interface their func_d; those that are not chosen forget nothing."""
     host.check(Settings(uhop=settings.uhop, origin=settings.origin))
-    chosen = _included(modules, settings)
+    included = _included(modules, settings)
+    numbers = {name: number for number, name in enumerate(modules)}
+    chosen = _in_blocks(model, included, numbers, settings)
     prototype = host.prototypes(settings)["func_d"]
     for name, module in modules.items():
-        if name not in chosen and _is_patched_alone(module):
+        if name not in included and _is_patched_alone(module):
             continue
         cls = type(module)
         order = Order(
             host.name, cls.__module__, f"{cls.__qualname__}.forward", settings, settings, prototype,
-            plain=name not in chosen,
+            plain=name not in included,
         )  # fmt: skip
         part = host.attachment.make(module, order)
+        if settings.blocks is not None and name in included:
+            _place(part, numbers[name], name in chosen)
         part.train(module.training)
         module.func_d = part
     host.patch(model)
@@ -226,6 +244,40 @@ def _included(found: dict[str, Any], settings: Settings) -> list[str]:
     if not chosen:
         raise SettingsError("patch_model: include and exclude leave no attention module to be patched")
     return chosen
+
+
+def _in_blocks(model: nn.Module, included: list[str], numbers: dict[str, int], settings: Settings) -> list[str]:
+    """Return which of some attention modules are among the blocks that are asked for.
+
+    Args:
+        model: The model.
+        included: The names of the modules that ``include`` and ``exclude`` leave.
+        numbers: The numbers of all attention modules of the model, by name.
+        settings: The settings.
+
+    Raises:
+        SettingsError: The model lacks blocks that were asked for, or none of the modules is among them.
+    """
+    if settings.blocks is None:
+        return included
+    origin = settings.origin("blocks")
+    settings.blocks.check(list(numbers), type(model).__name__, origin, "leave blocks out")
+    wanted = settings.blocks.of(len(numbers))
+    chosen = [name for name in included if numbers[name] in wanted]
+    if not chosen:
+        raise SettingsError(
+            f"blocks={str(settings.blocks)!r} (from {origin}): include and exclude leave none of these blocks; what "
+            f"they leave is {', '.join(f'{name} (block {numbers[name]})' for name in included)}"
+        )
+    return chosen
+
+
+def _place(func_d: Any, number: int, is_chosen: bool) -> None:
+    """Tell a func_d which block it is of, and whether that forgets."""
+    if is_chosen:
+        func_d.take_part(number)
+    else:
+        func_d.leave_plain(number)
 
 
 def _rewritten_hosts() -> list[RewrittenHost]:

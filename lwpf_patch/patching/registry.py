@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import attached, reporting
+from ..blocks import BlocksLike
 from ..errors import HostNotInstalledError
 from ..hosting import Host
 from ..hosting.shims import Shim
@@ -17,7 +18,7 @@ from ..hosts import HOSTS, find_hosts
 from ..observing import requesting
 from ..settings import HostNames, Patterns, Settings
 from ..specs import FuncDLike, SepLike, UHopLike
-from . import exit_report, unpickling
+from . import deciding, exit_report, unpickling
 from .attaching import living
 from .changing import change, request
 from .schema import AppliedShimStatus, FeatureMapsStatus, HostStatus, Status, describe_shim
@@ -39,6 +40,7 @@ def apply(
     uhop: UHopLike | None = None,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    blocks: BlocksLike | None = None,
     exclude_models: Patterns | None = None,
     partial: str = "warn",
     compat: bool | str = True,
@@ -68,6 +70,10 @@ def apply(
             :class:`lwpf_patch.UHop`; apply it before the optimizer is made. None: no U-Hop.
         include: Glob patterns over site names such as ``"timm.layers.attention.Attention"``; default all.
         exclude: Glob patterns over site names to leave alone.
+        blocks: The attention modules of each model that forget, counted from 0 in the order in which the model
+            registers them: text such as ``"6-"`` (from the seventh on), ``"-5"`` (the first six), ``"0,3,8-11"`` or
+            ``"last 4"``, a number, or several, such as ``range(6, 12)``. The others stay plain. It is decided when a
+            model is first called. Not with ``uhop``. Default: all.
         exclude_models: Glob patterns over names of models that stay plain, such as the teacher of a distillation: the
             class of a model, or of any module around the attention, and what ``timm.create_model`` calls it.
         partial: What becomes of a model of timm that holds attention which is not patched, when it is made:
@@ -84,7 +90,7 @@ def apply(
     names = find_hosts(host, "apply()")
     settings = Settings(
         func_d=func_d, sep=sep, masking=masking, backend=backend, verify=verify, uhop=uhop,
-        include=include, exclude=exclude, exclude_models=exclude_models, partial=partial,
+        include=include, exclude=exclude, blocks=blocks, exclude_models=exclude_models, partial=partial,
         compat=compat,
     )  # fmt: skip
     for name in names:  # all of them can be met before any of them is
@@ -208,6 +214,7 @@ def _host_status(host: Host) -> HostStatus:
         "shims": [_shim_status(applied, shim) for shim in host.shims],
         "modules": len(applied.modules) or len(living(applied.makers.owners())),
         "feature_maps": _feature_maps(host.name) if applied.settings.uhop is not None else None,
+        "blocks": deciding.decided(host.name) if applied.settings.blocks is not None else None,
         "settings": applied.settings.describe(),
         # by name: a module that was reloaded has two classes of one name, both patched
         "sites": list({site.site.name: site.site.describe(site.file, site.hash) for site in applied.sites}.values()),
@@ -246,4 +253,5 @@ def set_state(part: Any, contents: Any) -> None:
 
 
 attached.set_state_of = set_state
+attached.decide = deciding.decide
 atexit.register(exit_report.report, PATCHED)

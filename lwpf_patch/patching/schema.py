@@ -71,6 +71,7 @@ class HostStatus(HostDescription, total=False):
         backends: The backends that have computed, each with the reasons for it.
         modules: How many attention modules live that are patched.
         feature_maps: The feature maps; None without U-Hop.
+        blocks: The modules that forget of each model called so far; None where ``blocks`` was not asked for.
         settings: How it is patched.
         shims: Its compatibility shims.
     """
@@ -80,6 +81,7 @@ class HostStatus(HostDescription, total=False):
     backends: dict[str, list[str]]
     modules: int
     feature_maps: FeatureMapsStatus | None
+    blocks: dict[str, list[str]] | None
     settings: SettingsStatus
     shims: list[AppliedShimStatus]
 

@@ -167,7 +167,7 @@ def _look(optimizer: Any) -> None:
 
 def _may_be_of_one(module: nn.Module, trained: set[int]) -> bool:
     func_d: Any = module._modules.get("func_d")
-    if module.training or not getattr(func_d, "host", "") or not func_d.rule.forgets:
+    if module.training or not getattr(func_d, "host", "") or not func_d.rule_here().forgets:
         return False
     parameters = list(module.parameters())
     return bool(parameters) and not any(id(each) in trained or each.is_meta for each in parameters)

@@ -375,10 +375,12 @@ def test_the_first_call_is_compiled_or_traced(how):
     expected = _by_hand({1, 3})(x)
     lwpf_patch.apply("timm", blocks="1,3")
     model = _deep()
-    torch.testing.assert_close(how(model)(x), expected, rtol=1e-9, atol=1e-11)
-    assert _which(model) == [False, True, False, True]
+    rtol = 1e-6 if how is _traced_by_jit else 1e-9  # torch.jit.trace computes the default scale in float32
+    torch.testing.assert_close(how(model)(x), expected, rtol=rtol, atol=rtol / 100)
     other = _deep()  # of the same code, and not called yet
-    torch.testing.assert_close(how(other)(x), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(how(other)(x), expected, rtol=rtol, atol=rtol / 100)
+    model(x)  # torch.export gives a model back the attributes that it had before
+    assert _which(model) == [False, True, False, True]
 
 
 def test_blocks_that_are_compiled_each_by_itself_share_what_was_compiled():
@@ -582,7 +584,7 @@ def test_a_function_that_is_called_past_all_modules():
 
 
 def test_with_uhop_it_is_refused_for_all_models():
-    with pytest.raises(SettingsError, match=r"blocks='2-' .* and uhop=.* do not go together .* patch_model\(model, bl"):
+    with pytest.raises(SettingsError, match=r"blocks='2-' .* and uhop=.* do not go together .*\.patch_model\(model, bl"):
         lwpf_patch.apply("timm", blocks="2-", uhop="on")
     assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
 

@@ -584,7 +584,9 @@ def test_a_function_that_is_called_past_all_modules():
 
 
 def test_with_uhop_it_is_refused_for_all_models():
-    with pytest.raises(SettingsError, match=r"blocks='2-' .* and uhop=.* do not go together .*\.patch_model\(model, bl"):
+    with pytest.raises(
+        SettingsError, match=r"blocks='2-' .* and uhop=.* do not go together .*\.patch_model\(model, bl"
+    ):
         lwpf_patch.apply("timm", blocks="2-", uhop="on")
     assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
 

@@ -95,6 +95,14 @@ REFUSED = {
     "another dimension": ("s = q @ k\ns = s.softmax(dim=1)\nreturn s @ v\n", "that no edit covers: s.softmax(dim=1)"),
     "another dtype": ("s = F.softmax(q @ k, dim=-1, dtype=q.dtype)\nreturn s @ v\n", "that no edit covers"),
     "no dimension": ("s = F.softmax(q @ k)\nreturn s @ v\n", "that no edit covers"),
+    "a dropout of the scores": (
+        "s = self.attn_drop(q @ k)\ns = s * 2\nreturn s.softmax(dim=-1) @ v\n",
+        "a dropout stands before the softmax, in line 6, and not behind it: s = self.attn_drop(q @ k)",
+    ),
+    "a dropout in the softmax": (
+        "return F.softmax(F.dropout(q @ k), dim=-1) @ v\n",
+        "and not behind it: F.dropout(q @ k)",
+    ),
     "one branch only": (
         "if q:\n    s = softmax(k, dim=-1)\n    return s @ v\nreturn F.scaled_dot_product_attention(q, k, v)\n",
         "that no edit covers",

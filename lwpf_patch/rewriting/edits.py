@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ..errors import RewriteError
 from .source import Edit, Function, Splice, called_name
+from .tracking import check_no_dropout
 
 SDPA = "scaled_dot_product_attention"
 SOFTMAX = "softmax"
@@ -49,9 +50,10 @@ def softmax_call(function: Function, call: ast.Call, dim: str = "-1") -> Splice:
         dim: The dimension of the keys, as it is written.
 
     Raises:
-        RewriteError: It has another form, or runs over another dimension.
+        RewriteError: It has another form, runs over another dimension, or takes scores after a dropout.
     """
     scores = softmax_scores(function, call, dim)
+    check_no_dropout(function, scores, call)
     return Splice(function.start(call), function.end(call), f"self.func_d.softmax({function.text(scores)}, dim={dim})")
 
 

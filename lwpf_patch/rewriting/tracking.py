@@ -46,6 +46,27 @@ def check_scores(function: Function, scores: str, softmax: ast.AST, makers: Cont
             names += [source] if source and source not in seen else []
 
 
+def check_no_dropout(function: Function, scores: ast.expr, softmax: ast.AST) -> None:
+    """Check that no dropout stands before a softmax: a score that it makes 0 would count as one.
+
+    Args:
+        function: The function.
+        scores: What the softmax takes.
+        softmax: The softmax.
+
+    Raises:
+        RewriteError: There is one.
+    """
+    names = [node.id for node in ast.walk(scores) if isinstance(node, ast.Name)]
+    statements = (each for name in names for each in _changes(function, name, None, softmax))
+    for place in (scores, *statements):
+        if any(isinstance(node, ast.Call) and "drop" in (called_name(node) or "") for node in ast.walk(place)):
+            raise RewriteError(
+                f"{function.where}: a dropout stands before the softmax, in line {place.lineno}, and not behind it: "
+                f"{ast.unparse(place)}"
+            )
+
+
 def check_unchanged(function: Function, name: str, after: ast.AST, before: ast.AST) -> None:
     """Check that nothing changes a variable between two places of a function.
 

@@ -1,0 +1,177 @@
+"""Trains vision transformers with timm's own train.py, plain and with forgetting, and tests them on shifted images, too.
+
+Two calls of `lwpf compare` do the work: one of train.py, unmodified, from a clone of timm's repository, and one of
+shift.py, which tests what was trained. What has finished is not repeated: after Ctrl-C the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # the recipes are plain files, no package
+
+from shift import SHIFTS  # noqa: E402
+
+from lwpf_patch.observing.writing import read_records  # noqa: E402
+
+#: What is compared: the options of lwpf run for each arm but the plain one.
+ARMS = {
+    "relu": "--func-d relu",
+    "pfu": "--func-d pfu:mu=dmedian,bias=mu,sigma=0.01",
+    "softmax1": "--func-d none --sep softmax_n:n=1",
+}
+#: The options of train.py for each task, at a size that two cores train in about an hour.
+TASKS = {
+    "mnist": (
+        "--dataset torch/mnist --in-chans 1 --input-size 1 28 28 --img-size 28 --mean 0.1307 --std 0.3081 "
+        "--model-kwargs patch_size=7 embed_dim=64 depth=3 num_heads=4 --no-aug --lr 2e-3"
+    ),
+    "cifar10": (
+        "--train-split train.tar --val-split validation.tar --input-size 3 32 32 --img-size 32 "
+        "--mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616 "
+        "--model-kwargs patch_size=8 embed_dim=96 depth=4 num_heads=4 --scale 0.6 1.0 --color-jitter 0 --lr 1e-3"
+    ),
+}
+#: What goes for all tasks. The test sees the whole image: timm's default would cut off a tenth.
+COMMON = (
+    "--model vit_tiny_patch16_224 --num-classes 10 --crop-pct 1.0 --opt adamw --weight-decay 0.05 --warmup-epochs 0 "
+    "-b 128 -vb 1000 -j 1 --no-prefetcher --log-interval 100000"
+)
+EPOCHS = 10
+#: Where train.py writes, below the folder of a run.
+RUN = "run"
+
+
+def main() -> None:
+    """Train, test, and say where the reports are."""
+    options = parse_arguments()
+    folder = options.output.resolve()
+    training, shifted = folder / "training", folder / "shift"
+    call(train(options, training))
+    call(test(options, training, shifted))
+    table = observed(training)
+    (folder / "observed.csv").write_text("".join(f"{','.join(row)}\n" for row in table))
+    print("What the layers forget at the end of training, as means over heads and seeds:")
+    print("\n".join("  ".join(f"{cell:>16}" for cell in row) for row in table))
+    print(f"Wrote {training / 'report.md'}, {shifted / 'report.md'} and {folder / 'observed.csv'}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--train-py", type=Path, required=True, metavar="FILE", help="train.py in a clone of timm's repository"
+    )
+    parser.add_argument("--task", choices=TASKS, default="mnist", help="(default: %(default)s)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the data is (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="have torchvision fetch MNIST to --data-dir if it is not there"
+    )
+    parser.add_argument("--seeds", default="5", help="as lwpf compare has it (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="as train.py has it (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to write (default: build/timm_images and the task)"
+    )
+    parser.add_argument("--quick", action="store_true", help="smoke test: one epoch and one seed, if nothing is said")
+    parser.add_argument(
+        "more", nargs="*", metavar="OPTION", help="behind --: more options of train.py, which win over the recipe's"
+    )
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds = parser.get_default("seeds") if options.seeds != "5" else "1"
+        options.epochs = 1
+    if not options.train_py.is_file():
+        parser.error(
+            f"--train-py {options.train_py}: there is no such file; git clone timm's repository, "
+            "huggingface/pytorch-image-models, and give the train.py in it"
+        )
+    if options.output is None:
+        options.output = Path("build") / "timm_images" / options.task
+    return options
+
+
+def train(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the options of `lwpf compare` that train."""
+    summary = f"csv:{{output}}/{RUN}/summary.csv"
+    top1 = f"{summary}:eval_top1"
+    return [
+        *arms(" --observe every=100,path=forgetting.jsonl,tensorboard=off"),
+        *("--seeds", options.seeds, "--jobs", str(options.jobs), "--in-output", "--output", str(folder)),
+        *("--metric", top1, "--name", "top-1 after the last epoch, %"),
+        *("--metric", top1, "--value", "first", "--name", "top-1 after the first epoch, %"),
+        *("--metric", f"{summary}:eval_loss", "--better", "lower", "--name", "test loss"),
+        *("--", "python", str(options.train_py.resolve()), "--data-dir", str(options.data_dir.resolve())),
+        *(["--dataset-download"] if options.download else []),
+        *shlex.split(f"{TASKS[options.task]} {COMMON}"),
+        *("--epochs", str(options.epochs), "--device", options.device, "--seed", "{seed}"),
+        *("--output", "{output}", "--experiment", RUN, *options.more),
+    ]
+
+
+def test(options: argparse.Namespace, trained: Path, folder: Path) -> list[str]:
+    """Return the options of `lwpf compare` that test what was trained, on shifted images."""
+    metrics = []
+    for name in SHIFTS:
+        metrics += ["--metric", f"json:{{output}}/shift.json:{name}", "--name", f"top-1, %: {name}"]
+    return [
+        *arms(),
+        *("--seeds", options.seeds, "--jobs", str(options.jobs), "--output", str(folder), *metrics),
+        *("--", "python", str(HERE / "shift.py"), "--trained", str(trained), "--arm", "{arm}", "--seed", "{seed}"),
+        *("--device", options.device, "--output", "{output}/shift.json"),
+    ]
+
+
+def arms(more: str = "") -> list[str]:
+    """Return the arms as `lwpf compare` takes them.
+
+    Args:
+        more: Further options of each patched one.
+    """
+    patched = [part for name, text in ARMS.items() for part in ("--arm", f"{name}: {text}{more}")]
+    return ["--arm", "plain", *patched]
+
+
+def call(options: list[str]) -> None:
+    """Run `lwpf compare`, and say with what."""
+    print(f"$ lwpf compare {shlex.join(options)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "lwpf_patch", "compare", *options]).returncode
+    if code:
+        sys.exit(code)
+
+
+def observed(folder: Path) -> list[tuple[str, ...]]:
+    """Return a table of what each layer forgot in the last samples of training.
+
+    Args:
+        folder: Of the comparison that trained.
+    """
+    fields = ("forgotten", "empty_rows", "entropy", "forgotten_weight")
+    last: dict[tuple[str, str], list[dict[str, list[float | None]]]] = defaultdict(list)
+    with (folder / "runs.csv").open(newline="") as file:
+        runs = sorted({(row["arm"], row["seed"]) for row in csv.DictReader(file)})
+    for arm, seed in runs:
+        for path in sorted(folder.glob(f"runs/{arm}-seed{seed}-*/output/forgetting.jsonl"))[-1:]:
+            samples = {each["layer"]: each for each in read_records(path) if each["training"]}  # the last one of each
+            for layer, sample in samples.items():
+                last[arm, layer].append(sample)
+    rows: list[tuple[str, ...]] = [("arm", "layer", *fields)]
+    for (arm, layer), samples in last.items():
+        values = ([value for each in samples for value in each[field] if value is not None] for field in fields)
+        rows.append((arm, layer, *(f"{statistics.mean(each):.3f}" if each else "" for each in values)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -223,8 +223,7 @@ def _watch_imports(host: Host) -> None:
 def _expect_classes(applied: PatchedHost) -> None:
     """Look out for the classes of a host that are about to be defined, so that their instances need not be found."""
     if isinstance(applied.host, RewrittenHost) and hasattr(sys.modules.get(importing.MODULE_OF_MODULES), "Module"):
-        sites = applied.host.chosen_sites(applied.settings)
-        applied.makers.expect((site.module, site.owner) for site in sites if site.owner)
+        applied.makers.expect((site.module, site.owner) for site in applied.chosen if site.owner)
 
 
 def _unwatch_if_idle() -> None:
@@ -453,7 +452,7 @@ def _announce_further(applied: PatchedHost, module: str) -> None:
 def _locate(applied: PatchedHost, module: ModuleType, classes: ClassesByName | None = None) -> list[PatchedSite]:
     """Find what is to be patched in a module and is not yet; see :func:`lwpf_patch.patching.swapping.locate`."""
     host = _rewritten(applied)
-    sites = [site for site in host.chosen_sites(applied.settings) if site.module == module.__name__]
+    sites = [site for site in applied.chosen if site.module == module.__name__]
     sites = [site for site in sites if _is_defined_here(module, site)]
     if not sites:
         return []

@@ -5,12 +5,13 @@ Nothing here imports torch before a host is there to be patched.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..hosting import Host, RewrittenHost
+from ..hosting import Host, RewrittenHost, Site
 from ..hosting.shims import AppliedShim
 from ..settings import Settings
 from .attaching import Attachments, Makers
@@ -53,6 +54,12 @@ class PatchedHost:
     told: set[str] = field(default_factory=set)
     _attachments: Attachments | None = None
 
+    @functools.cached_property
+    def chosen(self) -> tuple[Site, ...]:
+        """The sites that were asked for."""
+        assert isinstance(self.host, RewrittenHost)
+        return self.host.chosen_sites(self.settings)
+
     def attachments(self) -> Attachments:
         """Return what the instances get; made at first use, since it needs torch."""
         if self._attachments is None:
@@ -85,4 +92,4 @@ def is_patched(host: str, function: str) -> bool:
     applied = PATCHED.get(host)
     if applied is None or not isinstance(applied.host, RewrittenHost):
         return applied is not None
-    return any(function in (site.function, site.qualname) for site in applied.host.chosen_sites(applied.settings))
+    return any(function in (site.function, site.qualname) for site in applied.chosen)

@@ -12,6 +12,7 @@ import ast
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import linecache
 import operator
@@ -125,13 +126,13 @@ def _enter_source(module: str, lines: list[str]) -> str:
 
 
 def _with_hints(source: str) -> list[str]:
-    lines = source.splitlines(keepends=True)
-    return list(map(_with_hint, lines)) if any(name in source for name in HINTS) else lines
-
-
-def _with_hint(line: str) -> str:
-    hint = next((hint for name, hint in HINTS.items() if name in line), None)
-    return line if hint is None else line.rstrip("\n") + f"  # lwpf_patch: {hint}\n"
+    lines = io.StringIO(source).readlines()
+    for name, hint in HINTS.items():
+        for match in re.finditer(re.escape(name), source):
+            number = source.count("\n", 0, match.start())
+            if not lines[number].endswith(f"{hint}\n"):
+                lines[number] = f"{lines[number].rstrip()}  # lwpf_patch: {hint}\n"
+    return lines
 
 
 def defines(source: str, qualname: str) -> bool:

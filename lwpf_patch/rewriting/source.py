@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import itertools
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +18,12 @@ class Splice:
     start: int
     end: int
     text: str
+
+
+@functools.lru_cache(maxsize=8)
+def _line_starts(source: bytes) -> list[int]:
+    """Return the byte offset of each line's first character, and the length of the source."""
+    return [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
 
 
 class Function:
@@ -33,9 +41,7 @@ class Function:
         self.where = f"{path}:{node.lineno}"
         self._source = source
         self._nodes = list(ast.walk(node))
-        self._line_starts = [0]
-        for line in source.splitlines(keepends=True):
-            self._line_starts.append(self._line_starts[-1] + len(line))
+        self._line_starts = _line_starts(source)
 
     def start(self, node: ast.expr | ast.stmt | ast.arg) -> int:
         """Return the byte offset of a node's first character."""
@@ -107,9 +113,13 @@ class Function:
                 if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
                     yield block
 
+    def all_calls(self) -> list[ast.Call]:
+        """Return all calls."""
+        return [node for node in self._nodes if isinstance(node, ast.Call)]
+
     def calls(self, name: str) -> list[ast.Call]:
         """Return the calls of a function or method of this name."""
-        return [n for n in self._nodes if isinstance(n, ast.Call) and called_name(n) == name]
+        return [call for call in self.all_calls() if called_name(call) == name]
 
 
 #: Looks for its anchors in one function and returns the splices that it wants. It changes nothing itself.

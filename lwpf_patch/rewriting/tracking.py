@@ -57,14 +57,31 @@ def check_no_dropout(function: Function, scores: ast.expr, softmax: ast.AST) -> 
     Raises:
         RewriteError: There is one.
     """
+    dropouts = [call for call in function.all_calls() if "drop" in (called_name(call) or "")]
+    if not any(_start(call) < _end(softmax) for call in dropouts):
+        return
     names = [node.id for node in ast.walk(scores) if isinstance(node, ast.Name)]
-    statements = (each for name in names for each in _changes(function, name, None, softmax))
-    for place in (scores, *statements):
-        if any(isinstance(node, ast.Call) and "drop" in (called_name(node) or "") for node in ast.walk(place)):
+    places: list[ast.expr | ast.stmt] = [scores]
+    for name in names:
+        places += _history(function, name, softmax)
+    for place in places:
+        if any(_start(place) <= _start(call) < _end(place) for call in dropouts):
             raise RewriteError(
                 f"{function.where}: a dropout stands before the softmax, in line {place.lineno}, and not behind it: "
                 f"{ast.unparse(place)}"
             )
+
+
+def _history(function: Function, name: str, before: ast.AST) -> Iterator[ast.stmt]:
+    """Yield what has made a variable what it is, the last first, back to where it is made of other ones."""
+    for statement in sorted(_changes(function, name, None, before), key=_start, reverse=True):
+        yield statement
+        if isinstance(statement, ast.Assign) and not any(_is_read(node, name) for node in ast.walk(statement.value)):
+            return
+
+
+def _is_read(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
 
 
 def check_unchanged(function: Function, name: str, after: ast.AST, before: ast.AST) -> None:

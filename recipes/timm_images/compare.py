@@ -1,4 +1,4 @@
-"""Trains vision transformers with timm's own train.py, plain and with forgetting, and tests them on shifted images, too.
+"""Trains vision transformers by timm's own train.py, plain and with forgetting, and tests them under shift, too.
 
 Two calls of `lwpf compare` do the work: one of train.py, unmodified, from a clone of timm's repository, and one of
 shift.py, which tests what was trained. What has finished is not repeated: after Ctrl-C the same command goes on.

@@ -172,6 +172,7 @@ def test_what_no_blocks_are(given):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(cases=4)
 @pytest.mark.parametrize("blocks", ["2-", "-0", "0,last"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_only_these_blocks_forget(host, blocks):
@@ -266,6 +267,7 @@ def test_whatever_part_is_called_first(how):
     _same(_run(model.eval(), x), expected)
 
 
+@pytest.mark.drawn(days=2)
 def test_frozen_objects_and_lists_of_models():
     """A list is no model, and gc.freeze() hides what owns a layer."""
     x = _inputs()
@@ -365,6 +367,7 @@ def _checkpointed(model):
     return lambda x: checkpoint(model, x, use_reentrant=False)
 
 
+@pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize(
     "how",
     [_compiled_model, _compiled_in_place, _compiled_function, _compiled_blocks, _exported, _traced_by_fx,
@@ -432,6 +435,7 @@ def test_replicas_of_data_parallel_are_refused():
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies(how, called):
@@ -532,6 +536,7 @@ def test_other_blocks_and_revert():
     assert torch.equal(model(x), plain)
 
 
+@pytest.mark.drawn(days=2)
 def test_other_blocks_after_it_was_compiled():
     x = _inputs()
     expected = {blocks: _by_hand(parse_blocks(blocks).of(DEPTH))(x) for blocks in ("2-", "-0")}
@@ -594,6 +599,7 @@ def test_with_uhop_it_is_refused_for_all_models():
 # --- one model --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("host", HOSTS)
 def test_one_model_alone(host):
     x, make = _inputs(host), HOSTS[host]

@@ -296,6 +296,7 @@ def test_jobs_gpus_variables_and_folders(folder, monkeypatch):
     assert runs[0]["variables"] == {"SEED": "s1", "CUDA_VISIBLE_DEVICES": said["plain", 1], "OMP_NUM_THREADS": threads}
 
 
+@pytest.mark.drawn(days=3)
 def test_submitit(folder, capsys):
     pytest.importorskip("submitit")
     assert main(["compare", *ARMS, "--seeds", "1", *TOP1, "--submitit", "cluster=local,timeout_min=2", *COMMAND]) == 0
@@ -512,7 +513,7 @@ for epoch in range(3):
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_a_network_of_timm(folder, capsys):
     require_host("timm")
     (folder / "train.py").write_text(TRAIN)

@@ -126,6 +126,7 @@ def test_calls_that_it_does_not_compute_are_left_to_the_operators():
     assert not cpu_native.suits([query[:, :0], key, value], 0.0, False)
 
 
+@pytest.mark.drawn(days=3)
 @needs_library
 def test_two_processes_compile_at_once(tmp_path):
     children = [attend_in_a_child(XDG_CACHE_HOME=str(tmp_path), TORCH_EXTENSIONS_DIR="") for _ in range(2)]

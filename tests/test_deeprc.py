@@ -251,6 +251,7 @@ def test_its_unmodified_examples_run(python, upstream, example):
     assert "nothing ran" not in out.stderr
 
 
+@pytest.mark.drawn(days=3)
 def test_without_the_shims_the_example_fails_as_it_does_by_itself(python, upstream):
     arguments = ("-m", "deeprc.examples.example_single_task_cnn", "--device", "cpu")
     out = python(*arguments, check=False, input="", cwd=upstream, LWPF_PATCH="deeprc", LWPF_COMPAT="0")

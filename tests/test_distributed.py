@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -133,6 +134,7 @@ agree(steps=1)
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_the_feature_map_is_bitwise_the_same_on_both_ranks(python, tmp_path):
     out = run(python, tmp_path, UHOP, LWPF_UHOP="iters=5")
     assert out.stdout.count("the same after 1\n") == 4
@@ -181,6 +183,7 @@ fail("end")
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_what_fails_on_one_rank_fails_on_all_and_is_tried_again(python, tmp_path):
     out = run(python, tmp_path, FAILING, LWPF_UHOP="iters=5")
     own = {"keys": "StageOneError: .*the keys of 1 of 2 layers", "end": "MemoryError: none left"}
@@ -210,6 +213,7 @@ join("uneven", (3, 1))
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_uneven_inputs_under_join(python, tmp_path):
     """Stage I after the steps 1 and 3: with 3 and 3 batches all take part; one that ended before is an error."""
     out = run(python, tmp_path, JOIN, LWPF_UHOP="iters=5,every=2,until=3", check=False)

@@ -305,6 +305,7 @@ def test_every_way_of_import(python, imports, before):
     assert "nothing ran" not in out.stderr
 
 
+@pytest.mark.drawn(days=2)
 def test_the_environment_variable_patches_two_hosts(python):
     code = (
         "import timm.layers, hflayers, torch\nattention = timm.layers.Attention(8, 2)\nprint(attention.func_d)\n"

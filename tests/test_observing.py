@@ -529,6 +529,7 @@ raise SystemError
     assert read_records(tmp_path / "a.jsonl") == lines[3:]
 
 
+@pytest.mark.drawn(days=2)
 def test_of_several_ranks_the_first_one_writes(python, tmp_path):
     """And a process without a rank to a file of its own."""
     code = (

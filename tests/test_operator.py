@@ -419,6 +419,7 @@ def test_softmax_n_is_exported():
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.drawn(days=3)
 @pytest.mark.skipif(torch.__version__ < (2, 10), reason="PyTorch's exporter before 2.10 fails with today's onnx_ir")
 def test_softmax_n_in_onnx():
     pytest.importorskip("onnxscript")
@@ -688,7 +689,7 @@ def test_overriding_leaves_the_func_d_alone():
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
 
 
-@pytest.mark.drawn(cases=4)
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize(("func_d", "dynamic"), [("relu", False), ("pfu", True)])
 def test_compiled_without_graph_breaks(func_d, dynamic, backend):
     sep = "softmax_n:n=0.5" if func_d == "pfu" else "softmax"

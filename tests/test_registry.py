@@ -642,6 +642,7 @@ def test_classes_that_go_past_the_constructor_or_borrow_the_forward():
     assert all(not hasattr(cls(12), "func_d") for cls in (*before, *after))
 
 
+@pytest.mark.drawn(days=2)
 def test_instances_that_the_garbage_collector_no_longer_lists():
     module, kept = Attention(12, num_heads=3), [Attention(12, num_heads=3)]
     globals()["_kept"] = kept

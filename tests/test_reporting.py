@@ -26,6 +26,7 @@ config = dict(version=1, handlers=dict(h={"class": "logging.StreamHandler", "for
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_a_script_that_configures_logging_silences_nothing(python):
     """``dictConfig`` disables the loggers that exist, unless it is told not to."""
     configure = "logging.config.dictConfig(config)\n"
@@ -149,6 +150,7 @@ def test_a_request_without_effect_is_reported(python, code, message):
     assert message in python("-c", code, LWPF_PATCH="timm").stderr.splitlines()[-1]
 
 
+@pytest.mark.drawn(days=2)
 def test_pytest_and_its_workers(python, tmp_path):
     (tmp_path / "test_timm.py").write_text(
         "import timm, torch\ndef test_timm():\n    timm.layers.Attention(12, num_heads=3)(torch.randn(1, 2, 12))\n"

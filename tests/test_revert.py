@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from conftest import require_host
 
 #: Makes and trains one model of each host, and prints what there is of it: members, hooks, figures to the last bit.
@@ -62,6 +63,7 @@ def _run(python, before="", after="", models=""):
     return python(code=script).stdout
 
 
+@pytest.mark.drawn(days=3)
 def test_after_revert_a_process_is_that_which_was_never_patched(python):
     require_host("hflayers")
     require_host("deeprc")

@@ -36,16 +36,19 @@ def test_the_package_alone_imports_no_torch(python):
 
 def test_no_setting_has_torch_loaded_at_start_up(python):
     """A variable is read by every interpreter that is started, most of which do not train."""
-    given = {"SEP": "entmax15", "UHOP": "on", "MASKING": "paper", "BACKEND": "cpu", "VERIFY": "off",
-             "INCLUDE": "*Attention", "EXCLUDE": "*Rope", "EXCLUDE_MODELS": "teacher", "PARTIAL": "error",
-             "COMPAT": "off", "FUNC_D": "pfu:mu=0.5", "UNPICKLE": "patch", "OBSERVE": "every=7"}  # fmt: skip
-    assert {f"LWPF_{name}" for name in given} == {each.variable for each in VARIABLES} - {PATCH.variable}
+    given = {"SEP": "entmax15", "MASKING": "paper", "BACKEND": "cpu", "VERIFY": "off", "INCLUDE": "*Attention",
+             "EXCLUDE": "*Rope", "EXCLUDE_MODELS": "teacher", "PARTIAL": "error", "COMPAT": "off",
+             "FUNC_D": "pfu:mu=0.5", "UNPICKLE": "patch", "OBSERVE": "every=7"}  # fmt: skip
+    each_alone = {"UHOP": "on", "BLOCKS": "6-"}  # they do not go together
+    names = {f"LWPF_{name}" for name in given | each_alone}
+    assert names == {each.variable for each in VARIABLES} - {PATCH.variable}
     heavy = ("torch", "entmax", "timm", "wrapt", "numpy")
-    out = python(
-        "-c", f"import sys; print([name for name in {heavy} if name in sys.modules], 'lwpf_patch' in sys.modules)",
-        LWPF_PATCH="timm", **{f"LWPF_{name}": text for name, text in given.items()},
-    )  # fmt: skip
-    assert out.stdout.strip() == "[] True"
+    for name, text in each_alone.items():
+        out = python(
+            "-c", f"import sys; print([name for name in {heavy} if name in sys.modules], 'lwpf_patch' in sys.modules)",
+            LWPF_PATCH="timm", **{f"LWPF_{name}": text for name, text in (given | {name: text}).items()},
+        )  # fmt: skip
+        assert out.stdout.strip() == "[] True"
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 8), reason="before PyTorch 2.8 vmap loads the compiler")
@@ -83,6 +86,7 @@ def test_an_unmodified_script_is_patched(python):
     assert "classes (lwpf status lists them) patched; func_d relu, masking exclude, backend auto" in line
 
 
+@pytest.mark.drawn(days=2)
 def test_the_settings_in_variables(python):
     variables = dict(
         LWPF_PATCH=" timm ", LWPF_FUNC_D="pfu:mu=0.5,bias=0,sigma=0", LWPF_MASKING="paper", LWPF_BACKEND="eager"
@@ -100,6 +104,7 @@ def test_flags_of_the_interpreter(python, flag):
     assert out.stdout.strip() == "ReLU()"
 
 
+@pytest.mark.drawn(days=2)
 def test_standard_input_as_script(python):
     assert python("-", input=USE, LWPF_PATCH="timm").stdout.strip() == "ReLU()"
 
@@ -130,6 +135,7 @@ if __name__ == "__main__":
     assert "nothing ran" not in out.stderr
 
 
+@pytest.mark.drawn(days=2)
 def test_under_torchrun(python, tmp_path):
     (tmp_path / "train.py").write_text(USE)
     out = python(
@@ -357,6 +363,7 @@ def test_a_host_that_nobody_finds(without_hosts, tmp_path):
     assert "hflayers was asked to be patched, but it is not installed here: pip install" in out.stderr
 
 
+@pytest.mark.drawn(days=2)
 def test_a_fork_is_announced_with_its_own_version(python, tmp_path):
     package = tmp_path / "timm"
     shutil.copytree(_folder("timm"), package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -366,6 +373,7 @@ def test_a_fork_is_announced_with_its_own_version(python, tmp_path):
     assert out.stdout.strip() == "ReLU()"
 
 
+@pytest.mark.drawn(days=2)
 def test_a_host_in_a_zip_file(python, tmp_path):
     (tmp_path / "content").mkdir()
     shutil.copytree(
@@ -399,6 +407,7 @@ def test_a_host_without_its_sources(python, tmp_path, way):
     assert "install the library with its sources" in out.stderr
 
 
+@pytest.mark.drawn(days=2)
 def test_apply_while_another_thread_imports(python, tmp_path):
     """What that thread had begun to import before apply was called is waited for, and what it comes to is seen."""
     for module in ("functional", "activation"):
@@ -421,6 +430,7 @@ print(state["state"], len(state["sites"]))
         assert out.stdout.splitlines() == ["patched 2", f"{folder / 'hflayers'} ReLU()"]
 
 
+@pytest.mark.drawn(days=2)
 def test_apply_while_torch_is_being_imported(python):
     """Its module class is not there yet; classes that come later are seen all the same, or looked for."""
     code = """

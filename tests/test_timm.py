@@ -562,6 +562,7 @@ print(model(torch.randn(1, 3, 160, 160)).tolist())
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_every_way_in_takes_a_normalisation(python, tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     plain = python("train.py", LWPF_PATCH="timm", LWPF_FUNC_D="none")

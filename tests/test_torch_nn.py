@@ -468,6 +468,7 @@ def saved(model, given):
 TRANSFORMATIONS = [compiled, exported, traced, traced_by_fx, deep_copied, pickled, saved]
 
 
+@pytest.mark.drawn(cases=5)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     ("transform", "name", "way"),

@@ -58,7 +58,7 @@ def check(table: tuple[str, list[str], list[str]], column: str, found: dict[str,
     assert {row: written[row] for row in found} == found
 
 
-@pytest.mark.drawn(cases=2)
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("column", [column for column in SUBJECTS if column != "`triton`"])
 @pytest.mark.timeout(900)
 def test_the_table_of_derivatives(column):

@@ -7,9 +7,11 @@ is settled when it is first imported, for all kernels there are, and torch.compi
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from lwpf_patch import ReLU, backends, lwpf_attention
 from lwpf_patch.backends import triton as triton_backend
 
 HERE = Path(__file__).parent
+BACKENDS = Path(triton_backend.__file__).parent
 CASES = (str(HERE / "triton_cases.py"), "-c", str(HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "-s")
 #: The cases in parts of about the same time, by name, so that they run side by side.
 ORACLE, MEDIAN = "test_equals or test_the_attention or test_any_scale", "test_the_median or test_the_gradient"
@@ -127,18 +130,36 @@ COMPILED = {
 ROOM = {90: 227, 80: 163}
 TOOLS = ("cuobjdump", "nvdisasm")
 
+#: What kernels are planned for.
+CAPABILITIES = [80, 86, 90, 120]
+
 _figures: dict[int, list[dict]] = {}
+_plans: dict[int, list[dict]] = defaultdict(list)
 
 
-def figures_of(python, capability: int) -> list[dict]:
-    """Returns the figures of all compiled kernels of a capability; they are compiled once."""
+def sources() -> str:
+    """Returns the hash of what the kernels' code is made of, but for Triton."""
+    files = [*map(Path, (triton_backend.__file__, COMPILING)), *sorted(BACKENDS.glob("triton_*.py"))]
+    hashed = hashlib.sha256(b"".join(path.read_bytes() for path in files))
+    hashed.update(json.dumps([COMPILED[capability] for capability in sorted(COMPILED)]).encode())
+    return hashed.hexdigest()
+
+
+def figures_of(python, capability: int, config: pytest.Config) -> list[dict]:
+    """Returns the figures of all compiled kernels of a capability; they are compiled once.
+
+    With the cases of a day that is skipped where sources and Triton are those of the record, which was compiled, too.
+    """
     import triton
 
+    recorded = json.loads(INSTRUCTIONS.read_text())
+    if are_drawn(config) and (recorded["triton"], recorded.get("sources")) == (triton.__version__, sources()):
+        pytest.skip("the kernels are those whose compiled code is on record; --cases all compiles them again")
     if not all((Path(triton.__file__).parent / f"backends/nvidia/bin/{tool}").exists() for tool in TOOLS):
         pytest.skip(f"this Triton does not bring {' and '.join(TOOLS)}")
     if capability not in _figures:
         variants, number = COMPILED[capability]
-        result = python(COMPILING, str(capability), "compile", json.dumps(variants))
+        result = python(COMPILING, json.dumps([capability]), "compile", json.dumps(variants))
         found = [json.loads(line) for line in result.stdout.splitlines()]
         assert len(found) == number
         _figures[capability] = found
@@ -152,9 +173,9 @@ def name_of(figures: dict) -> str:
 @needs_triton
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", COMPILED)
-def test_the_kernels_compile_and_spill_nothing(python, capability):
+def test_the_kernels_compile_and_spill_nothing(python, capability, request):
     """Those of the common widths, with the pass over the values and without, with masks; no GPU is needed."""
-    for figures in figures_of(python, capability):
+    for figures in figures_of(python, capability, request.config):
         name, kernel, shared = name_of(figures), figures["kernel"], figures["shared"]
         print(f"sm_{capability} {name}: {figures['registers']} registers, {shared} bytes shared")
         assert figures["spilled"] == 0, f"{name} spills {figures['spilled']} bytes"
@@ -172,15 +193,15 @@ def test_the_kernels_compile_and_spill_nothing(python, capability):
 @needs_triton
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", COMPILED)
-def test_the_kernels_take_no_more_instructions_than_before(python, capability):
+def test_the_kernels_take_no_more_instructions_than_before(python, capability, request):
     """The machine instructions of all threads for a score, in the loop over full tiles, and those of a whole thread."""
     import triton
 
     recorded = json.loads(INSTRUCTIONS.read_text())
-    counted = [each for each in figures_of(python, capability) if "per_score" in each]
+    counted = [each for each in figures_of(python, capability, request.config) if "per_score" in each]
     found = {name_of(each): [each["per_score"], each["instructions"]] for each in counted}
     if os.environ.get("RECORD_INSTRUCTIONS") == "1":
-        recorded |= {"triton": triton.__version__, str(capability): found}
+        recorded |= {"triton": triton.__version__, "sources": sources(), str(capability): found}
         lines = json.dumps(recorded, indent=1, sort_keys=True)
         INSTRUCTIONS.write_text(re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", lines) + "\n")
     if recorded["triton"] != triton.__version__:
@@ -193,10 +214,13 @@ def test_the_kernels_take_no_more_instructions_than_before(python, capability):
             assert now <= 1.1 * then, f"sm_{capability} {name}: {now} instructions {what}, and {then} before"
 
 
-def plan_of(python, capability: int, cases: list[tuple]) -> list[dict]:
-    """Returns which kernels the backend starts, case by case."""
-    result = python(COMPILING, str(capability), "plan", json.dumps(cases))
-    return [json.loads(line) for line in result.stdout.splitlines()]
+def plans(python) -> dict[int, list[dict]]:
+    """Returns which kernels the backend starts on GPUs of some capabilities; they are planned once."""
+    if not _plans:
+        result = python(COMPILING, json.dumps(CAPABILITIES), "plan", json.dumps([*dict.fromkeys([*PLANS, *LENGTHS])]))
+        for line in map(json.loads, result.stdout.splitlines()):
+            _plans[line["capability"]].append(line)
+    return _plans
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
@@ -217,12 +241,15 @@ def test_a_length_that_stands_for_others_has_their_tiles(kernel, capability):
                 assert tile(length, keys) == tile(standing[length], standing[keys]), (length, keys)
 
 
+#: Cases whose tiles are counted, plain ones of many lengths.
+LENGTHS = [("bfloat16", width, 0.0, None, 0.0, n) for width in (64, 128) for n in (196, 197, 201, 257, 577)]
+
+
 @needs_triton
 @pytest.mark.parametrize("capability", COMPILED)
 def test_tiles_compute_few_scores_in_vain(python, capability):
     """By the programs that are started, their tiles, and what of the other sequence full tiles leave."""
-    cases = [("bfloat16", width, 0.0, None, 0.0, n) for width in (64, 128) for n in (196, 197, 201, 257, 577)]
-    computed = [each for each in plan_of(python, capability, cases) if "own" in each]
+    computed = [each for each in plans(python)[capability] if "own" in each and tuple(each["case"]) in LENGTHS]
     assert len(computed) == 2 * 5 * 3 - 3
     for each in computed:
         _, width, *_, length = each["case"]
@@ -258,11 +285,11 @@ PLANS = {
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_which_kernels_a_backward_pass_has(python, capability):
     """One for whole heads where it spills no register, if the device has the shared memory for it."""
-    started: dict[tuple, list[str]] = {case: [] for case in PLANS}
-    for each in plan_of(python, capability, list(PLANS)):
+    started: dict[tuple, list[str]] = defaultdict(list)
+    for each in plans(python)[capability]:
         started[tuple(each["case"])].append(each["kernel"])
     for case, expected in PLANS.items():
         own = started[case][started[case].index("forward_kernel") + 1 :]

@@ -523,6 +523,7 @@ def test_weight_decay_pulls_to_the_identity():
     torch.testing.assert_close(feature_maps(model)[0].weight.detach(), 0.9 * before)
 
 
+@pytest.mark.drawn(days=3)
 def test_under_torch_compile():
     torch.manual_seed(3)
     x = images()
@@ -564,6 +565,7 @@ def test_a_scripted_model():
         torch.testing.assert_close(torch.jit.script(attention)(x), attention(x))
 
 
+@pytest.mark.drawn(days=2)
 def test_traced_and_exported():
     model = _model().eval()
     randomise_maps(model)
@@ -744,6 +746,7 @@ def test_wrong_requests_name_the_option(text, message):
         lwpf_patch.apply("timm", uhop=text)
 
 
+@pytest.mark.drawn(days=2)
 def test_the_variable_the_command_and_the_report(python):
     code = """
 import sys

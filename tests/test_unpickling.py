@@ -74,6 +74,7 @@ def test_in_a_fresh_process(saved, python):
     assert ("uhop iters=3,t=1.5,lr=0.1,loss=average,samples=256,every=2,until=4" in line) == bool(saved.uhop)
 
 
+@pytest.mark.drawn(cases=1)
 def test_in_a_process_that_is_patched(saved, caplog):
     with pytest.raises(lwpf_patch.LwpfError, match=f"pickled with {saved.host} patched"):
         torch.load(saved.file, weights_only=False)
@@ -97,6 +98,7 @@ def test_in_a_process_that_is_patched(saved, caplog):
             torch.load(saved.file, weights_only=False)
 
 
+@pytest.mark.drawn(days=3)
 def test_after_torch_compile_too():
     """torch.compile puts a function of its own in the place of nn.Module.__setstate__."""
     torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.zeros(2))
@@ -230,7 +232,7 @@ def test_the_setting(python):
     assert "unknown way to unpickle 'yes' (from --unpickle)" in out.stderr
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_what_a_process_loads_and_saves_again(python, tmp_path):
     """It is checked again by the next one, also where nothing but the model had its host patched."""
     first = "import lwpf_patch, pickle, torch\nfrom timm.layers.attention import Attention\n"

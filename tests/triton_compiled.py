@@ -1,6 +1,6 @@
 """Compile the Triton backend's kernels ahead of time, as it would launch them, and say what their code is made of.
 
-A program of its own: ``python tests/triton_compiled.py CAPABILITY WHAT CASES``. No GPU is needed, but a Triton that
+A program of its own: ``python tests/triton_compiled.py CAPABILITIES WHAT CASES``. No GPU is needed, but a Triton that
 brings its disassemblers. Each case is a list of dtype, width, mu (None: the median), dtype of the mask, dropout and, if
 they are not those of a vision transformer, length, n of softmax_n, causality, how many heads share keys, and the one
 kernel that is wanted of the case.
@@ -8,6 +8,8 @@ kernel that is wanted of the case.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 import subprocess
@@ -172,22 +174,28 @@ def describe(launched: Launch, found: Any, count: bool) -> dict[str, Any]:
     }
 
 
+def divmod_of(capability: int, device: object) -> tuple[int, int]:
+    return divmod(capability, 10)
+
+
 def main() -> None:
     """Prints a line of JSON for each kernel of each case: its figures, or its tiles and programs."""
     from lwpf_patch.backends import triton as backend
     from lwpf_patch.backends import triton_kernels
 
-    capability, what, cases = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    backend.capability = lambda device: divmod(capability, 10)
+    capabilities, what, cases = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     if what == "plan":
-        for case in cases:
+        for capability, case in itertools.product(capabilities, cases):
+            backend.capability = functools.partial(divmod_of, capability)
             for (kernel, _, options), programs in launches(*case):
-                line = {"kernel": kernel.__name__, "case": case, "programs": programs}
+                line = {"capability": capability, "kernel": kernel.__name__, "case": case, "programs": programs}
                 if kernel.__name__ in OWN:
                     line |= {"own": OWN[kernel.__name__], "rest": triton_kernels.REST.value}
                     line |= {name: options[name] for name in ("ROWS", "KEYS")}
                 print(json.dumps(line))
         return
+    (capability,) = capabilities
+    backend.capability = functools.partial(divmod_of, capability)
     done = []
     with ThreadPoolExecutor(2) as pool:  # the disassembler is another process, and works beside the compiler
         for case in cases:

@@ -31,13 +31,14 @@ ARMS = {
 #: The options of train.py for each task, at a size that two cores train in about an hour.
 TASKS = {
     "mnist": (
-        "--dataset torch/mnist --in-chans 1 --input-size 1 28 28 --img-size 28 --mean 0.1307 --std 0.3081 "
-        "--model-kwargs patch_size=7 embed_dim=64 depth=3 num_heads=4 --no-aug --lr 2e-3"
+        "--dataset torch/mnist --in-chans 1 --input-size 1 28 28 --mean 0.1307 --std 0.3081 "
+        "--model-kwargs img_size=28 patch_size=7 embed_dim=64 depth=3 num_heads=4 --no-aug --lr 2e-3"
     ),
     "cifar10": (
-        "--train-split train.tar --val-split validation.tar --input-size 3 32 32 --img-size 32 "
+        "--train-split train.tar --val-split validation.tar --input-size 3 32 32 "
         "--mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616 "
-        "--model-kwargs patch_size=8 embed_dim=96 depth=4 num_heads=4 --scale 0.6 1.0 --color-jitter 0 --lr 1e-3"
+        "--model-kwargs img_size=32 patch_size=8 embed_dim=96 depth=4 num_heads=4 --scale 0.6 1.0 --color-jitter 0 "
+        "--lr 1e-3"
     ),
 }
 #: What goes for all tasks. The test sees the whole image: timm's default would cut off a tenth.
@@ -45,7 +46,7 @@ COMMON = (
     "--model vit_tiny_patch16_224 --num-classes 10 --crop-pct 1.0 --opt adamw --weight-decay 0.05 --warmup-epochs 0 "
     "-b 128 -vb 1000 -j 1 --no-prefetcher --log-interval 100000"
 )
-EPOCHS = 10
+EPOCHS = 5
 #: Where train.py writes, below the folder of a run.
 RUN = "run"
 
@@ -77,21 +78,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--download", action="store_true", help="have torchvision fetch MNIST to --data-dir if it is not there"
     )
-    parser.add_argument("--seeds", default="5", help="as lwpf compare has it (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
+    parser.add_argument("--seeds", help="as lwpf compare has it (default: 5; 1 with --quick)")
+    parser.add_argument("--epochs", type=int, help=f"(default: {EPOCHS}; 1 with --quick)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="as train.py has it (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to write (default: build/timm_images and the task)"
     )
-    parser.add_argument("--quick", action="store_true", help="smoke test: one epoch and one seed, if nothing is said")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one epoch, one seed")
     parser.add_argument(
         "more", nargs="*", metavar="OPTION", help="behind --: more options of train.py, which win over the recipe's"
     )
     options = parser.parse_args()
-    if options.quick:
-        options.seeds = parser.get_default("seeds") if options.seeds != "5" else "1"
-        options.epochs = 1
+    options.seeds = options.seeds or ("1" if options.quick else "5")
+    options.epochs = options.epochs or (1 if options.quick else EPOCHS)
     if not options.train_py.is_file():
         parser.error(
             f"--train-py {options.train_py}: there is no such file; git clone timm's repository, "

@@ -39,15 +39,16 @@ def noise(deviation: float) -> Shift:
     return shift
 
 
+#: By name, without dots: lwpf compare takes these for nested keys.
 SHIFTS: dict[str, Shift] = {
     "as it is": affine(),
-    "zoom 1.2": affine(zoom=1.2),
-    "zoom 0.8": affine(zoom=0.8),
-    "turned by 15": affine(angle=15),
-    "turned by 30": affine(angle=30),
-    "moved by 2": affine(right=2),
-    "noise 0.1": noise(0.1),
-    "noise 0.2": noise(0.2),
+    "zoomed in": affine(zoom=1.2),
+    "zoomed out": affine(zoom=0.8),
+    "turned by 15 degrees": affine(angle=15),
+    "turned by 30 degrees": affine(angle=30),
+    "moved by 2 pixels": affine(right=2),
+    "noise of 10 %": noise(0.1),
+    "noise of 20 %": noise(0.2),
 }
 
 
@@ -84,7 +85,6 @@ def test(folder: Path, device: torch.device) -> dict[str, float]:
         trained["model"],
         num_classes=trained["num_classes"],
         in_chans=trained["in_chans"] or trained["input_size"][0],
-        img_size=trained["img_size"],
         checkpoint_path=str(folder / "last.pth.tar"),
         **trained["model_kwargs"],
     )

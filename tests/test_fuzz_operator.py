@@ -278,6 +278,8 @@ def test_the_operator_equals_the_oracle(call):
     finite = bool(scores.isfinite().all())
     got, wanted = compute(call)[1], specify(call)[1]
     assert got[0].dtype == call.dtype
+    if call.masking == "paper" and not wanted[0].numel():
+        finite = False  # the median may be infinite, and no output shows it
     finite = finite and not call.puts and all(bool(each.isfinite().all()) for each in wanted)
     for ours, expected in zip(got if finite else got[:1], wanted, strict=finite):
         if ours.shape != expected.shape:  # an expanded input: its gradient is that of all its copies

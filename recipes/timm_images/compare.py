@@ -78,6 +78,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--download", action="store_true", help="have torchvision fetch MNIST to --data-dir if it is not there"
     )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=[*ARMS],
+        help="what is compared with plain attention (default: all of these)",
+    )
     parser.add_argument("--seeds", help="as lwpf compare has it (default: 5; 1 with --quick)")
     parser.add_argument("--epochs", type=int, help=f"(default: {EPOCHS}; 1 with --quick)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
@@ -107,7 +114,7 @@ def train(options: argparse.Namespace, folder: Path) -> list[str]:
     summary = f"csv:{{output}}/{RUN}/summary.csv"
     top1 = f"{summary}:eval_top1"
     return [
-        *arms(" --observe every=100,path=forgetting.jsonl,tensorboard=off"),
+        *arms(options, " --observe every=100,path=forgetting.jsonl,tensorboard=off"),
         *("--seeds", options.seeds, "--jobs", str(options.jobs), "--in-output", "--output", str(folder)),
         *("--metric", top1, "--name", "top-1 after the last epoch, %"),
         *("--metric", top1, "--value", "first", "--name", "top-1 after the first epoch, %"),
@@ -126,20 +133,21 @@ def test(options: argparse.Namespace, trained: Path, folder: Path) -> list[str]:
     for name in SHIFTS:
         metrics += ["--metric", f"json:{{output}}/shift.json:{name}", "--name", f"top-1, %: {name}"]
     return [
-        *arms(),
+        *arms(options),
         *("--seeds", options.seeds, "--jobs", str(options.jobs), "--output", str(folder), *metrics),
         *("--", "python", str(HERE / "shift.py"), "--trained", str(trained), "--arm", "{arm}", "--seed", "{seed}"),
         *("--device", options.device, "--output", "{output}/shift.json"),
     ]
 
 
-def arms(more: str = "") -> list[str]:
+def arms(options: argparse.Namespace, more: str = "") -> list[str]:
     """Return the arms as `lwpf compare` takes them.
 
     Args:
+        options: The recipe's own.
         more: Further options of each patched one.
     """
-    patched = [part for name, text in ARMS.items() for part in ("--arm", f"{name}: {text}{more}")]
+    patched = [part for name in options.arms for part in ("--arm", f"{name}: {ARMS[name]}{more}")]
     return ["--arm", "plain", *patched]
 
 

@@ -20,8 +20,10 @@ VERSIONS = Path(sys.prefix) / "timm"
 FAMILIES = (
     "test_vit", "vit_small_patch16_rope_224", "cait_xxs24_224", "coatnet_pico_rw_224", "convit_tiny",
     "crossvit_tiny_240", "davit_tiny", "efficientformerv2_s0", "efficientvit_m0", "eva02_tiny_patch14_224",
-    "gcvit_xxtiny", "hiera_tiny_224", "levit_128s", "maxvit_pico_rw_256", "mobilenetv4_hybrid_medium_075",
-    "mvitv2_tiny", "nest_tiny", "nextvit_small", "pvt_v2_b0", "shvit_s1",
+    "gcvit_xxtiny", "halonet26t", "hiera_tiny_224", "levit_128s", "maxvit_pico_rw_256",
+    "mobilenetv4_hybrid_medium_075", "mvitv2_tiny", "nest_tiny", "nextvit_small", "pvt_v2_b0", "shvit_s1",
+    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "tiny_vit_5m_224",
+    "tnt_s_patch16_224", "twins_svt_small", "visformer_tiny", "volo_d1_224",
 )  # fmt: skip
 
 

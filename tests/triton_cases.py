@@ -235,7 +235,7 @@ def rounded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape).to(dtype).double()
 
 
-@pytest.mark.drawn(cases=8)
+@pytest.mark.drawn(cases=5)
 @pytest.mark.parametrize("turn", range(3))
 @pytest.mark.parametrize("func", FUNC_DS)
 def test_equals_the_oracle(func, turn):
@@ -298,7 +298,7 @@ def test_heads_in_one_pass(func, started):
     pytest.fail("no case was drawn whose threshold is clear")
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(days=3)
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}, {"enable_gqa": True}], ids=str)
 def test_one_pass_and_two_compute_the_same(options, started, monkeypatch):
     """With the same weights dropped; and twice the same, bit by bit. Shared keys take two passes in any case."""
@@ -480,7 +480,7 @@ WAYS = {
 NEXT_SPREAD = dealt([128, 1, 0])
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn(cases=6)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mask_name", ["none", "causal", "boolean", "additive"])
 def test_the_median_is_exact(mask_name, way, monkeypatch):
@@ -555,7 +555,7 @@ def test_the_gradient_of_a_median_with_many_ties(way, monkeypatch):
 # --- how it is exposed --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(days=4)
 @pytest.mark.parametrize(("dropout_p", "mu", "bias"), [(0.0, 0.0, 0.0), (0.3, None, None)])
 def test_opcheck(dropout_p, mu, bias):
     """With a mask that has a gradient, and with one that has none."""
@@ -568,7 +568,7 @@ def test_opcheck(dropout_p, mu, bias):
     torch.library.opcheck(torch.ops.lwpf_patch.triton_attention, arguments)
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(days=4)
 @pytest.mark.parametrize(("func_d", "dynamic"), [("pfu", True), (PFU(mu=0.1, bias=0.0), False)], ids=str)
 def test_compiled_without_graph_breaks(func_d, dynamic):
     def attend(query, key, value, mask):
@@ -587,6 +587,7 @@ def test_compiled_without_graph_breaks(func_d, dynamic):
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), packed)[0] for out in (one, two)))
 
 
+@pytest.mark.drawn(days=3)
 def test_training_with_noise_and_dropout_compiles():
     module = HostFuncD(PFU(sigma=0.5), "", backend="triton")
     compiled = torch.compile(

@@ -246,6 +246,7 @@ def test_it_disturbs_nothing(around, warned):
         torch.autograd.grad(out.sum(), tensors)
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("result", [None, "gradient of the key"])
 def test_under_torch_compile_it_is_checked_while_it_is_traced(result, warned, on_its_device, monkeypatch):
     if result is not None:
@@ -269,6 +270,7 @@ def test_under_torch_compile_it_is_checked_while_it_is_traced(result, warned, on
     assert len(verifying._problems) == 1
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(("dynamic", "func_d"), [(None, "relu"), (True, "pfu:mu=0.1,bias=-0.3,sigma=0")])
 def test_what_torch_compile_leaves_open_is_no_obstacle(func_d, dynamic, warned, on_its_device):
     """Lengths from the second on, with dynamic=True widths, heads and numbers too; a graph is for many lengths."""
@@ -299,6 +301,7 @@ def test_what_torch_compile_leaves_open_is_no_obstacle(func_d, dynamic, warned, 
     assert all("triton_attention" in graph.code for graph in graphs)
 
 
+@pytest.mark.drawn(days=2)
 def test_the_table_of_doctor(capsys, monkeypatch):
     from lwpf_patch.cli import doctor
 

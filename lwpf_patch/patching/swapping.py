@@ -6,7 +6,10 @@ that code needs is taken away only when no frame runs it any more; see :mod:`lwp
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -108,8 +111,9 @@ def locate(
     path, source = rewriting.source_of(module.__spec__)
     key = (path, source, tuple(map(id, sites)), frozenset(parts))
     if key not in _planned:
-        plan = host.plan(path, source, sites, parts)
-        _planned[key] = plan, plan.compile()
+        with _without_collections():
+            plan = host.plan(path, source, sites, parts)
+            _planned[key] = plan, plan.compile()
     (plan, codes), whole = _planned[key], False
     found = []
     for site in sites:
@@ -134,6 +138,18 @@ def locate(
             known = digest in site.known
             found.append(PatchedSite(site, place, function, live, patched, known, path, digest))
     return found
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Have no garbage collected: syntax trees are many objects, none of them garbage, and a process may hold many."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def classes_by_name() -> ClassesByName:

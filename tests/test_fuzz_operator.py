@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwpf_patch import PFU, FuncD, ReLU, lwpf_attention
-from lwpf_patch.backends import cpu, cpu_kept, cpu_native
+from lwpf_patch.backends import cpu, cpu_native, cpu_tiles
 
 pytestmark = fuzzing.timeout
 
 NAN, INF = math.nan, math.inf
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 RELU = Forgetting("relu")
-WAYS = ("eager", "cpu, made again", "cpu, kept", "cpu, native")
+WAYS = ("eager", "cpu, by tiles", "cpu, native")
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ def compute(call: Call) -> tuple[Tensor, list[Tensor]]:
             inputs.append(mask.requires_grad_())
     backend, *_ = call.way.split(", ")
     with (
-        mock.patch.object(cpu, "TILE", 8),
-        mock.patch.object(cpu_native, "suits", cpu_native.suits if "native" in call.way else lambda *arguments: False),
-        mock.patch.object(cpu_kept, "suits", return_value=call.way.endswith("kept")),
+        mock.patch.object(cpu_tiles, "TILE", 8),
+        mock.patch.object(cpu_tiles, "ROWS", 2),
+        mock.patch.object(cpu, "_native_is_there", return_value="native" in call.way and cpu_native.is_there()),
     ):
         out = lwpf_attention(
             *inputs[:3], mask, is_causal=call.mask == "causal", scale=call.scale, func_d=call.module(), training=False,

@@ -13,6 +13,7 @@ from vits import FUNC_DS, MODELS, images, set_fused, vit
 
 import lwpf_patch
 from lwpf_patch import ConflictError, SettingsError, patch_model, unpatch_model
+from lwpf_patch.backends import cpu
 
 
 @pytest.mark.parametrize("model_name", MODELS)
@@ -128,7 +129,8 @@ def test_what_cannot_be_patched():
         patch_model(vit(), func_d="rleu")
 
 
-def test_the_backend_that_computes_is_said_once_with_its_reason(caplog):
+def test_the_backend_that_computes_is_said_once_with_its_reason(caplog, monkeypatch):
+    monkeypatch.setattr(cpu, "_native_is_worth_it", lambda: False)
     lwpf_patch.apply("timm", func_d="relu:empty_rows=keep")
     model = vit()
     with caplog.at_level(logging.INFO, "lwpf_patch"):

@@ -1,8 +1,8 @@
 """CPU: tiles of scores that stay in the cache and are made again in the backward pass, in linear memory.
 
 For the threshold form of func_d (ReLU, PFU): ``D(s) = s`` where ``s > a``, else ``b``. Nothing the size of all scores
-is ever allocated, for the median neither. Each step over a tile is one of torch's own vectorised functions, which share
-it among the threads: tiles in threads of Python's own would hand its lock over at every step.
+is ever allocated, for the median neither. :mod:`lwpf_patch.backends.cpu_native` computes in C++; where it cannot,
+:mod:`lwpf_patch.backends.cpu_tiles` does, by PyTorch's operators.
 
 With R the kept keys, Z the denominator (n of softmax_n included), L = log Z + the row's maximum, and G = dO V^T (times
 the dropout mask):
@@ -13,40 +13,27 @@ the dropout mask):
 
 A forgotten key has no gradient of its own. Where b is the threshold a, and a the median, db goes to the scores that are
 equal to the median, shared evenly.
-
-:mod:`lwpf_patch.backends.cpu_native` computes the same in C++ where there is a compiler, and comes first. What is left
-are dropout and gradients of masks; of these, short sequences, whose weights may be kept in that memory too, go to
-:mod:`lwpf_patch.backends.cpu_kept`.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import compiling
-from . import cpu_kept, cpu_native, cpu_products
+from .. import compiling, transforms
+from . import cpu_native, cpu_tiles, eager_form
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .base import Call, FusedBackend
-from .cpu_median import TIES, median
-from .cpu_primitives import keep, raise_to
-from .cpu_products import add_product, product
-from .cpu_steps import KeySum, add_to_mask, add_to_ties, dropout, gradients_again, numbers
-from .eager_form import repeat_heads
+from .cpu_dropout import dropout
 from .operators import DirectOperator
-from .tiles import TiledScores
 
 #: From so many scores on, "auto" takes this backend. Below, its calls cost more than they save.
 MANY_SCORES = 1 << 19
-#: Scores in a tile for each thread: few enough for the caches, enough rows for products of matrices to be fast.
-TILE = 1 << 19
-#: Scores no larger than this need no maximum taken off before their exponentials, which are far from any limit.
-BOUND = 60.0
+#: The same where the C++ is compiled: see :func:`lwpf_patch.backends.cpu_native.is_worth_it`.
+MANY_SCORES_NATIVELY = 1 << 10
 
 
 class CPU(FusedBackend):
@@ -66,14 +53,16 @@ class CPU(FusedBackend):
 
     def why_rather_not(self, call: Call) -> str | None:
         """Return that there are too few scores for it to be worth it; None: there are enough."""
-        few = call.query.shape[:-1].numel() * call.key.shape[-2] < MANY_SCORES
-        return "there are few scores" if few else None
+        scores = call.query.shape[:-1].numel() * call.key.shape[-2]
+        if scores >= MANY_SCORES or (scores >= MANY_SCORES_NATIVELY and _native_is_worth_it()):
+            return None
+        return "there are few scores"
 
     def compute_threshold(self, call: Call, mu: float | None, bias: float | None, eps: Tensor | None) -> Tensor:
         """Compute a call; see :meth:`FusedBackend.compute_threshold`."""
         key, value = call.key, call.value
         if call.enable_gqa:
-            key, value = repeat_heads(call.query, key), repeat_heads(call.query, value)
+            key, value = eager_form.repeat_heads(call.query, key), eager_form.repeat_heads(call.query, value)
         return attention(
             call.query, key, value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, mu, bias, call.sep.n,
             eps,
@@ -116,26 +105,26 @@ def attention(
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     factor = representable_factor(query, scale, query.dtype)
-    flat = [
-        tensor.expand(*lead, *tensor.shape[-2:]).reshape(lead.numel(), *tensor.shape[-2:])
-        for tensor in (query, key, value)
-    ]
+    four = (lead[:-1].numel(), lead[-1]) if lead else (1, 1)
+    query, key, value = (_four_dimensions(tensor, lead, four) for tensor in (query, key, value))
     mask = None
     if attn_mask is not None:
-        mask = widen_mask(flat_mask(attn_mask, lead), flat[0].dtype)
+        mask = widen_mask(flat_mask(attn_mask, lead), query.dtype)
         if mask.shape[-1] == 1:
-            mask = mask.expand(*mask.shape[:-1], key.shape[-2])
-    seed = torch.randint(2**62, ()) if dropout_p > 0 else torch.zeros((), dtype=torch.int64)
-    noise = torch.zeros((), dtype=flat[0].dtype) if eps is None else eps.to(flat[0].dtype)
-    onednn = _onednn_suits(flat[0].dtype)
-    heads = max(1, lead[-1]) if lead else 1
-    mask_needs_grad = mask is not None and mask.requires_grad
-    if cpu_native.suits(flat, dropout_p, mask_needs_grad) and _native_is_there():
-        chosen = native_operator
-    else:
-        chosen = cpu_kept.operator if cpu_kept.suits(*flat) else operator
-    out = chosen(*flat, factor, mask, heads, dropout_p, is_causal, TILE, _threads(), onednn, mu, bias, n, noise, seed)
+            mask = mask.expand(*mask.shape[:-1], key.shape[2])
+    seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0 else None
+    native = query.numel() * key.numel() * value.numel() > 0 and _native_is_there()
+    out = operator(
+        query, key, value, factor, mask, dropout_p, is_causal, native, _threads(), mu, bias, n, eps, seed
+    )  # fmt: skip
     return out.reshape(*lead, *out.shape[-2:]).to(dtype)
+
+
+def _four_dimensions(tensor: Tensor, lead: torch.Size, four: tuple[int, int]) -> Tensor:
+    """Return (B, H, rows, features), where the heads are the last of the batch dimensions."""
+    if tensor.dim() == 4 and tensor.shape[:2] == lead:
+        return tensor
+    return tensor.expand(*lead, *tensor.shape[-2:]).reshape(*four, *tensor.shape[-2:])
 
 
 @compiling.constant
@@ -144,13 +133,13 @@ def _threads() -> int:
 
 
 @compiling.constant
-def _native_is_there() -> bool:
-    return cpu_native.is_there()
+def _native_is_worth_it() -> bool:
+    return cpu_native.is_worth_it()
 
 
 @compiling.constant
-def _onednn_suits(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and cpu_products.onednn_is_faster()
+def _native_is_there() -> bool:
+    return cpu_native.is_there()
 
 
 def _forward(
@@ -159,83 +148,43 @@ def _forward(
     value: Tensor,
     scale: float,
     mask: Tensor | None,
-    heads: int,
     dropout_p: float,
     is_causal: bool,
-    tile_size: int,
+    native: bool,
     threads: int,
-    onednn: bool,
     mu: float | None,
     bias: float | None,
     n: float,
-    eps: Tensor,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the output; L and rho of each row; the threshold with and without noise; and the ties.
+    eps: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the forward pass.
 
-    The ties are the number of scores that are equal to the median, and the positions of some of them.
+    Args:
+        query: (B, H, L, E), of float32 or float64, as are the others.
+        key: (B, H, S, E).
+        value: (B, H, S, Ev).
+        scale: Factor of the products of query and key.
+        mask: (B or 1, H or 1, L or 1, S), boolean or additive; None: there is none.
+        dropout_p: Probability that a weight is dropped.
+        is_causal: Whether query i sees the keys 0 to i only, where there is no mask.
+        native: Whether the C++ computes, if it is what it should be.
+        threads: How many threads it takes at most.
+        mu: The threshold without noise; None: the median of all scores.
+        bias: What a forgotten score becomes; None: the threshold.
+        n: What is added to the denominator.
+        eps: The noise of the threshold, (); None: none.
+        seed: Of dropout, (), int64; None: nothing is dropped.
+
+    Returns:
+        The output, (B, H, L, Ev); L and rho of each row, (2, B, H, L); and, in float64, the threshold with and without
+        noise and the number of scores that are equal to the median.
     """
-    tiled = TiledScores(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
-    ties = torch.zeros(TIES + 1, dtype=torch.int64)
-    scratch = tiled.scratch()
-    centre = torch.full((), median(tiled, ties, scratch) if mu is None else mu, dtype=query.dtype)
-    threshold = centre + eps
-    a, b = numbers(threshold, bias)
-    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-    log_sum = query.new_empty(query.shape[:2])
-    rho = query.new_zeros(query.shape[:2])
-    small = _are_small(tiled, b, n)
-    log_n = math.log(n) if n > 0 else -math.inf
-    for tile in tiled.tiles():
-        scores, excluded = tiled.scores(tile)
-        if excluded is not None:
-            scores.masked_fill_(excluded, a)  # not above the threshold, so not kept
-        weights = raise_to(scores, a, b, out=scratch[: scores.numel()].view(scores.shape))
-        if small:
-            weights.exp_()
-        else:
-            if excluded is not None:
-                weights.masked_fill_(excluded, -math.inf)
-            highest = weights.amax(-1, keepdim=True)  # -inf, and the row NaN, where no score is higher
-            if n:
-                highest.clamp_(min=log_n)
-            _exp_(weights.sub_(highest))
-        if excluded is not None:
-            weights.masked_fill_(excluded, 0)
-        total = weights.sum(-1, keepdim=True)
-        if excluded is not None or not tile.keys:
-            total.masked_fill_(total == 0, 1)  # a row with no key left gives 0
-        kept = keep(weights, scores, a, out=weights)
-        added = 0.0 if n == 0 else n if small else (log_n - highest).exp_()
-        total += added
-        if mu is None:
-            rho[tile.batch, tile.rows] = 1 - ((kept.sum(-1, keepdim=True) + added) / total).squeeze(-1)
-        if dropout_p > 0:
-            kept *= dropout(kept, dropout_p, seed, tile)
-        product(kept, value[tile.batch, : tile.keys], tiled.uses_onednn, out=out[tile.batch, tile.rows]).div_(total)
-        log_total = total.log_() if small else total.log_().add_(highest)
-        log_sum[tile.batch, tile.rows] = log_total.squeeze(-1)
-    return out, log_sum, rho, threshold, centre, ties
-
-
-def _are_small(tiled: TiledScores, b: float, n: float) -> bool:
-    """Return whether the exponentials of all scores and of b may be taken as they are, and n be added to them.
-
-    Then nothing need be subtracted from a tile, in neither pass. No score is larger than the norms of its query and of
-    its key make it.
-    """
-    if not tiled.query.shape[:2].numel() or not tiled.key.shape[1]:
-        return True  # there is none
-    if tiled.mask is not None and tiled.mask.dtype != torch.bool:
-        return False
-    largest = tiled.query.norm(dim=-1).amax() * tiled.key.norm(dim=-1).amax()
-    # With a and b of -inf, no score is forgotten.
-    return largest.item() * abs(tiled.scale) <= BOUND and (abs(b) <= BOUND or b == -math.inf) and n <= math.exp(BOUND)
-
-
-def _exp_(x: Tensor) -> Tensor:
-    """Take the exponentials in place, none of them denormal: that takes a processor up to 200 times as long."""
-    return x.clamp_(min=-87.0 if x.dtype == torch.float32 else -700.0).exp_()
+    if native and cpu_native.why_not() is None:
+        return cpu_native.forward(
+            query, key, value, scale, mask, dropout_p, is_causal, threads, mu, bias, n, eps, seed
+        )  # fmt: skip
+    return cpu_tiles.forward(query, key, value, scale, mask, dropout_p, is_causal, mu, bias, n, eps, seed)
 
 
 _registered = torch.library.custom_op("lwpf_patch::cpu_attention", _forward, mutates_args=(), device_types="cpu")
@@ -243,10 +192,8 @@ _registered = torch.library.custom_op("lwpf_patch::cpu_attention", _forward, mut
 
 @_registered.register_fake
 def _fake(query, key, value, *rest):  # type: ignore[no-untyped-def]
-    rows = query.new_empty(query.shape[:2])
-    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-    ties = torch.empty(TIES + 1, dtype=torch.int64, device=query.device)
-    return out, rows, torch.empty_like(rows), query.new_empty(()), query.new_empty(()), ties
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    return out, query.new_empty(2, *query.shape[:3]), query.new_empty(3, dtype=torch.float64)
 
 
 def _backward(
@@ -257,70 +204,23 @@ def _backward(
     scale: float,
     mask: Tensor | None,
     out: Tensor,
-    log_sum: Tensor,
-    rho: Tensor,
-    threshold: Tensor,
-    centre: Tensor,
-    ties: Tensor,
-    seed: Tensor,
-    heads: int,
+    rows: Tensor,
+    found: Tensor,
+    seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    tile_size: int,
+    native: bool,
     threads: int,
-    onednn: bool,
     mu: float | None,
     bias: float | None,
     n: float,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and, if it is wanted, of the mask."""
-    tiled = TiledScores(query, key, scale, mask, heads, is_causal, tile_size, threads, onednn)
-    a = threshold.item()
-    if math.isnan(a) or (bias is None and a == math.inf):
-        a = -math.inf  # all weights are NaN, and stay it
-    new = torch.empty_like if query.shape[1] else torch.zeros_like  # without a query, no tile writes them
-    grad_query, grad_key, grad_value = new(query), new(key), new(value)
-    key_sum, value_sum = KeySum(grad_key, tiled), KeySum(grad_value, tiled)
-    grad_mask = torch.zeros_like(mask) if mask is not None and mask_needs_grad else query.new_zeros(0)
-    delta = (grad * out).sum(-1, keepdim=True)
-    small = _are_small(tiled, a if bias is None else bias, n)
-    if small:  # exp(s - L) = exp(s) exp(-L), and exp(-L) can multiply rows of features in place of scores
-        row = (-log_sum).exp_()[..., None]
-        grad, row_delta = grad * row, delta * row
-    scratch = tiled.scratch()
-    for tile in tiled.tiles():
-        scores, excluded = tiled.scores(tile)
-        if excluded is not None:
-            scores.masked_fill_(excluded, a)
-        weights = scratch[: scores.numel()].view(scores.shape)
-        if small:
-            torch.exp(scores, out=weights)
-        else:
-            _exp_(torch.sub(scores, log_sum[tile.batch, tile.rows, None], out=weights))
-        weights = keep(weights, scores, a, out=weights)
-        tile_grad, tile_keys = grad[tile.batch, tile.rows], slice(0, tile.keys)
-        reusable = None if tiled.uses_onednn else scores
-        inner = product(tile_grad, value[tile.batch, tile_keys].mT, tiled.uses_onednn, out=reusable)
-        if dropout_p > 0:
-            dropped = dropout(weights, dropout_p, seed, tile)
-            inner *= dropped
-            used = weights * dropped
-        else:
-            used = weights
-        value_sum.add(tile, used, tile_grad)
-        inner.sub_((row_delta if small else delta)[tile.batch, tile.rows]).mul_(weights)
-        add_product(
-            grad_query[tile.batch, tile.rows], inner, key[tile.batch, tile_keys], tiled.uses_onednn, True, scale
-        )
-        key_sum.add(tile, inner, query[tile.batch, tile.rows], scale)
-        if grad_mask.numel():
-            add_to_mask(grad_mask, tiled, tile, inner)
-    if mu is None and bias is None:
-        # The forgotten scores become the threshold, and pass their gradient on to it; the comparison has none.
-        share = -(rho * delta.squeeze(-1)).sum() / ties[0].clamp(min=1)
-        add_to_ties(tiled, centre, ties, share, grad_query, grad_key, grad_mask)
-    return grad_query, grad_key, grad_value, grad_mask
+    given = (grad, query, key, value, scale, mask, out, rows, found, seed, dropout_p, is_causal)
+    if native and cpu_native.why_not() is None:
+        return cpu_native.backward(*given, threads, mu, bias, n, mask_needs_grad)
+    return cpu_tiles.backward(*given, mu, bias, n, mask_needs_grad)
 
 
 _registered_backward = torch.library.custom_op(
@@ -330,52 +230,42 @@ _registered_backward = torch.library.custom_op(
 
 @_registered_backward.register_fake
 def _fake_backward(grad, query, key, value, scale, mask, *rest):  # type: ignore[no-untyped-def]
-    grad_mask = torch.empty_like(mask) if mask is not None and rest[-1] else query.new_empty(0)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
+    grad_mask = query.new_empty(mask.shape if mask is not None and rest[-1] else 0)
+    return (*(x.new_empty(x.shape) for x in (query, key, value)), grad_mask)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, scale, mask, heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n, eps, seed = (
-        inputs
-    )
+    query, key, value, scale, mask, dropout_p, is_causal, native, threads, mu, bias, n, eps, seed = inputs
     ctx.save_for_backward(query, key, value, mask, eps, *output, seed)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # of the outputs only the first has a gradient
-    ctx.options = (heads, dropout_p, is_causal, tile_size, threads, onednn, mu, bias, n)
+    ctx.options = (dropout_p, is_causal, native, threads, mu, bias, n)
     ctx.mask_needs_grad = mask is not None and ctx.needs_input_grad[4]
 
 
 def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
     query, key, value, mask, _, *saved = ctx.saved_tensors
-    grads = backward(grad.contiguous(), query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad)
-    grad_mask = grads[3] if ctx.mask_needs_grad else None
-    return *grads[:3], None, grad_mask, *[None] * 11
+    grads = backward(grad, query, key, value, ctx.scale, mask, *saved, *ctx.options, ctx.mask_needs_grad)
+    return *grads[:3], None, grads[3] if ctx.mask_needs_grad else None, *[None] * 9
+
+
+def _gradients_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Return the gradients of all arguments in a form that can be differentiated and transformed."""
+    query, key, value, mask, eps, *_, seed = ctx.saved_tensors
+    dropout_p, is_causal, _, _, mu, bias, n = ctx.options
+    dropped = None
+    if seed is not None:
+        rows = torch.arange(query.shape[:3].numel(), device="cpu").view(query.shape[:3])
+        dropped = dropout(int(seed), dropout_p, rows, key.shape[2], query.dtype)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return eager_form.above_threshold(query, key, value, mask, is_causal, ctx.scale, mu, bias, n, eps, dropped)
+
+    needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
+    *grads, grad_mask = transforms.gradients(attend, (query, key, value, mask), needed, grad)
+    return *grads, None, grad_mask, *[None] * 9
 
 
 operator = DirectOperator(
-    (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients, gradients_again
-)
-
-
-def _native_or(tiled: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a pass that is computed natively, or tile by tile where what was compiled does not do what it should."""
-
-    @functools.wraps(tiled)
-    def compute(*arguments: Any) -> Any:
-        return (native if cpu_native.why_not() is None else tiled)(*arguments)
-
-    return compute
-
-
-_native_passes = _native_or(_forward, cpu_native.forward), _native_or(_backward, cpu_native.backward)
-_registered_native = torch.library.custom_op(
-    "lwpf_patch::cpu_native_attention", _native_passes[0], mutates_args=(), device_types="cpu"
-)
-_registered_native_backward = torch.library.custom_op(
-    "lwpf_patch::cpu_native_attention_backward", _native_passes[1], mutates_args=(), device_types="cpu"
-)
-_registered_native.register_fake(_fake)
-_registered_native_backward.register_fake(_fake_backward)
-native_operator = DirectOperator(
-    (_registered_native, _registered_native_backward), _native_passes, _setup_context, _gradients, gradients_again
+    (_registered, _registered_backward), (_forward, _backward), _setup_context, _gradients, _gradients_again
 )

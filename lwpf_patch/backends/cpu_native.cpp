@@ -29,17 +29,26 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// Rows of features of all heads of all batch items; the features of a row lie one beside another.
+struct View {
+  const void* data;
+  int64_t strides[3];  // of batch item, head and row
+};
+
 // What one call is about; cpu_native.py declares the same. Not in the unnamed namespace: it is an interface.
 struct Call {
-  const void *query, *key, *value, *mask, *grad;
-  void *out, *log_sum, *rho, *grad_query, *grad_key, *grad_value;
-  int64_t batch, length, keys, width, value_width, heads;
-  int64_t mask_strides[4];  // of batch item, head, query and key; 0 where the mask is the same for all
-  int64_t mask_kind;        // 0: none, 1: boolean, 2: additive
-  int64_t causal, threads;
-  double scale, a, b, n, lowest;
-  double centre;  // the median: a result, and an argument of the backward pass
-  int64_t ties;   // how many scores are equal to it; 0: it has no gradient
+  View query, key, value, grad;
+  View mask;             // (batch item, head, query, key); a stride is 0 where the mask is the same for all
+  int64_t mask_stride;   // of a key
+  int64_t mask_kind;     // 0: none, 1: boolean, 2: additive
+  // The others are dense; of grad_mask, grad_mask_sizes are the first three sizes, each 1 where the mask is the same.
+  void *out, *log_sum, *rho, *grad_query, *grad_key, *grad_value, *grad_mask;
+  int64_t grad_mask_sizes[3];
+  int64_t batch, length, keys, width, value_width, heads;  // batch: of items times heads
+  int64_t causal, threads, drops, has_mu, has_bias;
+  uint64_t seed;
+  double scale, mu, noise, bias, n, lowest, dropout_p;
+  double* found;  // threshold, median, and how many scores are equal to it: of the forward pass, for the backward pass
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 };
 
@@ -50,6 +59,20 @@ using Index = int64_t;
 constexpr Index KEYS = 64;    // keys of a tile
 constexpr Index PANELS = 4;   // at most, of a block
 constexpr Index TASKS = 8;    // at least, for each thread, of the backward pass
+
+// A call with what the threshold makes of it. Scores that are at most a are forgotten, and become b.
+struct Attention : Call {
+  double a = 0, b = 0, centre = 0;  // centre: the threshold without noise
+  Index ties = 0;                   // how many scores are equal to the median; 0: it has no gradient
+
+  explicit Attention(const Call& call) : Call(call) {}
+
+  template <class T>
+  const T* at(const View& view, Index item, Index row = 0) const {
+    const Index* strides = view.strides;
+    return static_cast<const T*>(view.data) + item / heads * strides[0] + item % heads * strides[1] + row * strides[2];
+  }
+};
 
 template <class T>
 struct Whole;
@@ -191,17 +214,17 @@ struct Block {
 };
 
 template <class T>
-Index panels_of(const Call& call) {
+Index panels_of(const Attention& call) {
   return (call.length + Lanes<T>::panel - 1) / Lanes<T>::panel;
 }
 
 template <class T>
-Index blocks_of(const Call& call) {
+Index blocks_of(const Attention& call) {
   return (panels_of<T>(call) + PANELS - 1) / PANELS;
 }
 
 template <class T>
-Block<T> block_of(const Call& call, Index item, Index number) {
+Block<T> block_of(const Attention& call, Index item, Index number) {
   const Index panels = panels_of<T>(call), blocks = blocks_of<T>(call);
   const Index first = number * panels / blocks * Lanes<T>::panel;
   const Index end = std::min(call.length, (number + 1) * panels / blocks * Lanes<T>::panel);
@@ -249,9 +272,9 @@ thread_local Scratch scratch;
 
 // Turns rows of features into features of a panel's rows, times a factor; lanes without a row become 0.
 template <class T>
-void turn_in(const T* rows, Index count, Index lanes, Index width, T factor, T* panel) {
+void turn_in(const T* rows, Index stride, Index count, Index lanes, Index width, T factor, T* panel) {
   for (Index q = 0; q < count; q++)
-    for (Index e = 0; e < width; e++) panel[e * lanes + q] = rows[q * width + e] * factor;
+    for (Index e = 0; e < width; e++) panel[e * lanes + q] = rows[q * stride + e] * factor;
   for (Index q = count; q < lanes; q++)
     for (Index e = 0; e < width; e++) panel[e * lanes + q] = 0;
 }
@@ -264,7 +287,7 @@ void turn_out(const T* panel, Index count, Index lanes, Index width, T factor, T
 
 // Sets the scores of excluded keys in a panel of a tile to -inf, counts them for each lane, and adds an additive mask.
 template <class T, int N>
-void exclude(const Call& call, const Block<T>& block, Index p, Index first, Index keys, T* scores, I<T>* excluded) {
+void exclude(const Attention& call, const Block<T>& block, Index p, Index first, Index keys, T* scores, I<T>* excluded) {
   constexpr Index count = Lanes<T>::count, lanes = N * count;
   const Index row = block.start + p * Lanes<T>::panel;
   if (call.causal) {
@@ -280,24 +303,21 @@ void exclude(const Call& call, const Block<T>& block, Index p, Index first, Inde
       }
     return;
   }
-  const Index* strides = call.mask_strides;
-  const Index offset = block.item / call.heads * strides[0] + block.item % call.heads * strides[1];
-  const Index rows = block.rows_of(p);
+  const Index rows = block.rows_of(p), stride = call.mask_stride;
   for (Index q = 0; q < rows; q++) {
-    const Index start = offset + (row + q) * strides[2] + first * strides[3];
     T* to = scores + q;
     Index hidden = 0;
     if (call.mask_kind == 1) {
-      const bool* mask = static_cast<const bool*>(call.mask) + start;
+      const bool* mask = call.at<bool>(call.mask, block.item, row + q) + first * stride;
       for (Index k = 0; k < keys; k++) {
-        const bool seen = mask[k * strides[3]];
+        const bool seen = mask[k * stride];
         to[k * lanes] = seen ? to[k * lanes] : -INF<T>;
         hidden += !seen;
       }
     } else {
-      const T* mask = static_cast<const T*>(call.mask) + start;
+      const T* mask = call.at<T>(call.mask, block.item, row + q) + first * stride;
       for (Index k = 0; k < keys; k++) {
-        const T added = mask[k * strides[3]];
+        const T added = mask[k * stride];
         const bool seen = !(added <= (T)call.lowest);
         to[k * lanes] = seen ? to[k * lanes] + added : -INF<T>;
         hidden += !seen;
@@ -308,27 +328,79 @@ void exclude(const Call& call, const Block<T>& block, Index p, Index first, Inde
 }
 
 template <class T>
-Index keys_of(const Call& call, const Block<T>& block) {
+Index keys_of(const Attention& call, const Block<T>& block) {
   return call.causal ? std::min(call.keys, block.start + block.rows) : call.keys;
 }
 
-template <class T>
-struct Pointers {
-  const T *query, *key, *value, *grad;
-
-  Pointers(const Call& call, const Block<T>& block)
-      : query(static_cast<const T*>(call.query) + (block.item * call.length + block.start) * call.width),
-        key(static_cast<const T*>(call.key) + block.item * call.keys * call.width),
-        value(static_cast<const T*>(call.value) + block.item * call.keys * call.value_width),
-        grad(static_cast<const T*>(call.grad) + (block.item * call.length + block.start) * call.value_width) {}
-};
-
 // Makes the scores of a panel of a tile.
 template <class T, int N>
-INLINE void make_scores(const Call& call, const Block<T>& block, Index p, Index first, Index keys, const T* key,
-                        const T* turned, T* scores, I<T>* excluded) {
-  product<T, N, false>(keys, call.width, key + first * call.width, call.width, turned, scores, false);
+INLINE void make_scores(const Attention& call, const Block<T>& block, Index p, Index first, Index keys, const T* turned,
+                        T* scores, I<T>* excluded) {
+  product<T, N, false>(keys, call.width, call.at<T>(call.key, block.item, first), call.key.strides[2], turned, scores,
+                       false);
   if (call.causal || call.mask_kind) exclude<T, N>(call, block, p, first, keys, scores, excluded);
+}
+
+// Turns rows of a panel, of queries or of gradients, as turn_in does.
+template <class T>
+INLINE void turn_panel(const Attention& call, const View& view, const Block<T>& block, Index p, Index width, T factor,
+                       T* turned) {
+  turn_in<T>(call.at<T>(view, block.item, block.start + p * Lanes<T>::panel), view.strides[2], block.rows_of(p),
+             block.lanes_of(p), width, factor, turned);
+}
+
+// --- dropout --------------------------------------------------------------------------------------------------------
+
+INLINE uint64_t mix(uint64_t z) {  // SplitMix64's
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+
+// What dropout multiplies the weights of a panel with: a hash of the seed, the row and the column, so that both passes,
+// any threads, and cpu_dropout.py, which computes the same, drop the same weights.
+template <class T, int N>
+class Dropout {
+ public:
+  Dropout(const Attention& call, const Block<T>& block, Index p) {
+    const uint64_t row = block.item * call.length + block.start + p * Lanes<T>::panel;
+    for (Index q = 0; q < N * count; q++) {
+      const uint64_t key = mix(call.seed + (row + q + 1) * GOLDEN);
+      low_[q / count][q % count] = (uint32_t)key, high_[q / count][q % count] = (uint32_t)(key >> 32);
+    }
+    limit_ = (int32_t)std::min(call.dropout_p * 2147483648.0, 2147483647.0);
+    factor_ = call.dropout_p < 1 ? 1 / (1 - call.dropout_p) : 0;
+  }
+
+  INLINE V<T> of(Index column, int j) const {
+    Words x = low_[j] + (uint32_t)column * (uint32_t)(GOLDEN >> 32);
+    x = (x ^ (x >> 16)) * 0x85EBCA6Bu + high_[j];  // the constants are MurmurHash3's
+    x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+    x = (x ^ (x >> 16)) >> 1;
+    return only<T>(__builtin_convertvector((Signed)x >= limit_, I<T>), all(factor_));
+  }
+
+ private:
+  static constexpr Index count = Lanes<T>::count;
+  typedef uint32_t Words __attribute__((vector_size(count * 4)));
+  typedef int32_t Signed __attribute__((vector_size(count * 4)));
+
+  Words low_[N], high_[N];
+  int32_t limit_;
+  T factor_;
+};
+
+// Drops some weights of a panel of a tile.
+template <class T, int N>
+void drop(const Attention& call, const Block<T>& block, Index p, Index first, Index keys, T* weights) {
+  const Dropout<T, N> dropout(call, block, p);
+  for (Index k = 0; k < keys; k++)
+    for (int j = 0; j < N; j++) {
+      T* at = weights + (k * N + j) * Lanes<T>::count;
+      store<T>(at, load(at) * dropout.of(first + k, j));
+    }
 }
 
 // --- forward --------------------------------------------------------------------------------------------------------
@@ -384,7 +456,7 @@ void weigh(Rows<T, N>& rows, T a, T* scores, Index keys, T* out, Index value_wid
 }
 
 template <class T, int N>
-void finish_rows(const Call& call, const Block<T>& block, Index p, Rows<T, N>& rows, T* out) {
+void finish_rows(const Attention& call, const Block<T>& block, Index p, Rows<T, N>& rows, T* out) {
   constexpr Index count = Lanes<T>::count, lanes = N * count;
   const T b = call.b, log_n = call.n > 0 ? std::log(call.n) : -INF<double>;
   const Index start = block.item * call.length + block.start + p * Lanes<T>::panel, keys = keys_of(call, block);
@@ -419,8 +491,7 @@ void finish_rows(const Call& call, const Block<T>& block, Index p, Rows<T, N>& r
 }
 
 template <class T>
-void forward_block(const Call& call, const Block<T>& block) {
-  const Pointers<T> at(call, block);
+void forward_block(const Attention& call, const Block<T>& block) {
   const Index last = keys_of(call, block);
   scratch.reserve(sizeof(T) * Lanes<T>::panel * (call.width + call.value_width + KEYS) + 3 * 64);
   T* const turned = scratch.take<T>(call.width * Lanes<T>::panel);
@@ -429,16 +500,17 @@ void forward_block(const Call& call, const Block<T>& block) {
   by_panels(block, [&](auto registers, Index p) {
     constexpr int N = decltype(registers)::value;
     constexpr Index lanes = N * Lanes<T>::count;
-    turn_in<T>(at.query + p * Lanes<T>::panel * call.width, block.rows_of(p), lanes, call.width, call.scale, turned);
+    turn_panel<T>(call, call.query, block, p, call.width, call.scale, turned);
     std::fill(out, out + call.value_width * lanes, (T)0);
     Rows<T, N> rows = {};
     for (int j = 0; j < N; j++) rows.highest[j] = all(-INF<T>);
     for (Index first = 0; first < last; first += KEYS) {
       const Index keys = std::min(KEYS, last - first);
-      make_scores<T, N>(call, block, p, first, keys, at.key, turned, scores, rows.excluded);
+      make_scores<T, N>(call, block, p, first, keys, turned, scores, rows.excluded);
       weigh<T, N>(rows, call.a, scores, keys, out, call.value_width);
-      product<T, N, true>(call.value_width, keys, at.value + first * call.value_width, call.value_width, scores, out,
-                          true);
+      if (call.drops) drop<T, N>(call, block, p, first, keys, scores);
+      product<T, N, true>(call.value_width, keys, call.at<T>(call.value, block.item, first), call.value.strides[2],
+                          scores, out, true);
     }
     finish_rows<T, N>(call, block, p, rows, out);
   });
@@ -448,7 +520,8 @@ void forward_block(const Call& call, const Block<T>& block) {
 
 // Adds scores^T rows to a gradient of keys or values; the scores are those of a block's panels, KEYS panel apart.
 template <class T>
-void add_to_keys(const Block<T>& block, Index keys, const T* scores, const T* rows, Index width, T* total, bool add) {
+void add_to_keys(const Block<T>& block, Index keys, const T* scores, const T* rows, Index stride, Index width, T* total,
+                 bool add) {
   constexpr Index count = Lanes<T>::count, panel = Lanes<T>::panel;
   by_groups(keys, [&](auto group, Index m) {
     constexpr int M = decltype(group)::value;
@@ -457,8 +530,8 @@ void add_to_keys(const Block<T>& block, Index keys, const T* scores, const T* ro
       V<T> sum[M][N] = {};
       for (Index p = 0; p < block.panels(); p++) {
         const Index lanes = block.lanes_of(p);
-        multiply<T, M, N, false>(sum, scores + p * KEYS * panel + m * lanes, lanes, rows + p * panel * width + e, width,
-                                 block.rows_of(p));
+        multiply<T, M, N, false>(sum, scores + p * KEYS * panel + m * lanes, lanes, rows + p * panel * stride + e,
+                                 stride, block.rows_of(p));
       }
       put<T, M, N>(sum, total + m * width + e, width, add);
     };
@@ -468,19 +541,47 @@ void add_to_keys(const Block<T>& block, Index keys, const T* scores, const T* ro
   });
 }
 
+// Where the gradient of a mask is wanted, the batch items that share a part of the mask, a *slice*, take turns in a task:
+// their gradients are added up for a block, and leave it together. Else each batch item is a slice of its own. The items
+// of a slice are dealt out among *segments*, the blocks of an item among *chunks*, so that there are enough tasks; what
+// two tasks add to, both have a copy of, and the copies are added up at the end, always in the same order.
 template <class T>
 struct Backward {
-  const Call& call;
+  const Attention& call;
   T share;  // of the threshold's gradient, for each score that is equal to the median
-  Index chunks;
-  std::vector<T> parts;                   // of the gradients of keys and values, from chunks after the first
+  Index slices, slice_heads, item_heads, items;  // items and their heads: of a slice
+  Index segments, chunks;
+  std::vector<T> parts;                        // of the gradients of keys and values, from chunks after the first
+  std::vector<T> copies;                       // of the gradient of the mask
   std::vector<std::atomic<Index>> unfinished;  // chunks of each batch item
 
-  Backward(const Call& call, T share) : call(call), share(share), unfinished(call.batch) {
+  Backward(const Attention& call, T share) : call(call), share(share), unfinished(call.batch) {
+    slice_heads = call.grad_mask ? call.grad_mask_sizes[1] : call.heads;
+    slices = call.grad_mask ? call.grad_mask_sizes[0] * slice_heads : call.batch;
+    items = call.batch / slices, item_heads = call.heads / slice_heads;
+    const Index tasks = TASKS * call.threads;
+    segments = std::min((tasks + slices - 1) / slices, items);
+    if (mask_rows() > 1) {  // copies take no more memory than there are queries, keys and values
+      const Index given = call.batch * (call.length * call.width + part_size());
+      segments = std::min(segments, 1 + given / (slices * mask_rows() * call.keys));
+    }
     const Index most = std::max<Index>(1, call.length / (2 * (call.width + call.value_width)));
-    chunks = std::min({(TASKS * call.threads + call.batch - 1) / call.batch, blocks_of<T>(call), most});
+    chunks = std::min({(tasks + slices * segments - 1) / (slices * segments), blocks_of<T>(call), most});
     parts.resize((chunks - 1) * call.batch * part_size());
+    if (call.grad_mask) copies.resize((copies_count() - 1) * slices * mask_rows() * call.keys);
     for (auto& each : unfinished) each = chunks;
+  }
+
+  Index tasks() const { return slices * segments * chunks; }
+  Index item_of(Index slice, Index i) const {
+    return (slice / slice_heads + i / item_heads) * call.heads + slice % slice_heads + i % item_heads;
+  }
+
+  Index mask_rows() const { return call.grad_mask ? call.grad_mask_sizes[2] : 0; }
+  Index copies_count() const { return segments * (mask_rows() > 1 ? 1 : chunks); }
+  T* grad_mask(Index slice, Index copy) {
+    T* const whole = copy ? copies.data() + (copy - 1) * slices * mask_rows() * call.keys : static_cast<T*>(call.grad_mask);
+    return whole + slice * mask_rows() * call.keys;
   }
 
   Index part_size() const { return call.keys * (call.width + call.value_width); }
@@ -494,15 +595,30 @@ struct Backward {
   }
 
   void task(Index number) {
-    const Index item = number / chunks, chunk = number % chunks, blocks = blocks_of<T>(call);
-    T *const key = grad_key(item, chunk), *const value = grad_value(item, chunk);
+    const Index chunk = number % chunks, segment = number / chunks % segments, slice = number / chunks / segments;
+    const Index blocks = blocks_of<T>(call);
     const Index first = chunk * blocks / chunks, end = (chunk + 1) * blocks / chunks;
-    if (call.causal) {  // not every block reaches every key
-      std::fill(key, key + call.keys * call.width, (T)0);
-      std::fill(value, value + call.keys * call.value_width, (T)0);
+    const Index first_item = segment * items / segments, end_item = (segment + 1) * items / segments;
+    if (call.causal)  // not every block reaches every key
+      for (Index i = first_item; i < end_item; i++) {
+        const Index item = item_of(slice, i);
+        std::fill_n(grad_key(item, chunk), call.keys * call.width, (T)0);
+        std::fill_n(grad_value(item, chunk), call.keys * call.value_width, (T)0);
+      }
+    const Room room(call);
+    for (Index b = first; b < end; b++) {
+      for (Index i = first_item; i < end_item; i++) {
+        const Index item = item_of(slice, i);
+        block(room, block_of<T>(call, item, b), grad_key(item, chunk), grad_value(item, chunk), call.causal || b > first,
+              i > first_item);
+      }
+      if (call.grad_mask)
+        add_to_mask(room, block_of<T>(call, 0, b), grad_mask(slice, mask_rows() > 1 ? segment : segment * chunks + chunk));
     }
-    for (Index i = first; i < end; i++) block(block_of<T>(call, item, i), key, value, call.causal || i > first);
-    if (unfinished[item].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(item);
+    for (Index i = first_item; i < end_item; i++) {
+      const Index item = item_of(slice, i);
+      if (unfinished[item].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(item);
+    }
   }
 
   void finish(Index item) {
@@ -516,47 +632,98 @@ struct Backward {
     for (Index i = 0; i < call.keys * call.width; i++) key[i] *= scale;
   }
 
-  void block(const Block<T>& block, T* grad_key, T* grad_value, bool add) {
-    constexpr Index panel = Lanes<T>::panel;
-    const Pointers<T> at(call, block);
-    const Index last = keys_of(call, block), panels = block.panels(), start = block.item * call.length + block.start;
-    scratch.reserve(sizeof(T) * panel * panels * (2 * call.width + call.value_width + 2 * KEYS + 2) + 7 * 64);
-    T* const query = scratch.take<T>(panels * call.width * panel);
-    T* const grad = scratch.take<T>(panels * call.value_width * panel);
-    T* const grad_query = scratch.take<T>(panels * call.width * panel);
-    T* const scores = scratch.take<T>(panels * KEYS * panel);
-    T* const inner = scratch.take<T>(panels * KEYS * panel);
-    T* const log_sum = scratch.take<T>(panels * panel);
-    T* const delta = scratch.take<T>(panels * panel);
-    std::fill(log_sum, log_sum + panels * panel, (T)0);
-    std::fill(delta, delta + panels * panel, (T)0);
-    std::copy_n(static_cast<const T*>(call.log_sum) + start, block.rows, log_sum);
-    deltas(call, start, block.rows, delta);
-    for (Index p = 0; p < panels; p++) {
-      const Index rows = block.rows_of(p), lanes = block.lanes_of(p);
-      turn_in<T>(at.query + p * panel * call.width, rows, lanes, call.width, call.scale, query + p * call.width * panel);
-      turn_in<T>(at.grad + p * panel * call.value_width, rows, lanes, call.value_width, 1,
-                 grad + p * call.value_width * panel);
+  void finish_mask(Index slice) {
+    T* const total = grad_mask(slice, 0);
+    for (Index copy = 1; copy < copies_count(); copy++) {
+      const T* const more = grad_mask(slice, copy);
+      for (Index i = 0; i < mask_rows() * call.keys; i++) total[i] += more[i];
     }
+  }
+
+  // What a thread works with: of a block's panels, each as for the largest one.
+  struct Room {
+    T *query, *grad, *grad_query, *scores, *inner, *log_sum, *delta;
+    T* mask;  // the gradient of the scores, of all keys, as they lie in tiles
+
+    explicit Room(const Attention& call) {
+      constexpr Index rows = Lanes<T>::panel * PANELS;
+      const Index mask_keys = call.grad_mask ? call.keys : 0;
+      scratch.reserve(sizeof(T) * rows * (2 * call.width + call.value_width + 2 * KEYS + 2 + mask_keys) + 8 * 64);
+      query = scratch.take<T>(call.width * rows);
+      grad = scratch.take<T>(call.value_width * rows);
+      grad_query = scratch.take<T>(call.width * rows);
+      scores = scratch.take<T>(KEYS * rows);
+      inner = scratch.take<T>(KEYS * rows);
+      log_sum = scratch.take<T>(rows);
+      delta = scratch.take<T>(rows);
+      mask = scratch.take<T>(mask_keys * rows);
+    }
+  };
+
+  void block(const Room& room, const Block<T>& block, T* grad_key, T* grad_value, bool add, bool add_to_room) {
+    constexpr Index panel = Lanes<T>::panel;
+    const Index last = keys_of(call, block), panels = block.panels(), start = block.item * call.length + block.start;
+    std::fill_n(room.log_sum, panels * panel, (T)0);
+    std::fill_n(room.delta, panels * panel, (T)0);
+    std::copy_n(static_cast<const T*>(call.log_sum) + start, block.rows, room.log_sum);
+    deltas(call, block.item, block.start, block.rows, room.delta);
+    for (Index p = 0; p < panels; p++) {
+      turn_panel<T>(call, call.query, block, p, call.width, call.scale, room.query + p * call.width * panel);
+      turn_panel<T>(call, call.grad, block, p, call.value_width, 1, room.grad + p * call.value_width * panel);
+    }
+    const T* const query = call.at<T>(call.query, block.item, block.start);
+    const T* const grad = call.at<T>(call.grad, block.item, block.start);
     for (Index first = 0; first < last; first += KEYS) {
       const Index keys = std::min(KEYS, last - first);
+      const T* const key = call.at<T>(call.key, block.item, first);
+      const T* const value = call.at<T>(call.value, block.item, first);
       by_panels(block, [&](auto registers, Index p) {
         constexpr int N = decltype(registers)::value;
-        T *const s = scores + p * KEYS * panel, *const g = inner + p * KEYS * panel;
+        constexpr Index lanes = N * Lanes<T>::count;
+        T *const s = room.scores + p * KEYS * panel, *const g = room.inner + p * KEYS * panel;
         I<T> excluded[N] = {};
-        make_scores<T, N>(call, block, p, first, keys, at.key, query + p * call.width * panel, s, excluded);
-        product<T, N, false>(keys, call.value_width, at.value + first * call.value_width, call.value_width,
-                             grad + p * call.value_width * panel, g, false);
-        differentiate<N>(keys, log_sum + p * panel, delta + p * panel, s, g);
-        product<T, N, true>(call.width, keys, at.key + first * call.width, call.width, g,
-                            grad_query + p * call.width * panel, first > 0);
+        make_scores<T, N>(call, block, p, first, keys, room.query + p * call.width * panel, s, excluded);
+        product<T, N, false>(keys, call.value_width, value, call.value.strides[2],
+                             room.grad + p * call.value_width * panel, g, false);
+        if (call.drops) drop<T, N>(call, block, p, first, keys, g);
+        differentiate<N>(keys, room.log_sum + p * panel, room.delta + p * panel, s, g);
+        if (call.drops) drop<T, N>(call, block, p, first, keys, s);
+        if (call.grad_mask) {
+          T* const total = room.mask + p * call.keys * panel + first * lanes;
+          for (Index i = 0; i < keys * lanes; i += Lanes<T>::count)
+            store<T>(total + i, add_to_room ? load(total + i) + load(g + i) : load(g + i));
+        }
+        product<T, N, true>(call.width, keys, key, call.key.strides[2], g, room.grad_query + p * call.width * panel,
+                            first > 0);
       });
-      add_to_keys<T>(block, keys, scores, at.grad, call.value_width, grad_value + first * call.value_width, add);
-      add_to_keys<T>(block, keys, inner, at.query, call.width, grad_key + first * call.width, add);
+      add_to_keys<T>(block, keys, room.scores, grad, call.grad.strides[2], call.value_width,
+                     grad_value + first * call.value_width, add);
+      add_to_keys<T>(block, keys, room.inner, query, call.query.strides[2], call.width, grad_key + first * call.width,
+                     add);
     }
     for (Index p = 0; p < panels; p++)
-      turn_out<T>(grad_query + p * call.width * panel, block.rows_of(p), block.lanes_of(p), call.width, call.scale,
+      turn_out<T>(room.grad_query + p * call.width * panel, block.rows_of(p), block.lanes_of(p), call.width, call.scale,
                   static_cast<T*>(call.grad_query) + (start + p * panel) * call.width);
+  }
+
+  // Adds the gradient of the scores of a block to a slice of the mask's, or puts it there where it is all that comes.
+  void add_to_mask(const Room& room, const Block<T>& block, T* slice) const {
+    constexpr Index panel = Lanes<T>::panel;
+    const bool each_row = mask_rows() > 1;
+    for (Index p = 0; p < block.panels(); p++) {
+      const Index lanes = block.lanes_of(p), rows = block.rows_of(p);
+      for (Index first = 0; first < call.keys; first += KEYS) {
+        const Index keys = std::min(KEYS, call.keys - first);
+        const T* const from = room.mask + p * call.keys * panel + first * lanes;
+        for (Index q = 0; q < rows; q++) {
+          T* const to = slice + (each_row ? (block.start + p * panel + q) * call.keys : 0) + first;
+          if (each_row)
+            for (Index k = 0; k < keys; k++) to[k] = from[k * lanes + q];
+          else
+            for (Index k = 0; k < keys; k++) to[k] += from[k * lanes + q];
+        }
+      }
+    }
   }
 
   // Turns scores into weights, and the weights' gradients into those of the scores.
@@ -579,14 +746,14 @@ struct Backward {
       }
   }
 
-  static void deltas(const Call& call, Index start, Index rows, T* delta) {
+  static void deltas(const Attention& call, Index item, Index start, Index rows, T* delta) {
     constexpr Index count = Lanes<T>::count;
-    const T* out = static_cast<const T*>(call.out) + start * call.value_width;
-    const T* grad = static_cast<const T*>(call.grad) + start * call.value_width;
+    const T* out = static_cast<const T*>(call.out) + (item * call.length + start) * call.value_width;
+    const T* grad = call.at<T>(call.grad, item, start);
     for (Index q = 0; q < rows; q++) {
       V<T> sum = {};
       for (Index e = 0; e < call.value_width; e += count)
-        sum += load(out + q * call.value_width + e) * load(grad + q * call.value_width + e);
+        sum += load(out + q * call.value_width + e) * load(grad + q * call.grad.strides[2] + e);
       delta[q] = 0;
       for (Index i = 0; i < count; i++) delta[q] += sum[i];
     }
@@ -604,9 +771,8 @@ struct alignas(128) Found {
 };
 
 template <class T>
-void count_block(const Call& call, const Block<T>& block, T low, T high, bool collect, Found<T>& found) {
+void count_block(const Attention& call, const Block<T>& block, T low, T high, bool collect, Found<T>& found) {
   constexpr Index count = Lanes<T>::count;
-  const Pointers<T> at(call, block);
   const Index last = keys_of(call, block);
   scratch.reserve(sizeof(T) * Lanes<T>::panel * (call.width + KEYS) + 2 * 64);
   T* const turned = scratch.take<T>(call.width * Lanes<T>::panel);
@@ -615,12 +781,12 @@ void count_block(const Call& call, const Block<T>& block, T low, T high, bool co
     constexpr int N = decltype(registers)::value;
     constexpr Index lanes = N * count;
     const Index rows = block.rows_of(p);
-    turn_in<T>(at.query + p * Lanes<T>::panel * call.width, rows, lanes, call.width, call.scale, turned);
+    turn_panel<T>(call, call.query, block, p, call.width, call.scale, turned);
     I<T> excluded[N] = {}, below[N] = {}, within[N] = {}, nan[N] = {}, real[N];
     for (Index q = 0; q < lanes; q++) real[q / count][q % count] = q < rows ? -1 : 0;
     for (Index first = 0; first < last; first += KEYS) {
       const Index keys = std::min(KEYS, last - first);
-      make_scores<T, N>(call, block, p, first, keys, at.key, turned, scores, excluded);
+      make_scores<T, N>(call, block, p, first, keys, turned, scores, excluded);
       const size_t size = found.values.size();
       size_t end = size;
       if (collect) found.values.resize(size + keys * lanes);
@@ -658,17 +824,12 @@ void count_block(const Call& call, const Block<T>& block, T low, T high, bool co
 struct Random {  // SplitMix64
   uint64_t state;
 
-  Index below(Index limit) {
-    uint64_t z = state += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return (Index)(((unsigned __int128)(z ^ (z >> 31)) * (uint64_t)limit) >> 64);
-  }
+  Index below(Index limit) { return (Index)(((unsigned __int128)mix(state += GOLDEN) * (uint64_t)limit) >> 64); }
 };
 
 // Draws some scores that count and are numbers.
 template <class T>
-std::vector<T> draw(const Call& call) {
+std::vector<T> draw(const Attention& call) {
   const Index total = call.batch * call.length * call.keys;
   const Index size = std::pow((double)total, 0.6);
   Random random{(uint64_t)total};
@@ -678,19 +839,12 @@ std::vector<T> draw(const Call& call) {
     const Index item = random.below(call.batch), row = random.below(call.length), column = random.below(call.keys);
     if (call.causal && column > row) continue;
     T added = 0;
-    if (call.mask_kind) {
-      const Index* strides = call.mask_strides;
-      const Index place = item / call.heads * strides[0] + item % call.heads * strides[1] + row * strides[2] +
-                          column * strides[3];
-      if (call.mask_kind == 1) {
-        if (!static_cast<const bool*>(call.mask)[place]) continue;
-      } else {
-        added = static_cast<const T*>(call.mask)[place];
-        if (added <= (T)call.lowest) continue;
-      }
+    if (call.mask_kind == 1 && !call.at<bool>(call.mask, item, row)[column * call.mask_stride]) continue;
+    if (call.mask_kind == 2) {
+      added = call.at<T>(call.mask, item, row)[column * call.mask_stride];
+      if (added <= (T)call.lowest) continue;
     }
-    const T* query = static_cast<const T*>(call.query) + (item * call.length + row) * call.width;
-    const T* key = static_cast<const T*>(call.key) + (item * call.keys + column) * call.width;
+    const T *const query = call.at<T>(call.query, item, row), *const key = call.at<T>(call.key, item, column);
     const T scale = call.scale;
     V<T> sums = {};
     for (Index e = 0; e < call.width; e += Lanes<T>::count) sums += load(query + e) * scale * load(key + e);
@@ -748,7 +902,7 @@ T select(std::vector<T>& values, Index rank) {
 
 // Runs work(task, thread) for all tasks: each thread takes the next one, so that one that is held up takes fewer.
 template <class Work>
-void in_parallel(const Call& call, Index tasks, const Work& work) {
+void in_parallel(const Attention& call, Index tasks, const Work& work) {
   struct Region {
     const Work& work;
     Index tasks;
@@ -779,7 +933,7 @@ void in_parallel(const Call& call, Index tasks, const Work& work) {
 // --- the passes -----------------------------------------------------------------------------------------------------
 
 template <class T>
-void forward(Call& call) {
+void forward(Attention& call) {
   const Index blocks = blocks_of<T>(call);
   in_parallel(call, call.batch * blocks, [&](Index task, Index) {
     forward_block<T>(call, block_of<T>(call, task / blocks, task % blocks));
@@ -787,24 +941,26 @@ void forward(Call& call) {
 }
 
 template <class T>
-void backward(Call& call) {
+void backward(Attention& call) {
   double share = 0;
   if (call.ties > 0) {  // the forgotten scores became the threshold, and pass their gradient on to it
     std::vector<double> sums(call.batch);
     in_parallel(call, call.batch, [&](Index item, Index) {
       std::vector<T> delta(call.length);
-      Backward<T>::deltas(call, item * call.length, call.length, delta.data());
+      Backward<T>::deltas(call, item, 0, call.length, delta.data());
       const T* rho = static_cast<const T*>(call.rho) + item * call.length;
       for (Index q = 0; q < call.length; q++) sums[item] += (double)rho[q] * delta[q];
     });
     for (double each : sums) share -= each / call.ties;
   }
   Backward<T> pass(call, (T)share);
-  in_parallel(call, call.batch * pass.chunks, [&](Index task, Index) { pass.task(task); });
+  in_parallel(call, pass.tasks(), [&](Index task, Index) { pass.task(task); });
+  if (call.grad_mask && pass.copies_count() > 1)
+    in_parallel(call, pass.slices, [&](Index slice, Index) { pass.finish_mask(slice); });
 }
 
 template <class T>
-void median(Call& call) {
+void median(Attention& call) {
   const Index blocks = blocks_of<T>(call);
   std::vector<T> sample = draw<T>(call);
   for (double width = 1.75;; width *= 4) {
@@ -848,11 +1004,36 @@ void median(Call& call) {
 }
 
 template <class T>
-int run(int pass, Call& call) {
+void run_forward(Attention& call) {
+  if (call.has_mu)
+    call.centre = (T)call.mu;
+  else
+    median<T>(call);
+  const T a = (T)call.centre + (T)call.noise;
+  call.found[0] = a, call.found[1] = call.centre, call.found[2] = call.ties;
+  const bool nan = std::isnan(a);  // then all scores are forgotten, and become NaN
+  call.a = nan ? INF<double> : a;
+  call.b = nan ? a : call.has_bias ? call.bias : a;
+  forward<T>(call);
+}
+
+template <class T>
+void run_backward(Attention& call) {
+  const double a = call.found[0];
+  call.a = std::isnan(a) || (!call.has_bias && a == INF<double>) ? -INF<double> : a;  // all is NaN, and stays it
+  call.centre = call.found[1];
+  call.ties = call.has_mu || call.has_bias ? 0 : (Index)call.found[2];
+  backward<T>(call);
+}
+
+template <class T>
+int run(bool forwards, const Call& given) {
   try {
-    if (pass == 0) median<T>(call);
-    if (pass == 1) forward<T>(call);
-    if (pass == 2) backward<T>(call);
+    Attention call(given);
+    if (forwards)
+      run_forward<T>(call);
+    else
+      run_backward<T>(call);
   } catch (const std::bad_alloc&) {
     return 1;
   }
@@ -861,8 +1042,8 @@ int run(int pass, Call& call) {
 
 }  // namespace
 
-// Computes a pass: 0, the median; 1, forward; 2, backward. Returns whether memory did not suffice.
-extern "C" int lwpf_run_float(int pass, Call* call) { return run<float>(pass, *call); }
-extern "C" int lwpf_run_double(int pass, Call* call) { return run<double>(pass, *call); }
+// Compute the forward or the backward pass. Return whether memory did not suffice.
+extern "C" int lwpf_run_float(int forwards, const Call* call) { return run<float>(forwards, *call); }
+extern "C" int lwpf_run_double(int forwards, const Call* call) { return run<double>(forwards, *call); }
 // How many features a register holds, of which width and value_width must be multiples, in float; half of it in double.
 extern "C" int lwpf_lanes() { return BYTES / sizeof(float); }

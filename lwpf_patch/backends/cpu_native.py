@@ -2,12 +2,13 @@
 
 Where each step over a tile is an operator of PyTorch's, each of them waits for all threads, and so for one that another
 process has put off its core. Here a thread takes one block of queries after another, until none is left. The formulas
-are those of :mod:`lwpf_patch.backends.cpu`, which computes what this does not: dropout, and gradients of masks.
+are those of :mod:`lwpf_patch.backends.cpu`.
 
 The source includes no header of PyTorch's, so that a compiler takes some seconds, once for each machine: too few to go
 on computing otherwise meanwhile. The threads are those of PyTorch's own OpenMP, whose ``GOMP_parallel`` is handed over:
 a second runtime would have threads of its own, which wait busily beside PyTorch's. Without Linux, a compiler or that
-function, or where the results differ from the eager form's, all stays as it was, and ``lwpf doctor`` says why.
+function, or where the results differ from the eager form's, :mod:`lwpf_patch.backends.cpu_tiles` computes instead, and
+``lwpf doctor`` says why.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,7 @@ from ..errors import unknown_value
 from ..options import FLAGS, read_flag
 from ..settings import NATIVE
 from . import eager_form
-from .cpu_median import TIES
-from .cpu_steps import numbers
+from .cpu_dropout import dropout
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 #: No -ffast-math: NaN and the infinities mean something.
@@ -42,25 +42,13 @@ OPTIONS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC",
     "-shared",
 )  # fmt: skip
-_MEDIAN, _FORWARD, _BACKWARD = range(3)
-_INTEGERS = ("batch", "length", "keys", "width", "value_width", "heads")
-_POINTERS = (
-    "query", "key", "value", "mask", "grad", "out", "log_sum", "rho", "grad_query", "grad_key", "grad_value",
-)  # fmt: skip
-
-
-class _Call(ctypes.Structure):
-    """``struct Call`` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _INTEGERS),
-        ("mask_strides", ctypes.c_int64 * 4),
-        *((name, ctypes.c_int64) for name in ("mask_kind", "causal", "threads")),
-        *((name, ctypes.c_double) for name in ("scale", "a", "b", "n", "lowest", "centre")),
-        ("ties", ctypes.c_int64),
-        ("parallel", ctypes.c_void_p),
-    )
+#: After so many small calls a process may wait for a compiler.
+SMALL_CALLS = 100
+#: So many products of two numbers are worth another thread, which has to be woken up and waited for.
+GRAIN = 2_000_000
+#: ``struct Call`` of the source: every field of it has 8 bytes.
+_CALL = struct.Struct("4q 4q 4q 4q 4q q q 7q 3q 6q 5q Q 7d q q")
+_ABSENT = (0, 0, 0, 0)
 
 
 class Unavailable(Exception):
@@ -83,14 +71,14 @@ class _Library:
             raise Unavailable(f"{path} cannot be loaded: {error}") from None
         self.path = path
         self.passes = {torch.float32: library.lwpf_run_float, torch.float64: library.lwpf_run_double}
+        for each in self.passes.values():
+            each.argtypes = (ctypes.c_int, ctypes.c_char_p)
         lanes = library.lwpf_lanes()
         self.lanes = {torch.float32: lanes, torch.float64: lanes // 2}
 
-    def run(self, which: int, dtype: torch.dtype, call: _Call) -> None:
+    def run(self, forwards: bool, dtype: torch.dtype, call: bytes) -> None:
         """Compute a pass."""
-        call.parallel = self.parallel
-        call.threads = 1 if _forked else call.threads
-        if self.passes[dtype](which, ctypes.byref(call)):
+        if self.passes[dtype](forwards, call):
             raise MemoryError("lwpf_attention: there is not enough memory for the gradients or the median")
 
 
@@ -130,11 +118,16 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(which)})])
 
 
+@functools.lru_cache
+def _target() -> Path:
+    """Return where the compiled source lies, or is to lie."""
+    parts = (SOURCE.read_text(), *OPTIONS, _processor())
+    return cache_folder() / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
+
+
 def _build() -> Path:
     """Return the path of the compiled source; compile it if it is not there."""
-    parts = (SOURCE.read_text(), *OPTIONS, _processor())
-    name = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
-    path = cache_folder() / name
+    path = _target()
     if path.exists():
         return path
     compiler = _compiler()
@@ -143,7 +136,7 @@ def _build() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Processes that compile at once each write a file of their own; the last one stays.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
-            made = Path(folder) / name
+            made = Path(folder) / path.name
             command = [compiler, *OPTIONS, "-o", str(made), str(SOURCE)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             if done.returncode:
@@ -177,9 +170,34 @@ def _load() -> _Library | str:
         return str(error)
 
 
+_is_wrong = False
+
+
 def is_there() -> bool:
-    """Return whether the library is there; it is compiled, if it has to be."""
-    return isinstance(_load(), _Library)
+    """Return whether the library is there, and not known to be wrong; it is compiled, if it has to be."""
+    return isinstance(_load(), _Library) and not _is_wrong
+
+
+_small_calls = 0
+
+
+def is_worth_it() -> bool:
+    """Return whether a small call is to be computed here. Call this once for each of them.
+
+    A process that makes a handful of them shall not wait for a compiler: it is as long as the library is neither loaded
+    nor compiled by an earlier process, and until there have been :data:`SMALL_CALLS`.
+    """
+    global _small_calls
+    if _load.cache_info().currsize == 0:
+        _small_calls += 1
+        if _small_calls <= SMALL_CALLS and not _is_compiled():
+            return False
+    return is_there()
+
+
+@functools.lru_cache
+def _is_compiled() -> bool:
+    return _is_wanted() and _target().exists()
 
 
 def path() -> Path | None:
@@ -191,57 +209,88 @@ def path() -> Path | None:
 @functools.lru_cache
 def why_not() -> str | None:
     """Return why the library cannot be used; None: it can, and does what the eager form does."""
+    global _is_wrong
     library = _load()
     if isinstance(library, str):
         return library
     generator = torch.Generator("cpu").manual_seed(0)
     for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
-        drawn = torch.randn(4, 3, 150, 20, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+        drawn = torch.randn(4, 1, 3, 150, 20, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+        drawn_mask = torch.randn(3, 1, 150, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+        dropped = dropout(5, 0.2, torch.arange(3 * 141, device="cpu").view(1, 3, 141), 150, dtype)
         with tracing.not_recorded(), torch.inference_mode(False), torch.enable_grad():
-            query, key, value = (x.clone().requires_grad_() for x in (drawn[0, :, :141], drawn[1], drawn[2]))
-            wanted = eager_form.above_threshold(query, key, value, None, False, 0.3, None, None, 0.0, None, None)
-            grad = drawn[3, :, :141].contiguous()
+            given = (drawn[0, :, :, :141], drawn[1], drawn[2], drawn_mask.expand(1, 3, 1, 150))
+            query, key, value, mask = (x.clone().requires_grad_() for x in given)
+            wanted = eager_form.above_threshold(query, key, value, mask, False, 0.3, None, None, 0.0, None, dropped)
+            grad = drawn[3, :, :, :141]
             # Of a sum: for a tensor of gradients PyTorch loads SymPy.
-            wanted_grads = torch.autograd.grad((wanted * grad).sum(), (query, key, value))
+            wanted_grads = torch.autograd.grad((wanted * grad).sum(), (query, key, value, mask))
         with tracing.not_recorded(), torch.no_grad():
-            common: tuple[Any, ...] = (1, 0.0, False, 0, 2, False, None, None, 0.0)
-            eps = query.new_zeros(())
-            given: tuple[Any, ...] = (*common, eps, eps)
-            saved = forward(query, key, value, 0.3, None, *given)
-            rest: tuple[Any, ...] = (*saved, eps, *common, False)
-            grads = backward(grad, query, key, value, 0.3, None, *rest)
-            for got, right in zip((saved[0], *grads), (wanted, *wanted_grads), strict=False):
+            seed = torch.tensor(5, device="cpu")
+            out, *saved = forward(query, key, value, 0.3, mask, 0.2, False, 2, None, None, 0.0, None, seed)
+            rest: tuple[Any, ...] = (out, *saved, seed, 0.2, False, 2, None, None, 0.0, True)
+            grads = backward(grad, query, key, value, 0.3, mask, *rest)
+            for got, right in zip((out, *grads), (wanted, *wanted_grads), strict=True):
                 if not float((got - right).abs().max()) <= allowed * float(right.abs().max()):
+                    _is_wrong = True
                     return f"{library.path} computes something else than the eager form"
     return None
 
 
-def suits(tensors: list[Tensor], dropout_p: float, mask_needs_grad: bool) -> bool:
-    """Return whether a call with such a query, key and value is computed here."""
-    return dropout_p == 0 and not mask_needs_grad and all(tensor.numel() > 0 for tensor in tensors)
+def _ready(tensor: Tensor, lanes: int) -> Tensor:
+    """Return a tensor with as many features as fill registers, one beside another; features that are added are 0."""
+    missing = -tensor.shape[-1] % lanes
+    if missing:
+        return torch.nn.functional.pad(tensor, (0, missing))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _padded(tensor: Tensor) -> Tensor:
-    """Return a tensor with as many features as fill registers: more of them are 0."""
-    library = _load()
-    assert isinstance(library, _Library)
-    missing = -tensor.shape[-1] % library.lanes[tensor.dtype]
-    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor.contiguous()
+def _view(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _call(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, heads: int, causal: bool, threads: int
-) -> _Call:
-    call = _Call(scale=scale, heads=max(1, heads), causal=causal, threads=threads)
-    call.query, call.key, call.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    call.batch, call.length, call.width = query.shape
-    call.keys, call.value_width = value.shape[1:]
+def _pack(
+    library: _Library, query: Tensor, key: Tensor, value: Tensor, grad: Tensor | None, mask: Tensor | None,
+    results: tuple[Tensor | None, ...], found: Tensor, is_causal: bool, threads: int, seed: Tensor | None,
+    numbers: tuple[float, float | None, float, float | None, float, float],
+) -> bytes:  # fmt: skip
+    """Return ``struct Call``.
+
+    Args:
+        library: What is called.
+        query: Ready, as the next ones.
+        key: S keys.
+        value: S values.
+        grad: The gradient of the output; None in the forward pass.
+        mask: The mask.
+        results: Output, L, rho, and the gradients of query, key, value and mask.
+        found: What the threshold is.
+        is_causal: As for the operator.
+        threads: As for the operator; fewer do where there is little to compute.
+        seed: As for the operator.
+        numbers: scale, mu, the noise, bias, n and dropout_p.
+    """
+    scale, mu, noise, bias, n, dropout_p = numbers
+    of_mask: tuple[int, ...] = _ABSENT
+    mask_stride = mask_kind = 0
     if mask is not None:
-        strides = (0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
-        call.mask, call.mask_strides = mask.data_ptr(), (ctypes.c_int64 * 4)(*strides)
-        call.mask_kind, call.causal = (1 if mask.dtype == torch.bool else 2), False
-        call.lowest = eager_form.lowest(query.dtype)
-    return call
+        strides = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
+        of_mask, mask_stride = (mask.data_ptr(), *strides[:3]), strides[3]
+        mask_kind = 1 if mask.dtype == torch.bool else 2
+    grad_mask = results[6]
+    batch, heads, length, width = query.shape
+    products = batch * heads * length * key.shape[2] * (width + value.shape[3])
+    threads = 1 if _forked else max(1, min(threads, products // GRAIN))
+    return _CALL.pack(
+        *_view(query), *_view(key), *_view(value), *(_ABSENT if grad is None else _view(grad)), *of_mask, mask_stride,
+        mask_kind, *(0 if tensor is None else tensor.data_ptr() for tensor in results),
+        *((0, 0, 0) if grad_mask is None else grad_mask.shape[:3]),
+        batch * heads, length, key.shape[2], width, value.shape[3], heads,
+        is_causal and mask is None, threads, seed is not None, mu is not None, bias is not None,
+        0 if seed is None else int(seed),
+        scale, mu or 0.0, noise, bias or 0.0, n, eager_form.lowest(query.dtype), dropout_p,
+        found.data_ptr(), library.parallel,
+    )  # fmt: skip
 
 
 def forward(
@@ -250,36 +299,30 @@ def forward(
     value: Tensor,
     scale: float,
     mask: Tensor | None,
-    heads: int,
     dropout_p: float,
     is_causal: bool,
-    tile_size: int,
     threads: int,
-    onednn: bool,
     mu: float | None,
     bias: float | None,
     n: float,
-    eps: Tensor,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute what ``cpu_attention`` does, as :func:`suits` says."""
+    eps: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the forward pass; arguments and results are those of ``cpu_attention``."""
     library, width = _load(), value.shape[-1]
     assert isinstance(library, _Library)
-    query, key, value = _padded(query), _padded(key), _padded(value)
-    call = _call(query, key, value, scale, mask, heads, is_causal, threads)
-    ties = torch.zeros(TIES + 1, dtype=torch.int64)
-    if mu is None:
-        library.run(_MEDIAN, query.dtype, call)
-        ties[0], ties[1] = call.ties, -1
-    centre = torch.full((), call.centre if mu is None else mu, dtype=query.dtype)
-    threshold = centre + eps
-    call.a, call.b = numbers(threshold, bias)
-    call.n = n
-    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-    log_sum, rho = query.new_empty(query.shape[:2]), query.new_empty(query.shape[:2])
-    call.out, call.log_sum, call.rho = out.data_ptr(), log_sum.data_ptr(), rho.data_ptr()
-    library.run(_FORWARD, query.dtype, call)
-    return out[..., :width].contiguous(), log_sum, rho, threshold, centre, ties
+    lanes = library.lanes[query.dtype]
+    query, key, value = _ready(query, lanes), _ready(key, lanes), _ready(value, lanes)
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    rows = query.new_empty((2, *query.shape[:3]))
+    found = query.new_empty(3, dtype=torch.float64)
+    noise = 0.0 if eps is None else eps.item()
+    call = _pack(
+        library, query, key, value, None, mask, (out, *rows, None, None, None, None), found, is_causal, threads, seed,
+        (scale, mu, noise, bias, n, dropout_p),
+    )  # fmt: skip
+    library.run(True, query.dtype, call)
+    return out if out.shape[-1] == width else out[..., :width].contiguous(), rows, found
 
 
 def backward(
@@ -290,37 +333,34 @@ def backward(
     scale: float,
     mask: Tensor | None,
     out: Tensor,
-    log_sum: Tensor,
-    rho: Tensor,
-    threshold: Tensor,
-    centre: Tensor,
-    ties: Tensor,
-    seed: Tensor,
-    heads: int,
+    rows: Tensor,
+    found: Tensor,
+    seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    tile_size: int,
     threads: int,
-    onednn: bool,
     mu: float | None,
     bias: float | None,
     n: float,
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute what the backward pass of ``cpu_attention`` does, from what :func:`forward` returned."""
+    """Compute the backward pass; arguments and results are those of ``cpu_attention_backward``."""
     library, width, value_width = _load(), query.shape[-1], value.shape[-1]
     assert isinstance(library, _Library)
-    grad, out = _padded(grad), _padded(out)
-    query, key, value = _padded(query), _padded(key), _padded(value)
-    call = _call(query, key, value, scale, mask, heads, is_causal, threads)
-    a = threshold.item()
-    call.a = -math.inf if math.isnan(a) or (bias is None and a == math.inf) else a  # all is NaN, and stays it
-    if mu is None and bias is None:
-        call.centre, call.ties = centre.item(), int(ties[0])
-    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    call.grad, call.out, call.log_sum, call.rho = (x.data_ptr() for x in (grad, out, log_sum, rho))
-    call.grad_query, call.grad_key, call.grad_value = (x.data_ptr() for x in grads)
-    library.run(_BACKWARD, query.dtype, call)
-    widths = (width, width, value_width)
-    grad_query, grad_key, grad_value = (x[..., :w].contiguous() for x, w in zip(grads, widths, strict=True))
-    return grad_query, grad_key, grad_value, query.new_zeros(0)
+    lanes = library.lanes[query.dtype]
+    grad, out = _ready(grad, lanes), _ready(out, lanes)
+    query, key, value = _ready(query, lanes), _ready(key, lanes), _ready(value, lanes)
+    grads = [query.new_empty(tensor.shape) for tensor in (query, key, value)]
+    grad_mask = None
+    if mask is not None and mask_needs_grad:  # where all rows have one mask, they add to it
+        grad_mask = (query.new_zeros if mask.shape[2] == 1 else query.new_empty)(mask.shape)
+    call = _pack(
+        library, query, key, value, grad, mask, (out, *rows, *grads, grad_mask), found, is_causal, threads, seed,
+        (scale, mu, 0.0, bias, n, dropout_p),
+    )  # fmt: skip
+    library.run(False, query.dtype, call)
+    grad_query, grad_key, grad_value = (
+        x if x.shape[-1] == w else x[..., :w].contiguous()
+        for x, w in zip(grads, (width, width, value_width), strict=True)
+    )
+    return grad_query, grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask

@@ -74,7 +74,7 @@ def print_native() -> None:
     if reason is None:
         print(f"attention on the CPU: compiled, compared with the eager form: right ({cpu_native.path()})")
     else:
-        print(f"attention on the CPU: not compiled, PyTorch's operators compute it: {reason}")
+        print(f"attention on the CPU: not compiled, PyTorch's operators compute it, slowly: {reason}")
 
 
 def check_kernels(devices: Sequence[str] | None = None) -> bool:

@@ -37,6 +37,7 @@ generator = random.Random(seed)
 for epoch in range(3):
     value = 80 + 5 * epoch + generator.random() + (arm == "relu") * (2 + random.Random(seed + 100).random())
     print(f"epoch {epoch}: top-1: {value:.3f}.")
+print(f"trained for {1 + seed + (arm == 'relu')} s")
 """
 END = "\nsys.stdout.flush(); os._exit(0)\n"
 ARMS = ("--arm", "plain", "--arm", "relu")
@@ -139,7 +140,8 @@ def test_what_gives_no_interval():
 def test_a_comparison_and_its_report(folder, capsys):
     arms = [*ARMS, "--arm", "same: --func-d none --masking paper"]
     assert main(["compare", *arms, "--seeds", "3", *TOP1, "--metric", r"epoch (?P<step>\d).*1: (?P<value>[\d.]+)",
-                 "--name", "again", "--value", "first", "--better", "lower", *COMMAND]) == 0  # fmt: skip
+                 "--name", "again", "--value", "first", "--better", "lower", "--time", "trained for (.*) s",
+                 *COMMAND]) == 0  # fmt: skip
     assert ran(folder) == sorted(f"{arm} {seed}" for arm in ("plain", "relu", "none") for seed in range(3))
     out, err = capsys.readouterr()
     assert "[9/9]" in err
@@ -165,6 +167,14 @@ def test_a_comparison_and_its_report(folder, capsys):
     assert data["provenance"]["versions"]["lwpf_patch"]
     assert data["runs"][1]["curves"]["again"]["steps"] == [0, 1, 2]
     assert data["command"]["text"] == "python train.py {seed}"
+    assert data["time"] == "trained for (.*) s"
+    assert data["arms"][1]["times"] == {
+        "seconds": {"0": 2, "1": 3, "2": 4},
+        "times_baseline": {"0": 2, "1": 3 / 2, "2": 4 / 3},
+        "times_baseline_median": 3 / 2,
+    }
+    line, _ = [line for line in out.splitlines() if line.startswith("relu   3 ")]
+    assert line.split("3 of 3")[1].split() == ["3.0", "1.50", "better"]
     lines = list(csv.DictReader((folder / "comparison" / "runs.csv").open()))
     assert [(line["arm"], line["seed"], line["state"]) for line in lines[:3]] == [
         ("plain", "0", "finished"), ("relu", "0", "finished"), ("same", "0", "finished"),
@@ -188,7 +198,12 @@ def test_what_has_finished_is_not_repeated(folder, capsys):
     # Another seed, another arm, other figures: only what is new.
     assert main(["compare", *ARMS, "--arm", "pfu", *TOP1, "--seeds", "0-1", "--value", "best", *COMMAND]) == 0
     assert ran(folder) == ["pfu 0", "pfu 1", "plain 1", "relu 1"]
-    assert report(folder)["metrics"][0]["arms"]["relu"]["values"] == {"0": top1("relu", 0), "1": top1("relu", 1)}
+    data = report(folder)
+    assert data["metrics"][0]["arms"]["relu"]["values"] == {"0": top1("relu", 0), "1": top1("relu", 1)}
+    # Without --time that of the process counts, also of a run that has finished before.
+    took = {(run["arm"], run["seed"]): run["seconds"] for run in data["runs"]}
+    assert data["arms"][1]["times"]["seconds"] == {"0": took["relu", 0], "1": took["relu", 1]}
+    assert data["arms"][1]["times"]["times_baseline"]["1"] == pytest.approx(took["relu", 1] / took["plain", 1])
     # Another command: refused before anything is run.
     capsys.readouterr()
     assert main([*base, *COMMAND, "--more"]) == 2
@@ -336,6 +351,7 @@ BAD = {
     "a direction of nothing": ([*ARMS, "--value", "best", *TOP1, *COMMAND], "belongs to the --metric before it"),
     "a metric twice": ([*ARMS, *TOP1, *TOP1, *COMMAND], "two metrics are called 'top-1'"),
     "one file for all": ([*ARMS, "--metric", "csv:out/summary.csv:top1", *COMMAND], "csv:{output}/summary.csv:top1"),
+    "a time": ([*ARMS, *TOP1, "--time", "took", *COMMAND], "--time 'took' has 0 groups: put the figure"),
     "no column": ([*ARMS, "--metric", "csv:{output}/summary.csv", *COMMAND], "is not of the form csv:FILE:NAME"),
     "seeds": ([*ARMS, *TOP1, "--seeds", "3,3", *COMMAND], "--seeds '3,3': write how many"),
     "jobs": ([*ARMS, *TOP1, "--jobs", "0", *COMMAND], "--jobs 0 is not at least 1"),
@@ -390,6 +406,8 @@ def test_a_metric_that_never_matches_ends_the_comparison_at_the_first_run(folder
     assert ran(folder) == ["relu 0"]
     assert main(["compare", *ARMS, "--metric", "csv:{output}/*.csv:top1", *COMMAND]) == 2
     assert "output/*.csv is no file" in capsys.readouterr().err
+    assert main(["compare", *ARMS, *TOP1, "--time", "hours: (.*)", *COMMAND]) == 2
+    assert "plain, seed 0, has finished, but --time 'hours: (.*)' matches nothing in " in capsys.readouterr().err
     assert ran(folder) == []
 
 
@@ -420,10 +438,12 @@ def arms_of(*texts, controls=True):
 @pytest.mark.drawn(days=2)
 def test_controls_have_the_parameters_and_no_stage_one():
     arms = arms_of("plain", "relu", "u: --uhop every=9 --func-d relu", "fixed: --uhop train=false",
-                   "both: --uhop train=false --func-d pfu")  # fmt: skip
-    assert list(arms) == ["plain", "relu", "u", "u (control)", "fixed", "both", "both (control)"]
+                   "both: --uhop train=false --func-d pfu", "v: --uhop lr=1 --func-d relu", "w: --uhop on")  # fmt: skip
+    assert list(arms) == ["plain", "relu", "u", "u (control)", "fixed", "both", "both (control)", "v", "w",
+                          "w (control)"]  # fmt: skip
     control = arms["u (control)"]
-    assert control.control_of == "u"
+    assert control.control_of == ("u", "v")  # which differ in Stage I alone
+    assert arms["w (control)"].control_of == ("w",)
     assert control.settings == arms["u"].settings | {"uhop": control.settings["uhop"]}
     assert "iters=1,t=2,lr=1e-12" in control.settings["uhop"]
     assert "every" not in control.settings["uhop"]

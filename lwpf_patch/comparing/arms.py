@@ -6,7 +6,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import LwpfError, SettingsError
@@ -28,7 +28,7 @@ class Arm:
         hosts: What is patched.
         settings: How, as plain data.
         sites: The hash of the source of each function that is patched, by name.
-        control_of: The label of the arm that this one is the control of.
+        control_of: The labels of the arms that this one is the control of.
     """
 
     label: str
@@ -36,7 +36,7 @@ class Arm:
     hosts: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, str] = field(default_factory=dict)
-    control_of: str | None = None
+    control_of: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -51,7 +51,7 @@ def read_arms(texts: Iterable[str], run: argparse.ArgumentParser, hosts: str, co
         texts: For each arm ``"plain"``, the text of a func_d, or ``"label: options of lwpf run"``.
         run: The parser of ``lwpf run``.
         hosts: The ``--patch`` of the arms that do not say it themselves.
-        controls: Whether arms with U-Hop get a control, right behind them.
+        controls: Whether arms with U-Hop get a control, right behind the first that it is the control of.
 
     Raises:
         SettingsError: A text is none of these, there are less than two arms, or two of the same name.
@@ -62,7 +62,8 @@ def read_arms(texts: Iterable[str], run: argparse.ArgumentParser, hosts: str, co
         arm, settings = _read(text, run, hosts)
         arms.append(arm)
         if controls and settings is not None and settings.uhop is not None:
-            arms += _control(arm, settings, run, hosts)
+            for control in _control(arm, settings, run, hosts):
+                _add_control(arms, control)
     for attribute in ("label", "slug"):
         seen: dict[str, Arm] = {}
         for arm in arms:
@@ -75,6 +76,15 @@ def read_arms(texts: Iterable[str], run: argparse.ArgumentParser, hosts: str, co
     if len(arms) < 2:
         raise SettingsError("a comparison needs two arms or more, as in --arm plain --arm relu")
     return arms
+
+
+def _add_control(arms: list[Arm], control: Arm) -> None:
+    """Add a control, or have the arm share that of an arm before it, if it is computed in the same way."""
+    for place, other in enumerate(arms):
+        if other.control_of and (other.hosts, other.settings) == (control.hosts, control.settings):
+            arms[place] = replace(other, control_of=(*other.control_of, *control.control_of))
+            return
+    arms.append(control)
 
 
 def _read(text: str, run: argparse.ArgumentParser, hosts: str) -> tuple[Arm, Settings | None]:
@@ -98,7 +108,7 @@ def _read(text: str, run: argparse.ArgumentParser, hosts: str) -> tuple[Arm, Set
 
 
 def _patched(
-    label: str, given: Sequence[str], run: argparse.ArgumentParser, hosts: str, control_of: str | None = None
+    label: str, given: Sequence[str], run: argparse.ArgumentParser, hosts: str, control_of: tuple[str, ...] = ()
 ) -> tuple[Arm, Settings]:
     """Build an arm from options of ``lwpf run``, checked as that checks them."""
     options = ["--patch", hosts, *given]
@@ -108,7 +118,7 @@ def _patched(
     try:
         settings = Settings(**values, origin=lambda name: f"arm {label!r}, {flag_of(name)}")
     except SettingsError as error:
-        if control_of is None and given == ["--func-d", label]:
+        if not control_of and given == ["--func-d", label]:
             raise SettingsError(f"{error}. An arm is 'plain', a func_d, or 'label: options of lwpf run'") from None
         raise
     sites: dict[str, str] = {}
@@ -155,4 +165,4 @@ def _control(arm: Arm, settings: Settings, run: argparse.ArgumentParser, hosts: 
         if without == {name: value for name, value in Settings(func_d="none").describe().items() if name != "uhop"}:
             return []
         given += ["--uhop", "off", "--func-d", str(settings.func_d)]
-    return [_patched(f"{arm.label} (control)", given, run, hosts, control_of=arm.label)[0]]
+    return [_patched(f"{arm.label} (control)", given, run, hosts, control_of=(arm.label,))[0]]

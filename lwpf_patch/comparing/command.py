@@ -47,7 +47,8 @@ arms:
   An arm with U-Hop gets a control, 'LABEL (control)': the same parameters,
   which the task trains in the same way, but a Stage I that moves nothing. What
   the arm has over its control is what Stage I gives. (Where train=false the
-  control is the arm without U-Hop.) --no-control leaves it out.
+  control is the arm without U-Hop.) Arms that differ in Stage I alone share
+  one. --no-control leaves it out.
 
 placeholders in the command, in --env and in the FILE of a metric:
   {seed}     the seed; it has to stand somewhere
@@ -64,6 +65,12 @@ metrics:
   A FILE may be a pattern, {output}/*/summary.csv. Where a run has several
   values they are drawn as a curve, and --value says which of them counts.
   --better, --value and --name belong to the --metric before them.
+
+times:
+  The report has the mean time of a run, and how many times that of the
+  baseline's run of the same seed it is, the median over the seeds. --time
+  'trained for ([0-9.]+) s' or --time json:{output}/run.json:seconds leaves out
+  what the script does besides.
 
 report, in the output folder: runs.csv, report.md, report.json, curves.png; and
 in runs/ the log of each run. Exit code: 0; 1 if a run failed; 2 for a wrong
@@ -124,6 +131,8 @@ def add_parser(commands: Subparsers, run: argparse.ArgumentParser, require_hook:
     parser.add_argument("--value", action=_InOrder, metavar="last|best|first", help="which value of a run counts "
                         "(default: last)")  # fmt: skip
     parser.add_argument("--name", action=_InOrder, metavar="TEXT", help="what the report calls it")
+    parser.add_argument("--time", metavar="METRIC", help="the seconds that a run took, as it says itself (default: "
+                        "from the start to the end of its process)")  # fmt: skip
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for the runs")
     parser.add_argument("--in-output", action="store_true", help="each run works in its own {output}, for scripts that "
                         "write to where they are; write the paths of data in full")  # fmt: skip
@@ -167,8 +176,8 @@ def _compare(options: argparse.Namespace, run: argparse.ArgumentParser, require_
         from . import files, report
 
         print(report.terminal(comparison))
-        paths = files.write(comparison, folder)
-        print(f"\nWrote {', '.join(map(str, paths))} ({_duration(time.monotonic() - started)})")
+        paths = [os.path.relpath(path) for path in files.write(comparison, folder)]
+        print(f"\nWrote {', '.join(paths)} ({_duration(time.monotonic() - started)})")
     return FAILED if comparison.problems else 0
 
 
@@ -195,6 +204,7 @@ def _settle(
     words = options.script[1:] if options.script[:1] == ["--"] else options.script
     command = read_command(words, options.env, options.in_output)
     figures = metrics.settle(metrics.read_metrics(options.figures), options.in_output)
+    time_taken = metrics.read_time(options.time, options.in_output)
     arms = read_arms(options.arm, run, options.patch, not options.no_control)
     labels = [arm.label for arm in arms]
     baseline = options.baseline or (PLAIN if PLAIN in labels else labels[0])
@@ -216,7 +226,7 @@ def _settle(
     # All arms of a seed come before the next seed: pairs are complete early, and what disturbs the machine meanwhile
     # disturbs them all.
     runs = {(arm.label, seed): plan_run(command, arm, seed, folder, hashes) for seed in seeds for arm in arms}
-    return Comparison(command, arms, seeds, figures, baseline, runs), parameters, gpus
+    return Comparison(command, arms, seeds, figures, baseline, runs, time_taken), parameters, gpus
 
 
 def _require_extra() -> None:
@@ -363,22 +373,25 @@ class _Session:
         record = run.ended()
         if record is not None:
             comparison.records[place] = record
-        series = {}
+        series, seconds = {}, record["seconds"] if record is not None else None
         if not problem:
             from .metrics import MetricError
 
-            for metric in comparison.metrics:
-                try:
-                    series[metric.name] = metric.read(run)
-                except MetricError as error:
-                    if not any(metric.name in other for other in comparison.series.values()):
-                        raise SettingsError(f"{run.name}, has finished, but {error}{_tail(run)}") from None
-                    problem = str(error)
+            try:
+                series = {metric.name: metric.read(run) for metric in comparison.metrics}
+                if comparison.time is not None:
+                    seconds = comparison.time.choose(comparison.time.read(run))
+            except MetricError as error:
+                if not comparison.series:
+                    raise SettingsError(f"{run.name}, has finished, but {error}{_tail(run)}") from None
+                problem = str(error)
         if problem:
             comparison.problems[place] = problem
             self.say(f"{self._count()} {run.name}: FAILED: {problem}{_tail(run)}")
         else:
             comparison.series[place] = series
+            if seconds is not None:
+                comparison.seconds[place] = seconds
             if record is not None:
                 self._times.append(record["seconds"])
             self._messages(run)

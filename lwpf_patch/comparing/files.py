@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import statistics
@@ -126,7 +127,8 @@ def _state(comparison: Comparison, run: Run) -> dict[str, Any]:
 def _data(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
     arms = [
         {"label": arm.label, "options": arm.options, "settings": arm.settings, "hosts": arm.hosts, "sites": arm.sites,
-         "control_of": arm.control_of, "said": comparison.said.get(arm.label, [])}
+         "control_of": arm.control_of, "said": comparison.said.get(arm.label, []),
+         "times": _times(comparison, arm.label)}
         for arm in comparison.arms
     ]  # fmt: skip
     metrics = [
@@ -148,6 +150,7 @@ def _data(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
         "command": dataclasses.asdict(comparison.command) | {"text": str(comparison.command)},
         "seeds": comparison.seeds,
         "baseline": comparison.baseline,
+        "time": comparison.time and comparison.time.text,
         "arms": arms,
         "metrics": metrics,
         "verdicts": sentences(comparison, comparison.results[0]),
@@ -157,6 +160,15 @@ def _data(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
         "provenance": provenance,
         "runs": runs,
     }  # fmt: skip
+
+
+def _times(comparison: Comparison, arm: str) -> dict[str, Any]:
+    slowdowns = comparison.slowdowns(arm)
+    return {
+        "seconds": comparison.times(arm),
+        "times_baseline": slowdowns,
+        "times_baseline_median": median(slowdowns.values()) if slowdowns else None,
+    }
 
 
 def _plain(value: Any) -> Any:

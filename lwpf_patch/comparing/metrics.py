@@ -55,6 +55,7 @@ class Metric:
         file: Where, with placeholders; empty for the output.
         better: One of `BETTER`; empty: not said.
         value: One of `VALUES`.
+        option: The option that it was given by.
     """
 
     text: str
@@ -64,6 +65,12 @@ class Metric:
     file: str = ""
     better: str = ""
     value: str = "last"
+    option: str = "--metric"
+
+    @property
+    def origin(self) -> str:
+        """What an error calls it."""
+        return f"{self.option} {self.text!r}"
 
     @property
     def lower(self) -> bool:
@@ -90,7 +97,7 @@ class Metric:
             values = dict(found)
         if not values:
             what = "matches nothing" if self.source == "output" else f"finds no {self.key!r}"
-            raise MetricError(f"--metric {self.text!r} {what} in {where}{_hint(self, where)}")
+            raise MetricError(f"{self.origin} {what} in {where}{_hint(self, where)}")
         steps = sorted(values)
         return Series(unit or "order", tuple(steps), tuple(values[step] for step in steps))
 
@@ -108,39 +115,41 @@ class Metric:
         found = sorted(glob.glob(pattern, recursive=True))
         if len(found) != 1:
             which = f"several files: {', '.join(found[:4])}" if found else "no file"
-            raise MetricError(f"--metric {self.text!r}: {run.fill(self.file)} is {which}")
+            raise MetricError(f"{self.origin}: {run.fill(self.file)} is {which}")
         return found[0]
 
 
-def read_metric(text: str) -> Metric:
+def read_metric(text: str, option: str = "--metric") -> Metric:
     """Read a metric as the command line has it.
 
     Args:
         text: A regular expression over the output, or ``"csv:FILE:COLUMN"``, ``"json:FILE:KEY"``,
             ``"jsonl:FILE:KEY"``, ``"events:FOLDER:TAG"``.
+        option: The option that it was given by.
 
     Raises:
         SettingsError: It is none of these.
     """
+    origin = f"{option} {text!r}"
     source, _, rest = text.partition(":")
     if source in FILES:
         file, _, key = rest.partition(":")
         if not file or not key:
-            raise SettingsError(f"--metric {text!r} is not of the form {source}:FILE:NAME")
-        return Metric(text, key, source, key, file)
+            raise SettingsError(f"{origin} is not of the form {source}:FILE:NAME")
+        return Metric(text, key, source, key, file, option=option)
     pattern = rest if source == "re" else text
     try:
         groups = re.compile(pattern, re.M)
     except re.error as error:
-        raise SettingsError(f"--metric {text!r} is no regular expression: {error}") from None
+        raise SettingsError(f"{origin} is no regular expression: {error}") from None
     if groups.groups != 1 and "value" not in groups.groupindex:
         raise SettingsError(
-            f"--metric {text!r} has {groups.groups} groups: put the figure, and nothing else, into parentheses, as in "
+            f"{origin} has {groups.groups} groups: put the figure, and nothing else, into parentheses, as in "
             "'top-1: ([0-9.]+)', or name it, as in '(?P<value>[0-9.]+)'"
         )
     name = re.sub(r"\(\?P<step>[^)]*\)|\\.|[^\w%@/ .-]", " ", re.split(r"\((?!\?P<step>)", pattern)[0])
     name = " ".join(name.split()).strip(" .-/") or pattern
-    return Metric(text, name, "output", pattern)
+    return Metric(text, name, "output", pattern, option=option)
 
 
 def read_metrics(said: Iterable[tuple[str, str]]) -> list[Metric]:
@@ -167,6 +176,21 @@ def read_metrics(said: Iterable[tuple[str, str]]) -> list[Metric]:
     return metrics
 
 
+def read_time(text: str | None, in_output: bool) -> Metric | None:
+    """Read ``--time``: where a run says how many seconds it took.
+
+    Args:
+        text: As for `read_metric`; None: nothing is said.
+        in_output: Whether each run works in its own folder.
+
+    Raises:
+        SettingsError: As of `read_metric` and `settle`.
+    """
+    if text is None:
+        return None
+    return settle([replace(read_metric(text, "--time"), better="lower")], in_output)[0]
+
+
 def settle(metrics: Iterable[Metric], in_output: bool) -> list[Metric]:
     """Check the metrics of a comparison, and fill in what was not said.
 
@@ -184,18 +208,18 @@ def settle(metrics: Iterable[Metric], in_output: bool) -> list[Metric]:
             raise SettingsError(f"two metrics are called {metric.name!r}: tell them apart by --name behind --metric")
         if not metric.better and _LIKE_A_LOSS.search(metric.name):
             raise SettingsError(
-                f"--metric {metric.text!r} looks like one of which lower is better: write --better lower behind it, or "
+                f"{metric.origin} looks like one of which lower is better: write --better lower behind it, or "
                 "--better higher"
             )
         if metric.file and OUTPUT not in metric.file and not (in_output and not Path(metric.file).is_absolute()):
             raise SettingsError(
-                f"--metric {metric.text!r}: all runs would read the same file. Let the script write to {OUTPUT}, the "
+                f"{metric.origin}: all runs would read the same file. Let the script write to {OUTPUT}, the "
                 f"folder of a run, and name the file by it, as in {metric.source}:{OUTPUT}/{Path(metric.file).name}:"
                 f"{metric.key}; a script that writes to where it is can be run there by --in-output"
             )
         if metric.source == "events" and importlib.util.find_spec("tensorboard") is None:
             raise SettingsError(
-                f"--metric {metric.text!r} needs tensorboard, which is not installed: pip install 'lwpf_patch[compare]'"
+                f"{metric.origin} needs tensorboard, which is not installed: pip install 'lwpf_patch[compare]'"
             )
         settled.append(replace(metric, better=metric.better or "higher"))
     if not settled:
@@ -227,7 +251,7 @@ def _from_output(pattern: str, text: str) -> Iterator[tuple[float, float]]:
             yield step, _number(match[group])
         except (ValueError, AttributeError):
             raise MetricError(
-                f"--metric {pattern!r} matches {match[0]!r}, where {match[group]!r} is no number"
+                f"the pattern {pattern!r} matches {match[0]!r}, where {match[group]!r} is no number"
             ) from None
 
 

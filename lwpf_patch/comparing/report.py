@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import fmean, median
 from typing import Any
 
 from . import statistics
@@ -26,8 +27,10 @@ class Comparison:
         metrics: The figures of merit; verdicts are on each, sentences on the first.
         baseline: The label of the arm that the others are compared with.
         runs: Every run, by arm and seed.
+        time: Where a run says how long it took; None: the time of its process counts.
         records: What each run that has ended left behind.
         series: What each run has of each metric, by name.
+        seconds: How long each of these runs took.
         problems: What went wrong, of those that failed.
         said: By arm, what lwpf_patch said in its first run.
         notes: What people have to know before they believe the figures.
@@ -39,8 +42,10 @@ class Comparison:
     metrics: list[Metric]
     baseline: str
     runs: dict[tuple[str, int], Run]
+    time: Metric | None = None
     records: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     series: dict[tuple[str, int], dict[str, Series]] = field(default_factory=dict)
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict)
     problems: dict[tuple[str, int], str] = field(default_factory=dict)
     said: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -50,6 +55,14 @@ class Comparison:
         found = {seed: self.series.get((arm, seed), {}).get(metric.name) for seed in self.seeds}
         return {seed: metric.choose(series) for seed, series in found.items() if series is not None}
 
+    def times(self, arm: str) -> dict[int, float]:
+        """Return how long the runs of an arm took, by seed, as far as they are there."""
+        return {seed: self.seconds[arm, seed] for seed in self.seeds if (arm, seed) in self.seconds}
+
+    def slowdowns(self, arm: str) -> dict[int, float]:
+        """Return by seed how many times as long as the baseline's run that of an arm took."""
+        return statistics.ratios(self.times(arm), self.times(self.baseline))
+
     @cached_property
     def results(self) -> list[Result]:
         """What came out, metric by metric; the runs are over by then."""
@@ -58,7 +71,7 @@ class Comparison:
     def _result(self, metric: Metric) -> Result:
         figures = {arm.label: self.figures(arm.label, metric) for arm in self.arms}
         pairs = [(arm.label, self.baseline) for arm in self.arms if arm.label != self.baseline]
-        pairs += [(arm.control_of, arm.label) for arm in self.arms if arm.control_of is not None]
+        pairs += [(own, arm.label) for arm in self.arms for own in arm.control_of]
         return Result(
             metric,
             {label: statistics.summarise(values) for label, values in figures.items()},
@@ -86,10 +99,13 @@ class Result:
 
     @property
     def decimals(self) -> int:
-        """How many decimals tell its values apart: two digits of their spread."""
+        """How many decimals tell its values apart: two digits of their spread, or else four of the values."""
         spreads = [s.deviation for s in self.summaries.values() if s.deviation]
-        scale = min(spreads, default=0.0) or max((abs(s.mean or 0.0) for s in self.summaries.values()), default=0.0)
-        return min(8, max(0, 1 - math.floor(math.log10(scale)))) if scale else 2
+        means = [abs(s.mean) for s in self.summaries.values() if s.mean]
+        if not spreads and not means:
+            return 2
+        digits, scale = (2, min(spreads)) if spreads else (4, max(means))
+        return min(8, max(0, digits - 1 - math.floor(math.log10(scale))))
 
     def text(self, value: float | None, sign: bool = False) -> str:
         """Return a value with these decimals."""
@@ -102,23 +118,30 @@ def _interval(result: Result, interval: tuple[float, float] | None) -> str:
 
 def cells(comparison: Comparison, result: Result, plus_minus: str) -> tuple[list[str], list[list[str]]]:
     """Return the headings and lines of a metric's table."""
-    headings = ["arm", "runs", "mean", "difference", "95 % interval", "P(better)", "seeds won", "verdict", "seconds"]
+    headings = ["arm", "runs", "mean", "difference", "95 % interval", "P(better)", "seeds won", "seconds", "x baseline",
+                "verdict"]  # fmt: skip
     lines = []
     for arm in comparison.arms:
         summary = result.summaries[arm.label]
         mean = result.text(summary.mean)
         if summary.deviation is not None:
             mean += f" {plus_minus} {result.text(summary.deviation)}"
-        times = [
-            r["seconds"] for (label, _), r in comparison.records.items() if label == arm.label and not r["problem"]
-        ]
-        seconds = f"{sum(times) / len(times):.1f}" if times else "-"
-        difference = result.differences.get((arm.label, comparison.baseline))
-        lines.append([arm.label, str(len(summary.values)), mean, *_compared(result, difference), seconds])
+        *compared, verdict = _compared(result, result.differences.get((arm.label, comparison.baseline)))
+        lines.append([arm.label, str(len(summary.values)), mean, *compared, *_times(comparison, arm.label), verdict])
         for (own, other), against in result.differences.items():
             if own == arm.label and other != comparison.baseline:
-                lines.append([f"  against {other}", "", "", *_compared(result, against), ""])
+                *compared, verdict = _compared(result, against)
+                lines.append([f"  against {other}", "", "", *compared, "", "", verdict])
     return headings, lines
+
+
+def _times(comparison: Comparison, arm: str) -> list[str]:
+    """Return the mean time of an arm's runs, and how many times the baseline's it is."""
+    times, slowdowns = comparison.times(arm).values(), comparison.slowdowns(arm).values()
+    return [
+        f"{fmean(times):.1f}" if times else "-",
+        f"{median(slowdowns):.2f}" if slowdowns else "-",
+    ]
 
 
 def _compared(result: Result, difference: Difference | None) -> list[str]:
@@ -238,7 +261,8 @@ def markdown(comparison: Comparison, provenance: dict[str, Any]) -> str:
     for arm in comparison.arms:
         how = "the script as it is" if arm.options is None else f"`lwpf run {' '.join(arm.options)}`"
         if arm.control_of:
-            how += f"; the control of {arm.control_of}: as many parameters that are trained, but no Stage I"
+            whose = " and ".join(arm.control_of)
+            how += f"; the control of {whose}: as many parameters that are trained, but no Stage I"
         lines.append(f"- **{arm.label}**: {how}")
         lines += [f"    - `{line}`" for line in comparison.said.get(arm.label, [])]
     lines += [
@@ -251,6 +275,10 @@ def markdown(comparison: Comparison, provenance: dict[str, Any]) -> str:
         "holds the truth in 83 % of comparisons), so a verdict needs Student's interval to exclude 0 as well.",
         "- *P(better)*: how probable it is that a run of the arm beats one of the other, whatever their seeds; a tie "
         "counts half. *seeds won*: at how many seeds it does.",
+        "- *seconds*: the mean time of a run, "
+        + ("from the start to the end of its process" if comparison.time is None else f"as `{comparison.time.text}`")
+        + f"; *x baseline*: how many times that of {comparison.baseline} at the same seed, the median over the seeds. "
+        "Runs that take place side by side share the machine, and their times tell less.",
         "- *about N seeds would settle it*: that many find a difference as large as the one seen in 80 % of "
         "comparisons (paired t-test, 5 %). It is itself an estimate, from few seeds a rough one.",
     ]

@@ -158,6 +158,11 @@ def _improvement(better: Any, worse: Any, axis: int = -1) -> Any:
     return float(found) if found.ndim == 0 else found
 
 
+def ratios(own: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
+    """Return how many times the figures of another arm those of an arm are, by seed, at the seeds that both have."""
+    return {seed: value / other[seed] for seed, value in own.items() if other.get(seed, 0.0) > 0}
+
+
 def seeds_to_settle(effect: float, seeds: int = 1) -> int | None:
     """Return the least number of seeds, above one that is known to be too few, that would tell an effect from chance.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments; default those of the process.
 
     Returns:
-        The exit code: 0, 1 when a check failed, 2 for a wrong request.
+        The exit code: 0, 1 when a check failed, 2 for a wrong request, 130 after Ctrl-C.
     """
     # A request in the environment is meant for the script; this process trains nothing.
     importing.disarm()
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LwpfError as error:
         print(f"lwpf: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while a request is read: what takes longer handles it by itself
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of `lwpf diff timm | head` has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

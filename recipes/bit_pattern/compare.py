@@ -1,49 +1,38 @@
-"""Trains on bit patterns with plain attention and with partial forgetting, over several seeds, and compares."""
+"""Trains on bit patterns with plain attention and with partial forgetting, over several seeds, and compares.
+
+One call of `lwpf compare` does the work. What has finished is not repeated: after Ctrl-C, or with more seeds, the same
+command goes on.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package; what they share lies beside them
 
-from comparison import Curve, Metric, Recipe, main  # noqa: E402
+import calling  # noqa: E402
+
+FIGURES = "{output}/run.json"
 
 
-class BitPattern(Recipe):
-    """The comparison of one of train.py's networks."""
+def main() -> int:
+    """Compare, and return the exit code."""
+    parser = calling.parser(__doc__)
+    parser.add_argument("--network", default="pooling-adapted", help="see train.py's --help (default: %(default)s)")
+    parser.add_argument("more", nargs="*", metavar="OPTION", help="behind --: more options of train.py")
+    options = calling.parse(parser, "bit_pattern/{network}", seeds=8, steps=(30, 3))
+    words = [
+        *("--patch", "hflayers", "--arm", "plain", "--arm", calling.RELU, "--arm", calling.PFU),
+        *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
+        *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
+        *("--time", f"json:{FIGURES}:seconds"),
+    ]
+    arguments = ["--network", options.network, "--epochs", str(options.epochs)]
+    arguments += ["--seed", "{seed}", "--output", FIGURES, *options.more]
+    return calling.compare(options, [*words, *calling.python(HERE / "train.py", *arguments)])
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add the choice of the network."""
-        parser.add_argument("--network", default="pooling-adapted", help="see train.py's --help (default: %(default)s)")
-
-    def command(self, options: argparse.Namespace, seed: int, folder: Path, quiet: bool) -> list[str]:
-        """Pass it on."""
-        return [*super().command(options, seed, folder, quiet), f"--network={options.network}"]
-
-
-RECIPE = BitPattern(
-    name="bit_pattern",
-    description=__doc__,
-    title="Bit patterns with hflayers, network {network}",
-    host="hflayers",
-    script=HERE / "train.py",
-    metrics=(
-        Metric("test_accuracy", "test accuracy", percent=True),
-        Metric("test_loss", "test loss", higher_is_better=False),
-    ),
-    curves=(
-        Curve("test_accuracy", "Test accuracy", "test accuracy (%)", percent=True),
-        Curve("train_loss", "Training loss", "cross entropy"),
-    ),
-    steps=(30, 3),
-    seeds=8,
-    items="bags",
-    confident=True,
-    jobs=2,
-)
 
 if __name__ == "__main__":
-    main(RECIPE)
+    sys.exit(main())

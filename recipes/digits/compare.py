@@ -1,4 +1,8 @@
-"""Trains the digits with plain attention and with partial forgetting, over several seeds, and compares."""
+"""Trains the digits with plain attention and with partial forgetting, over several seeds, and compares.
+
+One call of `lwpf compare` does the work. What has finished is not repeated: after Ctrl-C, or with more seeds, the same
+command goes on.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,25 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package; what they share lies beside them
 
-from comparison import Curve, Metric, Recipe, main  # noqa: E402
+import calling  # noqa: E402
 
-RECIPE = Recipe(
-    name="digits",
-    description=__doc__,
-    title="A small vision transformer on handwritten digits",
-    host="timm",
-    script=HERE / "train.py",
-    metrics=(Metric("test_accuracy", "test accuracy", percent=True),),
-    curves=(
-        Curve("test_accuracy", "Test accuracy", "test accuracy (%)", percent=True, zoom=True),
-        Curve("train_loss", "Training loss", "cross entropy", log=True),
-    ),
-    steps=(30, 3),
-    seeds=3,
-    items="images",
-    confident=False,
-)
+FIGURES = "{output}/run.json"
+
+
+def main() -> int:
+    """Compare, and return the exit code."""
+    parser = calling.parser(__doc__)
+    parser.add_argument("more", nargs="*", metavar="OPTION", help="behind --: more options of train.py")
+    options = calling.parse(parser, "digits", seeds=5, steps=(30, 3))
+    words = [
+        *("--arm", "plain", "--arm", calling.RELU, "--arm", calling.PFU),
+        *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
+        *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
+        *("--time", f"json:{FIGURES}:seconds"),
+    ]
+    arguments = ["--epochs", str(options.epochs), "--seed", "{seed}", "--output", FIGURES, *options.more]
+    return calling.compare(options, [*words, *calling.python(HERE / "train.py", *arguments)])
+
 
 if __name__ == "__main__":
-    main(RECIPE)
+    sys.exit(main())

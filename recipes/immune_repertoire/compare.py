@@ -1,251 +1,148 @@
-"""Trains DeepRC's own example with plain attention and with partial forgetting, over several seeds, and compares."""
+"""Trains DeepRC's own example with plain attention and with partial forgetting, over several seeds, and compares.
+
+One call of `lwpf compare` does the work. What has finished is not repeated: after Ctrl-C, or with more seeds, the same
+command goes on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import os
-import platform
 import random
-import re
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
-from matplotlib.figure import Figure
+
+from lwpf_patch.observing.writing import read_records
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package; what they share lies beside them
 
-from comparison import PLAIN, VARIANTS, Curve, Metric, Recipe, Run, Runs, Variant, main, positive, train  # noqa: E402
+import calling  # noqa: E402
 
 EXAMPLE = "deeprc.examples.example_single_task_cnn"
 #: With the script's own learning rate, 0.0001, as few updates as ours would show nothing.
 EXAMPLE_ARGUMENTS = ["--learning_rate=0.001"]
 REPOSITORY = "https://github.com/ml-jku/DeepRC"
-#: Where the example has its data, in the repository and, but for the first folder, seen from its working directory.
+#: Where the example has its data, in the repository.
 DATASET = Path("deeprc", "datasets", "example_dataset")
 
-#: One variant more than elsewhere: the remedy that lwpf_patch names when it sees dead bags.
-REMEDY = Variant(
-    "relu, empty_rows=keep", "LwPF, ReLU, empty_rows=keep", colour="#009E73", style=":", func_d="relu:empty_rows=keep"
-)
+#: What is compared. The baseline is a patched DeepRC too, one that forgets nothing: the patch brings the shims without
+#: which DeepRC does not run in a current environment. The last one is the remedy that lwpf_patch names for dead bags.
+BASELINE = "none"
+ARMS = {
+    "relu": "--func-d relu",
+    "pfu": "--func-d pfu:mu=dmedian,bias=mu,sigma=0.01",
+    "relu, empty_rows=keep": "--func-d relu:empty_rows=keep",
+}
+OBSERVED = "forgetting.jsonl"
+#: So many updates at the beginning and at the end of a run are looked at for dead bags.
+UPDATES = 32
 
-#: Ours for the sets of DeepRC's log; the test set is not among them, it comes after the training.
-SETS = {"training_inference": "train", "validation": "validation"}
-SCORES = {"roc_auc": "AUC", "bacc": "bal. accuracy", "loss": "loss"}
-LOGGED = re.compile(r"^\[(\w+)\] u: (\d+); scores: (.*);$", re.MULTILINE)
-TESTED = re.compile(r"^Test scores:\n(.*)$", re.MULTILINE)
-#: A number among the scores: 0.5, nan, or np.float64(0.5).
-NUMBER = re.compile(r"'(\w+)': (?:[\w.]+\()?([-+.\w]+)")
+#: A score of the first task in the dictionaries that DeepRC prints: 0.5, nan, or np.float64(0.5).
+SCORE = r".*?{}.: (?:[\w.]+\()?(?P<value>[-+.\w]+)"
+TRAIN = r"\[training_inference\] u: (?P<step>\d+); scores: " + SCORE
+TEST = r"Test scores:\n" + SCORE
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 MOTIF = "SFEN"
 
-#: The metrics that the table has room for.
-SHOWN = ("train_roc_auc", "test_roc_auc", "train_bacc", "train_loss")
+
+def main() -> int:
+    """Compare, and return the exit code."""
+    options = parse_arguments()
+    is_random = options.script == EXAMPLE and options.data == "example"
+    code = calling.compare(options, words(options, is_random))
+    if is_random:
+        print("The labels are random: learning is learning by heart here, and the test set says nothing.")
+    if code == 0:
+        print(f"Updates whose last bag forgot every score, of the first {UPDATES} and of the last {UPDATES}:")
+        for row in dead_bags(options.output):
+            print(f"  {row}")
+    return code
 
 
-class ImmuneRepertoire(Recipe):
-    """The comparison on one of DeepRC's scripts."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = calling.parser(__doc__)
+    parser.add_argument(
+        "--evaluate-at", type=calling.positive, metavar="N", help="evaluate every N updates (default: a tenth of them)"
+    )
+    parser.add_argument(
+        "--data",
+        choices=("example", "implanted"),
+        default="example",
+        help="what the example trains on: DeepRC's own random repertoires, for which its repository is cloned into the "
+        "output folder, or generated ones with an implanted motif (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--script",
+        default=EXAMPLE,
+        metavar="MODULE",
+        help="another of DeepRC's scripts, which brings data of its own: see the README (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="as the script has it (default: %(default)s)")
+    parser.add_argument(
+        "more",
+        nargs="*",
+        metavar="OPTION",
+        help=f"behind --: more options of the script (default: {' '.join(EXAMPLE_ARGUMENTS)} for the example)",
+    )
+    return calling.parse(parser, "immune_repertoire/{data}", seeds=3, steps=(200, 4), unit="updates")
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add what to train, and on which data."""
-        parser.add_argument(
-            "--evaluate-at", type=positive, metavar="N", help="evaluate every N updates (default: a tenth of them)"
-        )
-        parser.add_argument(
-            "--data",
-            choices=("example", "implanted"),
-            default="example",
-            help="what the example trains on: DeepRC's own random repertoires, for which its repository is cloned "
-            "into the output folder, or generated ones with an implanted motif (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--script",
-            default=EXAMPLE,
-            metavar="MODULE",
-            help="another of DeepRC's scripts, which brings data of its own: see the README (default: %(default)s)",
-        )
-        parser.add_argument("--device", default="cpu", help="as the script has it (default: %(default)s)")
-        parser.add_argument(
-            "script_arguments",
-            nargs="*",
-            metavar="ARGUMENT",
-            help=f"after --, more arguments of the script (default: {' '.join(EXAMPLE_ARGUMENTS)} for the example)",
-        )
 
-    def prepare(self, options: argparse.Namespace, shared: Path) -> None:
-        """Write the data of the example, which looks for them beside its working directory."""
-        if options.script == EXAMPLE:
-            repertoires = implanted() if options.data == "implanted" else downloaded(options.output / "DeepRC")
-            write_dataset(Path(shared, *DATASET.parts[1:]), *repertoires)
+def words(options: argparse.Namespace, is_random: bool) -> list[str]:
+    """Return what `lwpf compare` is called with, and write the data of the example.
 
-    def run(
-        self, options: argparse.Namespace, variant: Variant, seed: int, folder: Path, quiet: bool
-    ) -> tuple[Run, list[str]]:
-        """Trains, and takes note of whether lwpf_patch warned of dead bags."""
+    Args:
+        options: The options.
+        is_random: Whether the labels are: then it is the training set that counts.
+    """
+    test = ("--metric", TEST.format("roc_auc"), "--name", "test AUC")
+    train = ("--metric", TRAIN.format("roc_auc"), "--name", "train AUC")
+    command = ["--", "python", "-m", options.script]
+    more = options.more
+    if options.script == EXAMPLE:
+        datasets = Path(options.output, f"datasets-{options.data}").absolute()
+        repertoires = implanted() if options.data == "implanted" else downloaded(options.output / "DeepRC")
+        write_dataset(datasets / DATASET.name, *repertoires)
+        command = calling.python(HERE / "beside.py", str(datasets), EXAMPLE)
+        more = more or EXAMPLE_ARGUMENTS
+    observe = f"--observe every=1,path={OBSERVED},tensorboard=off"
+    return [
+        *("--patch", "deeprc", "--arm", BASELINE),
+        *(word for label, text in ARMS.items() for word in ("--arm", f"{label}: {text} {observe}")),
+        *((*train, *test) if is_random else (*test, *train)),
+        *("--metric", TRAIN.format("loss"), "--name", "train loss", "--better", "lower"),
         # DeepRC asks for three threads, wherever it runs; this is the one limit that it cannot lift.
-        threads = dict.fromkeys(("OMP_THREAD_LIMIT", "OMP_NUM_THREADS"), str(options.threads))
-        # Its progress bars cannot be switched off and are held back, with what lwpf_patch writes in their midst. It
-        # also asks before it downloads gigabytes: that is for a person to answer, not for a comparison.
-        arguments = self.command(options, seed, folder, quiet=True)
-        stdout, stderr = train(self.host, variant, arguments, folder, quiet=True, environment=threads)
-        messages = re.findall(r"lwpf_patch: .*", stderr)
-        warned = any("forgot every score" in message for message in messages)
-        return {**self.read(folder, stdout), "warned": warned}, messages
-
-    def command(self, options: argparse.Namespace, seed: int, folder: Path, quiet: bool) -> list[str]:
-        """Have the script run as a module; it writes its log and its model into the working directory."""
-        settings = {
-            "device": options.device,
-            "n_updates": options.updates,
-            "evaluate_at": options.evaluate_at or max(1, options.updates // 10),
-            "rnd_seed": seed,
-        }
-        more = options.script_arguments or (EXAMPLE_ARGUMENTS if options.script == EXAMPLE else [])
-        return ["-m", options.script, *(f"--{name}={value}" for name, value in settings.items()), *more]
-
-    def read(self, folder: Path, stdout: str) -> Run:
-        """Read the scores that the script printed."""
-        updates: dict[int, dict[str, Any]] = {}
-        for name, update, text in LOGGED.findall(stdout):
-            entry = updates.setdefault(int(update), {"update": int(update)})
-            entry |= named(SETS[name], scores(text))
-        tested = TESTED.search(stdout)
-        if not updates or tested is None:
-            sys.exit(f"compare.py: found no scores in what the script printed:\n{stdout}")
-        last = list(updates.values())[-1]
-        # The script tells no times. It creates the first of these folders' files right before the first update and
-        # the last of the others' right after the last one.
-        (results,) = folder.glob("results/*/*")
-        start, end = ((results / name).stat().st_mtime for name in ("tensorboard", "checkpoint"))
-        return {
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "deeprc", "h5py", "numpy", "pandas")},
-            "seconds": end - start,
-            "updates": list(updates.values()),
-            # Where every bag gets the same answer, it has no part in it.
-            "dead": last["train_roc_auc"] == last["train_bacc"] == 0.5,
-            **named("test", scores(tested[1])),
-        }
-
-    def summarise(self, runs: Runs) -> dict[str, dict[str, Any]]:
-        """Count the seeds that lwpf_patch warned of and those that were dead as well."""
-        summary = super().summarise(runs)
-        for variant, repeats in runs.items():
-            summary[variant] |= {key: sum(run[key] for run in repeats) for key in ("warned", "dead")}
-        return summary
-
-    def table(self, summary: dict[str, dict[str, Any]]) -> str:
-        """Return the summary as text."""
-        metrics = [metric for metric in self.metrics if metric.key in SHOWN]
-        widths = [max(15, len(metric.name) + 2) for metric in metrics]
-        columns = "".join(f"{metric.name:>{width}}" for metric, width in zip(metrics, widths, strict=True))
-        lines = [f"{'variant':<17}{columns}{'warned':>8}{'dead':>6}{'seconds':>9}"]
-        lines.append("-" * len(lines[0]))
-        for variant, row in summary.items():
-            cells = ""
-            for metric, width in zip(metrics, widths, strict=True):
-                figures = row[metric.key]
-                cell = f"{figures['mean']:.3f}"
-                if figures["deviation"] is not None:
-                    cell += f" ± {figures['deviation']:.3f}"
-                cells += f"{cell:>{width}}"
-            lines.append(f"{variant:<17}{cells}{row['warned']:>8}{row['dead']:>6}{row['seconds_mean']:>9.1f}")
-        return "\n".join(lines)
-
-    def verdicts(self, options: argparse.Namespace, runs: Runs, summary: dict[str, dict[str, Any]]) -> list[str]:
-        """Say what the figures are good for.
-
-        Random repertoires can be learned by heart only, so there it is the training set that counts. A difference
-        stands out if it is larger than the distance between the best and the worst seed of either variant.
-
-        Returns:
-            One sentence, of all variants.
-        """
-        random_data = options.script == EXAMPLE and options.data == "example"
-        key = "train_roc_auc" if random_data else "test_roc_auc"
-        plain = summary[PLAIN][key]
-        parts = []
-        for variant, row in summary.items():
-            if variant == PLAIN:
-                continue
-            spread = max(max(figures["values"]) - min(figures["values"]) for figures in (row[key], plain))
-            difference = row[key]["mean"] - plain["mean"]
-            dead = f", {row['dead']} of {options.seeds} dead" if row["dead"] else ""
-            parts.append(f"{variant} {difference:+.3f} (seeds alone: {spread:.3f}{dead})")
-        metric = next(metric.name for metric in self.metrics if metric.key == key)
-        sentence = f"Against plain attention's {metric} of {plain['mean']:.3f}: {'; '.join(parts)}"
-        if options.seeds == 1:
-            sentence += "; a single seed cannot show whether that is more than chance"
-        if random_data:
-            sentence += "; the labels are random, so this is learning by heart, and the test set says nothing"
-        return [f"{sentence}."]
-
-    def heading(self, options: argparse.Namespace) -> str:
-        """Name the script, and the example's data."""
-        title = f"DeepRC's {options.script.rpartition('.')[2]}"
-        if options.script == EXAMPLE:
-            title += f" on {'random' if options.data == 'example' else 'implanted'} repertoires"
-        return title
-
-    def plot(self, options: argparse.Namespace, runs: Runs) -> Figure:
-        """Draw the learning curves, with a thin line for each seed: means alone would hide that some are dead."""
-        figure = super().plot(options, runs)
-        for axes, curve in zip(figure.axes, self.curves, strict=True):
-            for variant in self.variants:
-                looks = {"color": variant.colour, "linestyle": variant.style, "linewidth": 0.7}
-                for run in runs[variant.name]:
-                    positions = [entry[self.step] for entry in run[f"{self.step}s"]]
-                    axes.plot(positions, curve.of(run, self.step), **looks)
-        figure.axes[0].legend(loc="center right")  # between the dead ones, at 0.5, and the others
-        return figure
+        *("--env", f"OMP_THREAD_LIMIT={options.threads}", "--in-output", *command),
+        *("--device", options.device, "--n_updates", str(options.updates), "--rnd_seed", "{seed}"),
+        *("--evaluate_at", str(options.evaluate_at or max(1, options.updates // 10)), *more),
+    ]
 
 
-RECIPE = ImmuneRepertoire(
-    name="immune_repertoire",
-    description=__doc__,
-    title="DeepRC",
-    host="deeprc",
-    script=Path(),  # it is a module
-    metrics=tuple(
-        Metric(f"{part}_{score}", f"{part} {name}", higher_is_better=score != "loss")
-        for score, name in SCORES.items()
-        for part in ("train", "validation", "test")
-    ),
-    curves=(
-        Curve("train_roc_auc", "AUC on the training set", "area under the ROC curve"),
-        Curve("train_loss", "Loss on the training set", "cross entropy"),
-    ),
-    steps=(200, 4),
-    seeds=3,
-    items="repertoires",
-    confident=False,
-    step="update",
-    # Plain attention is a patched DeepRC too, one that forgets nothing: the patch brings the shims without which
-    # DeepRC does not run in a current environment.
-    variants=(
-        *(dataclasses.replace(each, func_d="none") if each.name == PLAIN else each for each in VARIANTS),
-        REMEDY,
-    ),
-)
+def dead_bags(folder: Path) -> list[str]:
+    """Return, for each arm that forgets, how many of the bags that were looked at forgot every score, seed by seed.
 
-
-def scores(text: str) -> dict[str, float]:
-    """Read the scores of the first task from a dictionary as DeepRC prints it."""
-    return {name: float(value) for name, value in NUMBER.findall(text.partition("}")[0]) if name in SCORES}
-
-
-def named(part: str, figures: dict[str, float]) -> dict[str, float]:
-    """Put the name of the set in front of the scores' own."""
-    return {f"{part}_{name}": value for name, value in figures.items()}
+    Args:
+        folder: Of the comparison.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    with (folder / "runs.csv").open(newline="", encoding="utf-8") as file:
+        for run in csv.DictReader(file):
+            if run["arm"] != BASELINE:
+                records = read_records(Path(run["log"]).parent / "output" / OBSERVED)
+                empty = [record["empty_rows"] == [1.0] for record in records if record["training"]]
+                first, last = (statistics.mean(part) for part in (empty[:UPDATES], empty[-UPDATES:]))
+                found[run["arm"]].append(f"seed {run['seed']} {first:.0%}, {last:.0%}")
+    return [f"{arm}: {'; '.join(seeds)}" for arm, seeds in found.items()]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -308,16 +205,17 @@ def implanted(count: int = 100, sequences: int = 200, witness_rate: float = 0.05
 
 
 def write_dataset(folder: Path, repertoires: Sequence[Sequence[str]], labels: Sequence[str]) -> None:
-    """Write a dataset as DeepRC's example reads it: a table of labels and an HDF5 container.
+    """Write a dataset as DeepRC's example reads it, unless it is there: a table of labels and an HDF5 container.
 
     DeepRC could make the container itself, from the tables of its repository, but then would read the same repertoire
     100 times: of each name it looks at the suffix alone (``os.path.splitext(name)[-1]`` in its dataset_readers), which
     is ".tsv" for all. Ours have a suffix each.
     """
-    folder.mkdir(parents=True)
+    metadata = folder / "metadata.tsv"
+    if metadata.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     names = [f"repertoire.{number:03d}" for number in range(len(repertoires))]
-    lines = ["ID\tbinary_target_1", *(f"{name}\t{label}" for name, label in zip(names, labels, strict=True))]
-    (folder / "metadata.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     every = [sequence for repertoire in repertoires for sequence in repertoire]
     lengths = np.array([len(sequence) for sequence in every])
     indices = np.full((len(every), lengths.max()), -1, np.int8)  # -1 is padding
@@ -333,7 +231,9 @@ def write_dataset(folder: Path, repertoires: Sequence[Sequence[str]], labels: Se
         file["sampledata/sequences"] = indices
         file["sampledata/sequence_counts"] = np.ones(len(every))  # the example does not look at them
         file["sampledata/sample_sequences_start_end"] = np.stack([np.append(0, ends[:-1]), ends], axis=1)
+    lines = ["ID\tbinary_target_1", *(f"{name}\t{label}" for name, label in zip(names, labels, strict=True))]
+    metadata.write_text("\n".join(lines) + "\n", encoding="utf-8")  # the last, so that it says that all is there
 
 
 if __name__ == "__main__":
-    main(RECIPE)
+    sys.exit(main())

@@ -25,11 +25,6 @@ from tqdm import tqdm
 
 from lwpf_patch import FeatureMap, retrieve, separation_loss
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package; what they share lies beside them
-
-from comparison import positive  # noqa: E402
-
 PATCH = 16  # side of the squares that the photographs are cut into
 POWER = 10
 OFFLINE, DOWNLOADED = ("photographs", "digits"), ("mnist", "cifar10")
@@ -222,6 +217,14 @@ def parse_arguments() -> argparse.Namespace:
     options.iterations = QUICK_ITERATIONS if options.quick else ITERATIONS
     options.temperatures = QUICK_TEMPERATURES if options.quick else TEMPERATURES
     return options
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def memory_size(options: argparse.Namespace, data: str) -> int:

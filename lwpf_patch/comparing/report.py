@@ -152,7 +152,7 @@ def _compared(result: Result, difference: Difference | None) -> list[str]:
     verdict = difference.verdict
     if verdict == "open":
         needed = difference.seeds_to_settle
-        verdict += f": about {needed} seeds would settle it" if needed else ": more than 10,000 seeds to settle it"
+        verdict += f": about {needed} seeds" if needed else f": more than {statistics.MOST_SEEDS:,} seeds"
     return [
         result.text(difference.mean, True),
         _interval(result, difference.bootstrap),
@@ -279,7 +279,7 @@ def markdown(comparison: Comparison, provenance: dict[str, Any]) -> str:
         + ("from the start to the end of its process" if comparison.time is None else f"as `{comparison.time.text}`")
         + f"; *x baseline*: how many times that of {comparison.baseline} at the same seed, the median over the seeds. "
         "Runs that take place side by side share the machine, and their times tell less.",
-        "- *about N seeds would settle it*: that many find a difference as large as the one seen in 80 % of "
+        "- *open: about N seeds*: that many find a difference as large as the one seen in 80 % of "
         "comparisons (paired t-test, 5 %). It is itself an estimate, from few seeds a rough one.",
     ]
     tested = sum(len(result.differences) for result in comparison.results)

@@ -244,10 +244,10 @@ def _mistral():
 
 #: By family and whether there is padding, what is given to attention: no mask, or a boolean one ("b").
 KINDS = {
-    ("llama", False, _in_one_pass): "-", ("llama", True, _in_one_pass): "b",
+    ("llama", False, _in_one_pass): "-",
     ("llama", False, _in_chunks): "-b-", ("llama", True, _in_chunks): "bbb",
     ("llama", False, _in_a_static_cache): "-bb", ("llama", True, _in_a_static_cache): "bbb",
-    ("mistral", False, _in_one_pass): "b", ("mistral", True, _in_chunks): "bbb",
+    ("mistral", True, _in_chunks): "bbb",
     ("mistral", False, _in_a_static_cache): "bbb",
 }  # fmt: skip
 
@@ -403,7 +403,7 @@ def test_dropout_in_training(monkeypatch, name):
     _assert_near(ours, _results(model, inputs, 3))
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn(cases=4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_half_precision(monkeypatch, name, dtype):
@@ -482,7 +482,7 @@ def test_pfus_noise_and_dropout_are_of_training_alone():
     assert not torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
-def test_attention_past_the_interface_is_refused():
+def test_attention_past_the_interface_is_refused(monkeypatch):
     config = hf.DebertaV2Config(**TOKENS)
     plain = hf.DebertaV2Model(config)
     with pytest.raises(SettingsError, match=r"DebertaV2Model cannot be patched: its attention \(DisentangledSelf"):
@@ -494,6 +494,22 @@ def test_attention_past_the_interface_is_refused():
         hf.DebertaV2Model(config)
     lwpf_patch.apply("transformers", exclude_models="DebertaV2Model")
     assert hf.DebertaV2Model(config)(_tokens()).last_hidden_state.isfinite().all()
+    lwpf_patch.apply("transformers")
+
+    class Own(hf.ViTModel):
+        def post_init(self):
+            self.config._attn_implementation_internal = "eager"
+            super().post_init()
+
+    with pytest.raises(SettingsError, match=r"its ViT.*Attention asks for attn_implementation='eager' after all"):
+        Own(hf.ViTConfig(image_size=8, patch_size=4, **WIDTHS))
+
+    def eager_attention_forward(module, query, key, value, attention_mask, scaling, slopes=None):
+        return query, None
+
+    monkeypatch.setattr(hf.models.vit.modeling_vit, "eager_attention_forward", eager_attention_forward)
+    with pytest.raises(SettingsError, match=r"something that is not known \(slopes in its eager_attention_forward"):
+        _vit()
     # A model without attention is none of our business.
     hf.ResNetModel(hf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
 
@@ -577,12 +593,17 @@ def test_a_saved_model_is_an_ordinary_one(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_compile():
+def test_torch_compile_and_trace():
+    """In one graph, with what makes the mask: here none, since the model is causal and nothing is padded."""
     lwpf_patch.apply("transformers", func_d="relu")
-    model, inputs = _made("vit")
-    eager = model(**inputs).last_hidden_state
+    model, inputs = _made("llama")
+    inputs = {"input_ids": inputs["input_ids"], "use_cache": False}
+    eager = model(**inputs).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    _assert_near([compiled(**inputs).last_hidden_state], [eager])
+    _assert_near([compiled(**inputs).logits], [eager])
+    model.requires_grad_(False)
+    traced = torch.jit.trace(lambda tokens: model(tokens, use_cache=False).logits, inputs["input_ids"][:, :4])
+    _assert_near([traced(inputs["input_ids"])], [eager])  # of another length
 
 
 TRAINING = """

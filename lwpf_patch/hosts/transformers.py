@@ -110,7 +110,7 @@ def attend(
         "dropout_p": dropout if module.training else 0.0,
         "is_causal": bool(causal and mask is None),
         "scale": scaling,
-        "enable_gqa": key.shape[1] != query.shape[1],
+        "enable_gqa": bool(key.shape[1] != query.shape[1]),  # a tensor where torch.jit.trace is at work
     }
     sinks = _sinks(module, options, query)
     weights: Tensor | None = None

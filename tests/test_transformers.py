@@ -223,6 +223,11 @@ def _in_one_pass(model, inputs, mask):
     return [model(inputs, attention_mask=mask).logits]
 
 
+def _packed(model, inputs, mask):
+    """Takes two sequences in one row, as their positions tell."""
+    return [model(inputs, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=False).logits]
+
+
 def _in_chunks(model, inputs, mask, cache=None):
     """Goes on with a cache by two tokens, and then by one."""
     found = [model(inputs[:, :3], attention_mask=None if mask is None else mask[:, :3], past_key_values=cache)]
@@ -244,7 +249,7 @@ def _mistral():
 
 #: By family and whether there is padding, what is given to attention: no mask, or a boolean one ("b").
 KINDS = {
-    ("llama", False, _in_one_pass): "-",
+    ("llama", False, _in_one_pass): "-", ("llama", False, _packed): "b",
     ("llama", False, _in_chunks): "-b-", ("llama", True, _in_chunks): "bbb",
     ("llama", False, _in_a_static_cache): "-bb", ("llama", True, _in_a_static_cache): "bbb",
     ("mistral", True, _in_chunks): "bbb",
@@ -307,11 +312,15 @@ def test_masks_of_eager(monkeypatch):
     assert not is_added(hf.LlamaForCausalLM(config))
     assert is_added(hf.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="eager"))
     assert is_added(Llama(config))
+    asked = hf.LlamaForCausalLM(copy.deepcopy(config))
+    asked.set_attn_implementation("eager")
+    assert is_added(asked)
     copied = copy.deepcopy(hf.LlamaForCausalLM(config))
     assert not is_added(copied)
     lwpf_patch.apply("transformers", func_d="relu", masking="paper")
     assert is_added(copied)
     lwpf_patch.revert()
+    assert asked.config._attn_implementation == "eager"
     lwpf_patch.patch_model(copied, func_d="relu")
     assert not is_added(copied)
 

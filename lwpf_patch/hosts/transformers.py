@@ -517,7 +517,9 @@ def _wrappers(library: ModuleType, modules: AttachedModules) -> list[Replacement
             _register_names(name)
             _note_before(self.config, None)
             return choose(self, name, *args, **kwargs)
-        _note_before(self.config, choose(self, name, *args, **kwargs))
+        chosen = choose(self, name, *args, **kwargs)
+        _before.pop(id(self.config), None)  # what was asked for last
+        _note_before(self.config, chosen)
         return NAME
 
     @functools.wraps(post_init)

@@ -18,7 +18,6 @@ def eager_attention(forgetting: Forgetting):
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, position_bias=None,
                softcap=None, **options):  # fmt: skip
-        assert dropout == 0.0 or not module.training
         groups = query.shape[1] // key.shape[1]
         key, value = (torch.stack([each] * groups, 2).flatten(1, 2) for each in (key, value))
         scores = torch.einsum("bhle,bhse->bhls", query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -28,9 +27,11 @@ def eager_attention(forgetting: Forgetting):
             scores = scores + position_bias
         visible = torch.ones_like(scores, dtype=torch.bool)
         if attention_mask is not None:
+            seen = attention_mask[..., : key.shape[2]]
             # eager masks are 0 or the lowest number there is
-            visible = (attention_mask[..., : key.shape[2]] == 0).expand_as(scores)
+            visible = (seen if seen.dtype == torch.bool else seen == 0).expand_as(scores)
         weights = forgotten_softmax(scores, visible, forgetting, options.get("s_aux"))
+        weights = torch.nn.functional.dropout(weights, dropout, module.training)
         return torch.einsum("bhls,bhse->blhe", weights, value), weights
 
     return attend

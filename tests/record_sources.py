@@ -2,6 +2,7 @@
 
     python tests/record_sources.py timm                  # the installed version
     python tests/record_sources.py timm 1.0.24 1.0.26    # versions from the package index, each in a temporary folder
+    python tests/record_sources.py transformers          # what it relies on: nothing of it is rewritten
 
 Run the tests with a version before it is recorded: a recorded hash tells users that the edits are right there.
 """
@@ -9,13 +10,16 @@ Run the tests with a version before it is recorded: a recorded hash tells users 
 from __future__ import annotations
 
 import argparse
+import ast
 import subprocess
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from lwpf_patch.hosts import HOSTS, known
+from transformers_eager import eager_attentions
+
+from lwpf_patch.hosts import HOSTS, known, transformers_known
 from lwpf_patch.settings import Settings
 
 
@@ -30,6 +34,9 @@ def record(host: str, version: str, folder: Path | None) -> None:
     if folder is not None:
         sys.path.insert(0, str(folder))
     try:
+        if host == transformers_known.HOST:
+            record_transformers(version, HOSTS[host].root())
+            return
         plans = HOSTS[host].plans(Settings(uhop="on"))
         versions = {package: _version(package) for package in {_package(plan.module) for plan in plans} - {host}}
     finally:
@@ -43,6 +50,20 @@ def record(host: str, version: str, folder: Path | None) -> None:
             of_package = versions.get(package, version).partition("+")[0]
             known.add(package, keys[qualname], digest, of_package)
             print(f"{package} {of_package}: {plan.module}.{qualname} {digest}")
+
+
+def record_transformers(version: str, root: Path) -> None:
+    """Record the hashes of the functions of transformers that the host relies on; `root` is its folder."""
+    digests = [(transformers_known.EAGER, digest) for digest in eager_attentions(root)]
+    for module, names in transformers_known.MASKS.items():
+        source = root.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            name = getattr(node, "name", "").removesuffix("_recent_torch")  # as of 4.57
+            if name in names:
+                digests.append((name, transformers_known.hash_of(ast.get_source_segment(source, node) or "")))
+    for name, digest in digests:
+        known.add(transformers_known.HOST, name, digest, version)
+        print(f"{transformers_known.HOST} {version}: {name} {digest}")
 
 
 def _package(module: str) -> str:

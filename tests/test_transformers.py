@@ -6,12 +6,14 @@ import copy
 import importlib.util
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import require_host
 from oracle import Forgetting
 from oracle_transformers import eager_attention, modeling_files
+from transformers_eager import eager_attentions
 
 import lwpf_patch
 from lwpf_patch import LwpfError, SettingsError
@@ -20,6 +22,9 @@ from lwpf_patch.cli import main
 require_host("transformers")
 
 import transformers as hf  # noqa: E402 - after it is known to be there
+
+from lwpf_patch.hosts import transformers  # noqa: E402
+from lwpf_patch.hosts import transformers_known as known  # noqa: E402
 
 RULES = {
     "none": Forgetting("none"),
@@ -83,11 +88,11 @@ def _gemma2():
     return hf.Gemma2ForCausalLM(config), {"input_ids": _tokens(), "attention_mask": _padding()}
 
 
-def _gpt_oss():
+def _gpt_oss(**more):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
     config = hf.GptOssConfig(
         **{**TOKENS, **heads}, num_local_experts=2, num_experts_per_tok=1, sliding_window=3, pad_token_id=0,
-        experts_implementation="eager",
+        experts_implementation="eager", **more,
     )  # fmt: skip
     return hf.GptOssForCausalLM(config), {"input_ids": _tokens()}
 
@@ -116,11 +121,13 @@ MODELS = {
 def _made(name):
     """Makes a model in float64, with scores that are not all near 0, and its inputs."""
     model, inputs = MODELS[name]()
-    model = model.double().eval()
+    # In transformers 4, CLIP puts the lowest number of the dtype into a mask of float32.
+    dtype = torch.float32 if name == "clip" and hf.__version__ < "5" else torch.float64
+    model = model.to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.4 * torch.randn_like(parameter))
-    return model, {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    return model, {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
 
 
 def _figures(outputs):
@@ -168,7 +175,7 @@ def test_a_model_and_its_gradients(monkeypatch, name, rule):
     _assert_near(patched, _results(model, inputs, 3))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_the_fused_backend(name):
     lwpf_patch.apply("transformers", func_d="pfu:sigma=0", backend="eager")
     model, inputs = _made(name)
@@ -207,6 +214,224 @@ def test_attention_weights_are_returned_masked(monkeypatch, name):
     assert len(wanted) == 2
     _assert_near(output.attentions, wanted)
     assert any((weights == 0).any() for weights in wanted)
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def _in_one_pass(model, inputs, mask):
+    return [model(inputs, attention_mask=mask).logits]
+
+
+def _packed(model, inputs, mask):
+    """Takes two sequences in one row, as their positions tell."""
+    return [model(inputs, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=False).logits]
+
+
+def _in_chunks(model, inputs, mask, cache=None):
+    """Goes on with a cache by two tokens, and then by one."""
+    found = [model(inputs[:, :3], attention_mask=None if mask is None else mask[:, :3], past_key_values=cache)]
+    for start, end in ((3, 5), (5, 6)):
+        seen = None if mask is None else mask[:, :end]
+        cache = found[-1].past_key_values
+        found.append(model(inputs[:, start:end], attention_mask=seen, past_key_values=cache))
+    return [each.logits for each in found]
+
+
+def _in_a_static_cache(model, inputs, mask):
+    return _in_chunks(model, inputs, mask, hf.StaticCache(config=model.config, max_cache_len=9))
+
+
+def _mistral():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return hf.MistralForCausalLM(hf.MistralConfig(**{**TOKENS, **heads}, pad_token_id=0, sliding_window=3)), {}
+
+
+#: By family and whether there is padding, what is given to attention: no mask, or a boolean one ("b").
+KINDS = {
+    ("llama", False, _in_one_pass): "-", ("llama", False, _packed): "b",
+    ("llama", False, _in_chunks): "-b-", ("llama", True, _in_chunks): "bbb",
+    ("llama", False, _in_a_static_cache): "-bb", ("llama", True, _in_a_static_cache): "bbb",
+    ("mistral", True, _in_chunks): "bbb",
+    ("mistral", False, _in_a_static_cache): "bbb",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "padded", "run"), KINDS)
+def test_masks_of_sdpa(monkeypatch, name, padded, run):
+    """A causal mask is left out, queries that continue a cache and what is padded see what they should."""
+    monkeypatch.setitem(MODELS, "mistral", _mistral)
+    lwpf_patch.apply("transformers", func_d="relu")
+    model, _ = _made(name)
+    tokens, mask = _tokens(), _padding(left=True) if padded else None
+    calls = _spied(monkeypatch)
+    ours = run(model, tokens, mask)
+    kinds = ["-" if each["mask"] is None else {torch.bool: "b"}.get(each["mask"].dtype, "+") for each in calls]
+    newest = hf.__version__ > "5"
+    if newest or run is not _in_a_static_cache:
+        assert "".join(kinds[::2]) == KINDS[name, padded, run]  # of two layers
+    monkeypatch.undo()
+    lwpf_patch.revert()
+    _with_oracle(monkeypatch, model, "relu")
+    wanted = run(model, tokens, mask)
+    if padded:  # what padding computes means nothing
+        ours[0], wanted[0] = (each[0] * mask[:, : each[0].shape[1], None] for each in (ours, wanted))
+    _assert_near(ours, wanted)
+
+
+def _spied(monkeypatch):
+    """Notes what attention is given and returns, at each call from now on."""
+    mapping = hf.modeling_utils.AttentionInterface._global_mapping
+    attend, calls = mapping["lwpf"], []
+
+    def noted(module, query, key, value, attention_mask=None, **options):
+        output = attend(module, query, key, value, attention_mask, **options)
+        calls.append({"module": module, "tensors": (query, key, value), "mask": attention_mask, "options": options,
+                      "output": output[0]})  # fmt: skip
+        return output
+
+    monkeypatch.setitem(mapping, "lwpf", noted)
+    return calls
+
+
+def test_masks_of_eager(monkeypatch):
+    """They are made where the model would use them, where it asks for SDPA by name, and with the paper's masking."""
+
+    class Llama(hf.LlamaForCausalLM):
+        def asks(self):
+            return self.config._attn_implementation == "sdpa"
+
+    def is_added(model):
+        calls = _spied(monkeypatch)
+        model(_tokens())
+        monkeypatch.undo()
+        return [each["mask"] is not None and each["mask"].is_floating_point() for each in calls] == [True, True]
+
+    lwpf_patch.apply("transformers", func_d="relu")
+    config = _llama()[0].config
+    assert not is_added(hf.LlamaForCausalLM(config))
+    assert is_added(hf.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="eager"))
+    assert is_added(Llama(config))
+    asked = hf.LlamaForCausalLM(copy.deepcopy(config))
+    asked.set_attn_implementation("eager")
+    assert is_added(asked)
+    copied = copy.deepcopy(hf.LlamaForCausalLM(config))
+    assert not is_added(copied)
+    lwpf_patch.apply("transformers", func_d="relu", masking="paper")
+    assert is_added(copied)
+    lwpf_patch.revert()
+    assert asked.config._attn_implementation == "eager"
+    lwpf_patch.patch_model(copied, func_d="relu")
+    assert not is_added(copied)
+
+
+def test_masks_that_are_not_known_are_those_of_eager(monkeypatch, caplog):
+    monkeypatch.setattr(known.known, "sources", lambda *_: {})
+    for cached in (known.unknown_masks, known.eager_is_known):
+        monkeypatch.setattr(known, cached.__name__, cached.__wrapped__)
+    lwpf_patch.apply("transformers", func_d="relu")
+    calls = _spied(monkeypatch)
+    _llama()[0](_tokens())
+    assert all(each["mask"].is_floating_point() for each in calls)
+    assert "sdpa_mask" in caplog.text
+    assert "masks are made as for 'eager'" in caplog.text
+    assert "the eager attention of LlamaAttention (transformers.models.llama.modeling_llama) is none of" in caplog.text
+
+
+# --- what stands in for eager attention -----------------------------------------------------------------------------
+
+
+def test_every_eager_attention_is_known_and_is_what_is_computed():
+    """Of all models of the version: what is computed where nothing is forgotten is what theirs computes."""
+    assert known.unknown_masks() == ()
+    found = eager_attentions(Path(hf.__file__).parent)
+    assert len(found) > 20
+    for digest, (source, models) in found.items():
+        assert digest in known.known.sources("transformers", known.EAGER), models
+        namespace = {**vars(hf.models.llama.modeling_llama), **vars(hf.modeling_utils), "nn": torch.nn,
+                     "F": torch.nn.functional, "maybe_autocast": torch.autocast}  # fmt: skip
+        exec(compile(f"from __future__ import annotations\n{source}", "<eager>", "exec"), namespace)
+        eager = namespace[re.search(r"def (\w+)", source)[1]]
+        wanted, ours = _both(eager, source)
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5, msg=lambda text, of=models: f"{of}: {text}")
+
+
+def _both(eager, source):
+    """Returns what an eager attention computes, and what stands in for it, of a module that has all it asks for."""
+    module = torch.nn.Module().double().eval()
+    module.__dict__.update(
+        num_key_value_groups=2 if "repeat_kv" in source else 1, head_dim=6, sinks=torch.randn(4).double(),
+        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, is_cross_attention=False, layer_idx=0,
+        bias=torch.ones(1, 1, 5, 5, dtype=torch.bool).tril(), attn_dropout=torch.nn.Identity(),
+    )  # fmt: skip
+    if "sinks" not in source or "sinks=None" in re.sub(r":[^,=]*", "", source).replace(" ", ""):
+        del module.__dict__["sinks"]
+    module.func_d = lwpf_patch.HostFuncD("none")
+    module.func_d.mask_is_of_heads = module.func_d.causal_without_mask = False
+    heads = 4 // module.num_key_value_groups
+    query, key, value = (torch.randn(2, number, 5, 6).double() for number in (4, heads, heads))
+    takes_mask = source.count("attention_mask") > 1 and "attn_weights * attention_mask" not in source
+    mask = torch.zeros(1, 1, 5, 5).double().masked_fill(~module.bias, torch.finfo(torch.float64).min)
+    mask = mask if takes_mask else None
+    options = {"scaling": 6**-0.5, "dropout": 0.0}
+    parameters = eager.__code__.co_varnames[: eager.__code__.co_argcount]
+    more = {"position_bias": torch.randn(1, 4, 5, 5).double(), "softcap": 0.7, "head_mask": torch.rand(4).double(),
+            "sinks": torch.randn(2, 4, 5, 1).double()}  # fmt: skip
+    options.update({name: value for name, value in more.items() if name in parameters})
+    if "head_mask" in options and ".view(1, -1, 1, 1)" not in source:
+        options["head_mask"] = options["head_mask"].view(1, -1, 1, 1)
+    return (compute(module, query, key, value, mask, **options)[0].double() for compute in (eager, transformers.attend))
+
+
+DROPPED = {
+    "bert": _bert,
+    "gpt2": _gpt2,
+    "llama": lambda: _llama(attention_dropout=0.4),
+    "gpt_oss": lambda: _gpt_oss(attention_dropout=0.4),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout_in_training(monkeypatch, name):
+    """With the same weights dropped in both: the oracle drops of softmax(D), before D' comes."""
+    monkeypatch.setitem(MODELS, name, DROPPED[name])
+    lwpf_patch.apply("transformers", func_d="relu", backend="eager")
+    model, inputs = _made(name)
+    kept_all = _results(model, inputs, 3)
+
+    def drop(x, p=0.5, training=True, inplace=False):
+        kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(x.numel())) >= p
+        return x * kept / (1 - p) if training else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", drop)
+    model.train()
+    ours = _results(model, inputs, 3)
+    assert (ours[0] - kept_all[0]).abs().max() > 1e-3
+    lwpf_patch.revert()
+    _with_oracle(monkeypatch, model, "relu")
+    _assert_near(ours, _results(model, inputs, 3))
+
+
+@pytest.mark.drawn(cases=4)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision(monkeypatch, name, dtype):
+    """Each call of attention in a model, of what it is given there: within the rounding of its output."""
+    lwpf_patch.apply("transformers", func_d="relu")
+    model, inputs = _made(name)
+    calls = _spied(monkeypatch)
+    model.to(dtype)(**{key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()})
+    assert len(calls) >= 2
+    for call in calls:
+        module, mask = call["module"], call["mask"]
+        query, key, value = (each.double() for each in call["tensors"])
+        if mask is None and call["options"].get("is_causal", getattr(module, "is_causal", False)):
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        options = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in call["options"].items()}
+        wanted, _ = eager_attention(RULES["relu"])(module, query, key, value, mask, **options)
+        assert call["output"].dtype == dtype
+        error = (call["output"].double() - wanted).abs().max()
+        assert error <= torch.finfo(dtype).eps * value.abs().max()
 
 
 def test_decoding_with_a_cache_is_what_one_pass_computes():
@@ -266,7 +491,7 @@ def test_pfus_noise_and_dropout_are_of_training_alone():
     assert not torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
-def test_attention_past_the_interface_is_refused():
+def test_attention_past_the_interface_is_refused(monkeypatch):
     config = hf.DebertaV2Config(**TOKENS)
     plain = hf.DebertaV2Model(config)
     with pytest.raises(SettingsError, match=r"DebertaV2Model cannot be patched: its attention \(DisentangledSelf"):
@@ -278,6 +503,22 @@ def test_attention_past_the_interface_is_refused():
         hf.DebertaV2Model(config)
     lwpf_patch.apply("transformers", exclude_models="DebertaV2Model")
     assert hf.DebertaV2Model(config)(_tokens()).last_hidden_state.isfinite().all()
+    lwpf_patch.apply("transformers")
+
+    class Own(hf.ViTModel):
+        def post_init(self):
+            self.config._attn_implementation_internal = "eager"
+            super().post_init()
+
+    with pytest.raises(SettingsError, match=r"its ViT.*Attention asks for attn_implementation='eager' after all"):
+        Own(hf.ViTConfig(image_size=8, patch_size=4, **WIDTHS))
+
+    def eager_attention_forward(module, query, key, value, attention_mask, scaling, slopes=None):
+        return query, None
+
+    monkeypatch.setattr(hf.models.vit.modeling_vit, "eager_attention_forward", eager_attention_forward)
+    with pytest.raises(SettingsError, match=r"something that is not known \(slopes in its eager_attention_forward"):
+        _vit()
     # A model without attention is none of our business.
     hf.ResNetModel(hf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
 
@@ -361,12 +602,17 @@ def test_a_saved_model_is_an_ordinary_one(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_compile():
+def test_torch_compile_and_trace():
+    """In one graph, with what makes the mask: here none, since the model is causal and nothing is padded."""
     lwpf_patch.apply("transformers", func_d="relu")
-    model, inputs = _made("vit")
-    eager = model(**inputs).last_hidden_state
+    model, inputs = _made("llama")
+    inputs = {"input_ids": inputs["input_ids"], "use_cache": False}
+    eager = model(**inputs).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    _assert_near([compiled(**inputs).last_hidden_state], [eager])
+    _assert_near([compiled(**inputs).logits], [eager])
+    model.requires_grad_(False)
+    traced = torch.jit.trace(lambda tokens: model(tokens, use_cache=False).logits, inputs["input_ids"][:, :4])
+    _assert_near([traced(inputs["input_ids"])], [eager])  # of another length
 
 
 TRAINING = """

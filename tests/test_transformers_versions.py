@@ -11,9 +11,12 @@ from conftest import ROOT, environment_of_a_child
 
 #: Where `make test` puts the versions.
 VERSIONS = Path(sys.prefix) / "transformers"
-#: T5 and BERT are of the interface in transformers 5 only, CLIP and Whisper know no float64, GPT-2 returns no weights.
-MODELS = "vit or dinov2 or gpt2 or llama or gemma2 or gpt_oss"
-SELECTED = f"gradients and relu and ({MODELS}) or weights and llama or cache or interface or alone"
+#: T5 and BERT are of the interface in transformers 5 only, and GPT-2 returns no weights.
+MODELS = "vit or dinov2 or clip or gpt2 or llama or gemma2 or gpt_oss or whisper"
+SELECTED = (
+    f"gradients and relu and ({MODELS}) or masks or every_eager or training and gpt2 or half and bfloat16 and "
+    "(clip or whisper) or weights and llama or cache or interface or alone"
+)
 
 
 @pytest.mark.parametrize("version", ["4.57.6"])

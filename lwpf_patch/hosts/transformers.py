@@ -2,8 +2,8 @@
 
 Nothing is rewritten. A model that would use ``"sdpa"`` or ``"eager"`` gets ``"lwpf"`` as its attention implementation,
 and each of its attention modules a func_d, which the function that is registered finds on the module that it is handed.
-Masks are those of ``"eager"``, which every model of the interface supports: added to the scores, and nothing left to an
-``is_causal``. A model that computes its attention elsewhere is refused when it is made.
+Masks are those that the model would get otherwise: of ``"sdpa"``, boolean or left to an ``is_causal``, or of
+``"eager"``, added to the scores. A model that computes its attention elsewhere is refused when it is made.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SettingsError, shown
 from ..hosting import AttachedModules, FuncDAttachment, HostModule, ModularHost, Replacement, Shim, warn
 from ..hosting.shims import AppliedShim
+from . import transformers_known as known
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,9 @@ _KNOWN = frozenset({
     "unsqueeze", "values", "view", "where",
 })
 # fmt: on
+
+#: What stands among the names in code that makes a mask itself, and in code that does otherwise for ``"sdpa"``.
+_OWN_MASK, _ASKS_FOR_SDPA = "a mask of its own for eager and sdpa", "what SDPA needs"
 
 #: The configurations of models that are patched, with what each said before, by identity: they cannot be hashed.
 _before: dict[int, tuple[weakref.ref[Any], str | None]] = {}
@@ -88,6 +92,8 @@ def attend(
         head_mask: Multiplies the weights.
         **options: What else transformers passes. Sinks are among it, and whether the weights are asked for.
     """
+    from .transformers_masks import whole_mask, without_unseen_keys
+
     func_d = getattr(module, "func_d", None)
     if func_d is None:
         func_d = _attach_late(module)
@@ -96,13 +102,15 @@ def attend(
     causal = False
     if attention_mask is None and func_d.causal_without_mask and query.shape[2] > 1:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = _whole_mask(attention_mask, position_bias, causal, query, key)
+    if causal:
+        key, value, position_bias = without_unseen_keys(query, key, value, position_bias)
+    mask = whole_mask(attention_mask, position_bias, causal, query, key)
     given = {
         "attn_mask": mask,
         "dropout_p": dropout if module.training else 0.0,
         "is_causal": bool(causal and mask is None),
         "scale": scaling,
-        "enable_gqa": key.shape[1] != query.shape[1],
+        "enable_gqa": bool(key.shape[1] != query.shape[1]),  # a tensor where torch.jit.trace is at work
     }
     sinks = _sinks(module, options, query)
     weights: Tensor | None = None
@@ -115,27 +123,6 @@ def attend(
     else:
         output = func_d.scaled_dot_product_attention(query, key, value, **given)
     return output.transpose(1, 2).contiguous(), weights
-
-
-def _whole_mask(mask: Tensor | None, bias: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """Return mask and bias in one, of a dtype that goes with the query; None: there is nothing to add or hide."""
-    import torch
-
-    length = key.shape[2]
-    if mask is not None and mask.shape[-1] > length:  # of a cache that is longer
-        mask = mask[..., :length]
-    if bias is not None and bias.shape[-1] > length:
-        bias = bias[..., :length]
-    if bias is None and (mask is None or mask.dtype in (torch.bool, query.dtype)):
-        return mask
-    if mask is None and causal:
-        mask = torch.ones(query.shape[2], length, dtype=torch.bool, device=query.device).tril()
-    if mask is not None and mask.dtype not in (torch.bool, query.dtype):  # the lowest number of another dtype
-        mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf")).to(query.dtype)
-    if bias is None or mask is None:
-        return mask if bias is None else bias.to(query.dtype)
-    bias = bias.to(query.dtype)
-    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
 
 def _sinks(module: HostModule, options: dict[str, Any], query: Tensor) -> Tensor | None:
@@ -160,13 +147,6 @@ def _are_asked_for(options: dict[str, Any]) -> bool:
     if not wanted:
         return False
     return any(each.endswith("attentions") for each in wanted)
-
-
-def mask_for(*args: Any, **options: Any) -> Tensor | None:
-    """Make the mask of a model: that of eager attention."""
-    from transformers.masking_utils import eager_mask
-
-    return eager_mask(*args, **options)
 
 
 # --- which modules --------------------------------------------------------------------------------------------------
@@ -200,8 +180,11 @@ def _names_in(function: Any) -> Iterator[str]:
         if isinstance(code, CodeType):
             yield from code.co_names
             for constant in code.co_consts:
-                if constant == ("eager", "sdpa"):  # what it asks of the implementation's name
-                    yield "a mask of its own for eager and sdpa"
+                # what it asks of the implementation's name
+                if constant == ("eager", "sdpa"):
+                    yield _OWN_MASK
+                if constant == "sdpa" or (isinstance(constant, (tuple, frozenset)) and "sdpa" in constant):
+                    yield _ASKS_FOR_SDPA
                 waiting.append(constant)
 
 
@@ -240,7 +223,7 @@ def _check(model: HostModule) -> None:
             )
         return
     for cls in dict.fromkeys(map(type, modules)):
-        if "a mask of its own for eager and sdpa" in _names_used(cls):
+        if _OWN_MASK in _names_used(cls):
             raise SettingsError(
                 f"{type(model).__name__} cannot be patched: {cls.__name__} hides keys by itself, for the "
                 f"implementations 'eager' and 'sdpa' only. {_leave_out(model)}"
@@ -256,6 +239,24 @@ def _check(model: HostModule) -> None:
             f"transformers: {type(model).__name__} is patched in part: {', '.join(elsewhere)} compute attention past "
             "transformers' AttentionInterface, and stay plain"
         )
+
+
+def _check_asks(model: HostModule, modules: AttachedModules) -> None:
+    """Check that the attention modules of a model that is made ask for us, whatever way it was made.
+
+    Raises:
+        SettingsError: They ask for something else, and would compute plain.
+    """
+    owners = {"": model}
+    for name, module in model.named_modules():
+        owner = module if is_model(module) else owners[name.rpartition(".")[0]]
+        owners[name] = owner
+        asked = getattr(getattr(module, "config", None), "_attn_implementation_internal", NAME)
+        if goes_through_interface(type(module)) and not is_ours(asked) and not modules.is_left_out(owner):
+            raise SettingsError(
+                f"{type(model).__name__} cannot be patched: its {type(module).__name__} asks for "
+                f"attn_implementation={shown(asked)} after all, and would compute plain. {_leave_out(owner)}"
+            )
 
 
 def _classes_by_name(cls: type) -> str:
@@ -277,18 +278,29 @@ def _warn_once(message: str) -> None:
 
 
 def _eager_of(module: HostModule) -> Any:
-    """Return the eager attention of the file that a module's class, or a base of it, comes from."""
+    """Return the eager attention that a module's class, or a base of it, has where no other is asked for."""
     for cls in type(module).__mro__:
-        if _INTERFACE in {name for value in vars(cls).values() for name in _names_in(inspect.unwrap(value))}:
-            return getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        names = {name for value in vars(cls).values() for name in _names_in(inspect.unwrap(value))}
+        if _INTERFACE in names:
+            file = vars(sys.modules.get(cls.__module__, sys))
+            own = sorted(name for name in names & file.keys() if name.endswith(known.EAGER))
+            return file[own[0]] if own else None
     return None
 
 
 def _why_not_known(module: HostModule) -> str | None:
     """Return why the attention of a module may be another one than :func:`attend` computes; None: it is not."""
-    names = set(_names_in(_eager_of(module)))
-    if unknown := names - _KNOWN:
+    eager = _eager_of(module)
+    names = set(_names_in(eager))
+    unknown = (names - _KNOWN) | (_parameters_of(eager) - known.PARAMETERS)
+    if unknown:
         return f"has something that is not known ({', '.join(sorted(unknown))} in its eager_attention_forward)"
+    if eager is None or not known.eager_is_known(eager):
+        _warn_once(
+            f"transformers: the eager attention of {type(module).__name__} ({type(module).__module__}) is none of "
+            "those that are known here. It is patched, since all that it names is known: check that func_d 'none' "
+            "gives the usual outputs"
+        )
     kind = getattr(module, "position_embedding_type", None)
     if "distance_embedding" in names and isinstance(kind, str) and kind.startswith("relative"):
         return f"adds scores of relative positions (position_embedding_type={kind!r})"
@@ -297,6 +309,15 @@ def _why_not_known(module: HostModule) -> str | None:
     if "scale_attn_by_inverse_layer_idx" in names and getattr(module, "scale_attn_by_inverse_layer_idx", False):
         return "scales its scores by layer (scale_attn_by_inverse_layer_idx=True)"
     return None
+
+
+def _parameters_of(function: Any) -> set[str]:
+    """Return what a function can be given by name beside what every eager attention is given."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return set()
+    by_position = 5  # module, query, key, value and mask, which some call otherwise
+    return set(code.co_varnames[by_position : code.co_argcount + code.co_kwonlyargcount])
 
 
 @functools.cache
@@ -332,6 +353,8 @@ def _register_names(*names: str) -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
+    from .transformers_masks import mask_for
+
     for name in names:
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, mask_for)
@@ -360,6 +383,10 @@ def _note_before(config: Any, name: str | None) -> None:
         _before[key] = weakref.ref(config, lambda _: _before.pop(key, None)), name
 
 
+def _before_us(config: Any) -> str | None:
+    return _before[id(config)][1] if _is_noted(config) else None
+
+
 def _is_noted(config: Any) -> bool:
     found = _before.get(id(config))
     return found is not None and found[0]() is config
@@ -374,14 +401,35 @@ def _attach_to(model: HostModule, modules: AttachedModules, plain: bool, replace
             if own is not None and getattr(own, "host", None) is not None and not getattr(own, "attached", True):
                 continue  # that of patch_model
             modules.attach(module, _settings_for(name, modules), plain=plain, replace=replace)
-            _describe(module, model)
+    _describe(model)
 
 
-def _describe(module: HostModule, model: HostModule | None) -> None:
-    """Tell a func_d what it cannot see of its module at each call."""
-    func_d: Any = module.func_d
-    func_d.causal_without_mask = bool(getattr(model, "_supports_sdpa", False))
-    func_d.mask_is_of_heads = _multiplies_mask(_eager_of(module))
+def _describe(model: HostModule) -> None:
+    """Tell what a func_d cannot see of its module at each call, and the masks which kind the model reads."""
+    from .transformers_masks import set_reader
+
+    takes_sdpa = bool(getattr(model, "_supports_sdpa", False))
+    attached = [each for each in model.modules() if goes_through_interface(type(each)) and "func_d" in each._modules]
+    for module in attached:
+        module.func_d.causal_without_mask = takes_sdpa
+        module.func_d.mask_is_of_heads = _multiplies_mask(_eager_of(module))
+    configs = [each for each in _configurations(model) if is_ours(each._attn_implementation_internal)]
+    reads = takes_sdpa and bool(attached) and all(_before_us(each) in (None, "sdpa") for each in configs)
+    # The recipe of the paper lets hidden keys in again, with the scores that eager masks leave them.
+    reads = reads and all(module.func_d.masking == "exclude" for module in attached)
+    reads = reads and not any(_ASKS_FOR_SDPA in _names_used(type(each)) for each in model.modules())
+    for config in configs:
+        set_reader(config, reads and _masks_are_known())
+
+
+def _masks_are_known() -> bool:
+    """Return whether masks of SDPA mean here what they mean in the versions that were tested."""
+    if unknown := known.unknown_masks():
+        _warn_once(
+            f"transformers: {', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} not the same as in the "
+            f"versions that are known here, and masks are made as for 'eager': right, and of the size of the scores"
+        )
+    return not unknown
 
 
 def _attach_late(module: HostModule) -> Any:
@@ -391,10 +439,14 @@ def _attach_late(module: HostModule) -> Any:
             f"{type(module).__name__} was made for attention by {NAME!r}, and has no func_d: call "
             'lwpf_patch.apply("transformers") or lwpf_patch.patch_model(model) before'
         )
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    _modules.attach(module, _settings_for(name, _modules))
-    _describe(module, None)
-    return module.func_d
+    from .transformers_masks import is_reader
+
+    config = getattr(module, "config", None)
+    _modules.attach(module, _settings_for(getattr(config, "_attn_implementation", None), _modules))
+    func_d: Any = module.func_d
+    func_d.causal_without_mask = config is None or is_reader(config)
+    func_d.mask_is_of_heads = _multiplies_mask(_eager_of(module))
+    return func_d
 
 
 def _adopt(model: HostModule, modules: AttachedModules) -> None:
@@ -465,7 +517,9 @@ def _wrappers(library: ModuleType, modules: AttachedModules) -> list[Replacement
             _register_names(name)
             _note_before(self.config, None)
             return choose(self, name, *args, **kwargs)
-        _note_before(self.config, choose(self, name, *args, **kwargs))
+        chosen = choose(self, name, *args, **kwargs)
+        _before.pop(id(self.config), None)  # what was asked for last
+        _note_before(self.config, chosen)
         return NAME
 
     @functools.wraps(post_init)
@@ -474,6 +528,7 @@ def _wrappers(library: ModuleType, modules: AttachedModules) -> list[Replacement
         plain = modules.is_left_out(self)
         if not plain:
             _check(self)
+            _check_asks(self, modules)
         _attach_to(self, modules, plain, replace=False)
         return result
 
@@ -559,7 +614,7 @@ def _put_back(model: HostModule) -> None:
     """Have a model use what it would without us."""
     for config in _configurations(model):
         if is_ours(config._attn_implementation_internal):
-            before = _before[id(config)][1] if _is_noted(config) else None
+            before = _before_us(config)
             if before is None and hasattr(model, "get_correct_attn_implementation"):
                 before = model.get_correct_attn_implementation(None)
             config._attn_implementation_internal = before
@@ -590,8 +645,7 @@ def patch(model: HostModule) -> None:
     for each in model.modules():
         if isinstance(each, PreTrainedModel):
             _alone.add(each)
-        if goes_through_interface(type(each)):
-            _describe(each, model)
+    _describe(model)
 
 
 def unpatch(model: HostModule) -> None:

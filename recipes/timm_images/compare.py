@@ -10,14 +10,14 @@ import argparse
 import csv
 import shlex
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # the recipes are plain files, no package
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # the recipes are plain files, no package
 
+from calling import compare, parse, parser, python  # noqa: E402
 from shift import SHIFTS  # noqa: E402
 
 from lwpf_patch.observing.writing import read_records  # noqa: E402
@@ -46,76 +46,60 @@ COMMON = (
     "--model vit_tiny_patch16_224 --num-classes 10 --crop-pct 1.0 --opt adamw --weight-decay 0.05 --warmup-epochs 0 "
     "-b 128 -vb 1000 -j 1 --no-prefetcher --log-interval 100000"
 )
-EPOCHS = 5
+EPOCHS = 4
 #: Where train.py writes, below the folder of a run.
 RUN = "run"
 
 
-def main() -> None:
-    """Train, test, and say where the reports are."""
+def main() -> int:
+    """Train, test, and say where the reports are; return the exit code."""
     options = parse_arguments()
-    folder = options.output.resolve()
-    training, shifted = folder / "training", folder / "shift"
-    call(train(options, training))
-    call(test(options, training, shifted))
+    output = options.output
+    training = output / "training"
+    options.output = training
+    code = compare(options, train(options))
+    if code:
+        return code
+    options.output = output / "shift"
+    code = compare(options, test(options, training))
+    if code:
+        return code
     table = observed(training)
-    (folder / "observed.csv").write_text("".join(f"{','.join(row)}\n" for row in table))
+    (output / "observed.csv").write_text("".join(f"{','.join(row)}\n" for row in table))
     print("What the layers forget at the end of training, as means over heads and seeds:")
-    print("\n".join("  ".join(f"{cell:>16}" for cell in row) for row in table))
-    print(f"Wrote {training / 'report.md'}, {shifted / 'report.md'} and {folder / 'observed.csv'}")
+    print("\n".join("  ".join(f"{cell:>18}" for cell in row) for row in table))
+    print(f"Wrote {output / 'observed.csv'}")
+    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--train-py", type=Path, required=True, metavar="FILE", help="train.py in a clone of timm's repository"
-    )
-    parser.add_argument("--task", choices=TASKS, default="mnist", help="(default: %(default)s)")
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the data is (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--download", action="store_true", help="have torchvision fetch MNIST to --data-dir if it is not there"
-    )
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=ARMS,
-        default=[*ARMS],
-        help="what is compared with plain attention (default: all of these)",
-    )
-    parser.add_argument("--seeds", help="as lwpf compare has it (default: 5; 1 with --quick)")
-    parser.add_argument("--epochs", type=int, help=f"(default: {EPOCHS}; 1 with --quick)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="as train.py has it (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where to write (default: build/timm_images and the task)"
-    )
-    parser.add_argument("--quick", action="store_true", help="smoke test: one epoch, one seed")
-    parser.add_argument(
-        "more", nargs="*", metavar="OPTION", help="behind --: more options of train.py, which win over the recipe's"
-    )
-    options = parser.parse_args()
-    options.seeds = options.seeds or ("1" if options.quick else "5")
-    options.epochs = options.epochs or (1 if options.quick else EPOCHS)
-    if not options.train_py.is_file():
-        parser.error(
-            f"--train-py {options.train_py}: there is no such file; git clone timm's repository, "
+    options = parser(__doc__ or "")
+    add = options.add_argument
+    add("--train-py", type=Path, required=True, metavar="FILE", help="train.py in a clone of timm's repository")
+    add("--task", choices=TASKS, default="mnist", help="(default: %(default)s)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the data is (default: %(default)s)")
+    add("--download", action="store_true", help="have torchvision fetch MNIST to --data-dir if it is not there")
+    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM",
+        help=f"what is compared with plain attention, of {', '.join(ARMS)} (default: all)")  # fmt: skip
+    add("--device", default="cpu", help="as train.py has it (default: %(default)s)")
+    add("more", nargs="*", metavar="OPTION", help="behind --: more options of train.py, which win over the recipe's")
+    found = parse(options, "timm_images/{task}", seeds=5, steps=(EPOCHS, 1))
+    if not found.train_py.is_file():
+        options.error(
+            f"--train-py {found.train_py}: there is no such file; git clone timm's repository, "
             "huggingface/pytorch-image-models, and give the train.py in it"
         )
-    if options.output is None:
-        options.output = Path("build") / "timm_images" / options.task
-    return options
+    return found
 
 
-def train(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the options of `lwpf compare` that train."""
+def train(options: argparse.Namespace) -> list[str]:
+    """Return what `lwpf compare` is called with to train."""
     summary = f"csv:{{output}}/{RUN}/summary.csv"
     top1 = f"{summary}:eval_top1"
     return [
         *arms(options, " --observe every=100,path=forgetting.jsonl,tensorboard=off"),
-        *("--seeds", options.seeds, "--jobs", str(options.jobs), "--in-output", "--output", str(folder)),
+        "--in-output",
         *("--metric", top1, "--name", "top-1 after the last epoch, %"),
         *("--metric", top1, "--value", "first", "--name", "top-1 after the first epoch, %"),
         *("--metric", f"{summary}:eval_loss", "--better", "lower", "--name", "test loss"),
@@ -127,17 +111,13 @@ def train(options: argparse.Namespace, folder: Path) -> list[str]:
     ]
 
 
-def test(options: argparse.Namespace, trained: Path, folder: Path) -> list[str]:
-    """Return the options of `lwpf compare` that test what was trained, on shifted images."""
+def test(options: argparse.Namespace, trained: Path) -> list[str]:
+    """Return what `lwpf compare` is called with to test what was trained, on shifted images."""
     metrics = []
     for name in SHIFTS:
         metrics += ["--metric", f"json:{{output}}/shift.json:{name}", "--name", f"top-1, %: {name}"]
-    return [
-        *arms(options),
-        *("--seeds", options.seeds, "--jobs", str(options.jobs), "--output", str(folder), *metrics),
-        *("--", "python", str(HERE / "shift.py"), "--trained", str(trained), "--arm", "{arm}", "--seed", "{seed}"),
-        *("--device", options.device, "--output", "{output}/shift.json"),
-    ]
+    arguments = ("--trained", str(trained), "--arm", "{arm}", "--seed", "{seed}", "--device", options.device)
+    return [*arms(options), *metrics, *python(HERE / "shift.py", *arguments, "--output", "{output}/shift.json")]
 
 
 def arms(options: argparse.Namespace, more: str = "") -> list[str]:
@@ -149,14 +129,6 @@ def arms(options: argparse.Namespace, more: str = "") -> list[str]:
     """
     patched = [part for name in options.arms for part in ("--arm", f"{name}: {ARMS[name]}{more}")]
     return ["--arm", "plain", *patched]
-
-
-def call(options: list[str]) -> None:
-    """Run `lwpf compare`, and say with what."""
-    print(f"$ lwpf compare {shlex.join(options)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "lwpf_patch", "compare", *options]).returncode
-    if code:
-        sys.exit(code)
 
 
 def observed(folder: Path) -> list[tuple[str, ...]]:
@@ -182,4 +154,4 @@ def observed(folder: Path) -> list[tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from tqdm import tqdm
@@ -202,7 +204,11 @@ def parse_arguments() -> argparse.Namespace:
         help="CPU threads (default: %(default)s: more gain little, at these sizes)",
     )
     parser.add_argument(
-        "--downloads", type=Path, default=Path("build/data"), help="where mnist and cifar10 go (default: %(default)s)"
+        "--downloads",
+        type=Path,
+        default=Path("build/data"),
+        help="where mnist and cifar10 lie, or go when they are "
+        "downloaded; cifar10/train.tar, a tar of images, is taken as well (default: %(default)s)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("build/memory_retrieval"), help="where to write (default: %(default)s)"
@@ -255,6 +261,8 @@ def load(data: str, downloads: Path) -> Tensor:
         return torch.from_numpy(np.concatenate(patches)).float() / 255
     if data == "digits":
         return torch.from_numpy(load_digits().data).float() / 16
+    if data == "cifar10" and (tar := downloads / "cifar10" / "train.tar").is_file():
+        return images_of(tar)
     try:
         from torchvision import datasets
     except ImportError:
@@ -266,6 +274,14 @@ def load(data: str, downloads: Path) -> Tensor:
         reason = " ".join(str(error).split())
         sys.exit(f"compare.py: cannot download {data} to {downloads}: {reason}\n--data photographs needs no network")
     return torch.as_tensor(images).flatten(1).float() / 255
+
+
+def images_of(tar: Path) -> Tensor:
+    """Load the images of a tar, in the order of their names, (N, d), from 0 to 1."""
+    with tarfile.open(tar) as archive:
+        members = sorted((each for each in archive if each.isfile()), key=lambda each: each.name)
+        images = [np.asarray(Image.open(archive.extractfile(each)).convert("RGB")).ravel() for each in members]
+    return torch.from_numpy(np.stack(images)).float() / 255
 
 
 @torch.no_grad()

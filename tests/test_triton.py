@@ -42,7 +42,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_the_cases_in_the_interpreter(part, python, request):
     cases = (*CASES, "-k", PARTS[part], "--cases", "day" if are_drawn(request.config) else "all")
-    result = python("-m", "pytest", *cases, check=False, cwd=HERE.parent, TRITON_INTERPRET="1")
+    result = python("-m", "pytest", *cases, check=False, cwd=HERE.parent, TRITON_INTERPRET="1", LWPF_NATIVE="off")
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
@@ -51,7 +51,7 @@ def test_the_cases_in_the_interpreter(part, python, request):
 @pytest.mark.timeout(900)
 def test_the_check_at_the_first_call(python, request):
     cases = (str(HERE / "verify_cases.py"), *CASES[1:], "--cases", "day" if are_drawn(request.config) else "all")
-    result = python("-m", "pytest", *cases, check=False, cwd=HERE.parent, TRITON_INTERPRET="1")
+    result = python("-m", "pytest", *cases, check=False, cwd=HERE.parent, TRITON_INTERPRET="1", LWPF_NATIVE="off")
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 

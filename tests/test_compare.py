@@ -28,6 +28,8 @@ from lwpf_patch.comparing import statistics
 from lwpf_patch.comparing.metrics import read_metric, settle
 from lwpf_patch.comparing.runs import Run
 
+pytestmark = pytest.mark.drawn(days=2)
+
 SCRIPT = """
 import os, random, sys
 seed, arm = int(sys.argv[1]), os.environ.get("LWPF_FUNC_D", "plain")

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+pytestmark = pytest.mark.drawn(days=2)
+
 # Tried: 2.5 refuses ("FSDP requires CUDA for streams"), and 2.6 asks a CPU's stream for an event, which it has not.
 HAS_FSDP2 = torch.__version__ >= (2, 7)
 

@@ -12,6 +12,8 @@ from vits import feature_maps, images, randomise_maps, rope, vit
 
 import lwpf_patch
 
+pytestmark = pytest.mark.drawn(days=2)
+
 
 def _model(make=vit, **settings):
     lwpf_patch.apply("timm", **{"uhop": "iters=5,lr=0.5,samples=32", **settings})

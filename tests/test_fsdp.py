@@ -14,6 +14,8 @@ from vits import feature_maps, images, vit
 
 import lwpf_patch
 
+pytestmark = pytest.mark.drawn(days=2)
+
 
 def has_accelerate() -> bool:
     """Returns whether accelerate is there and knows FSDP2."""

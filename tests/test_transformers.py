@@ -26,6 +26,8 @@ import transformers as hf  # noqa: E402 - after it is known to be there
 from lwpf_patch.hosts import transformers  # noqa: E402
 from lwpf_patch.hosts import transformers_known as known  # noqa: E402
 
+pytestmark = pytest.mark.drawn(days=2)
+
 RULES = {
     "none": Forgetting("none"),
     "relu": Forgetting("relu"),

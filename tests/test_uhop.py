@@ -21,6 +21,8 @@ import lwpf_patch
 from lwpf_patch.specs import parse_uhop
 from lwpf_patch.uhop import HostFeatureMap, host_map, report, stage_one
 
+pytestmark = pytest.mark.drawn(days=2)
+
 STAGE = "iters=5,lr=0.5,samples=32"
 CLASSES = torch.tensor([0, 1, 2])
 

@@ -14,6 +14,8 @@ from vits import feature_maps, images, randomise_maps, vit
 
 import lwpf_patch
 
+pytestmark = pytest.mark.drawn(days=2)
+
 PFU = "pfu:mu=0.1,bias=0,sigma=0"
 LOAD = """
 import sys, torch

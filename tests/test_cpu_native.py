@@ -251,3 +251,18 @@ def test_a_wrong_value_of_the_variable_is_an_error():
     assert child.returncode != 0
     assert "unknown native 'maybe'" in err
     assert "LWPF_NATIVE" in err
+
+
+@needs_library
+@pytest.mark.parametrize("around", ["torch.inference_mode()", "torch.no_grad()"])
+def test_a_process_whose_first_call_has_no_gradients(python, around):
+    """The check at the first call takes gradients all the same."""
+    code = (
+        "import torch, lwpf_patch\n"
+        f"with {around}:\n"
+        "    x = torch.randn(1, 2, 50, 8)\n"
+        "    out = lwpf_patch.lwpf_attention(x, x, x, func_d='pfu', training=False, backend='cpu')\n"
+        "    eager = lwpf_patch.lwpf_attention(x, x, x, func_d='pfu', training=False, backend='eager')\n"
+        "print(torch.allclose(out, eager, atol=1e-5), lwpf_patch.backends.cpu_native.why_not())\n"
+    )
+    assert python(code=code).stdout.split() == ["True", "None"]

@@ -209,23 +209,30 @@ def path() -> Path | None:
 @functools.lru_cache
 def why_not() -> str | None:
     """Return why the library cannot be used; None: it can, and does what the eager form does."""
-    global _is_wrong
     library = _load()
     if isinstance(library, str):
         return library
+    # A process may begin in inference mode, whose tensors have no gradients.
+    with tracing.not_recorded(), torch.inference_mode(False):
+        return _compare(library)
+
+
+def _compare(library: _Library) -> str | None:
+    """Compare both passes with the eager form; return what is wrong, None: nothing is."""
+    global _is_wrong
     generator = torch.Generator("cpu").manual_seed(0)
     for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         drawn = torch.randn(4, 1, 3, 150, 20, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
         drawn_mask = torch.randn(3, 1, 150, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
         dropped = dropout(5, 0.2, torch.arange(3 * 141, device="cpu").view(1, 3, 141), 150, dtype)
-        with tracing.not_recorded(), torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             given = (drawn[0, :, :, :141], drawn[1], drawn[2], drawn_mask.expand(1, 3, 1, 150))
             query, key, value, mask = (x.clone().requires_grad_() for x in given)
             wanted = eager_form.above_threshold(query, key, value, mask, False, 0.3, None, None, 0.0, None, dropped)
             grad = drawn[3, :, :, :141]
             # Of a sum: for a tensor of gradients PyTorch loads SymPy.
             wanted_grads = torch.autograd.grad((wanted * grad).sum(), (query, key, value, mask))
-        with tracing.not_recorded(), torch.no_grad():
+        with torch.no_grad():
             seed = torch.tensor(5, device="cpu")
             out, *saved = forward(query, key, value, 0.3, mask, 0.2, False, 2, None, None, 0.0, None, seed)
             rest: tuple[Any, ...] = (out, *saved, seed, 0.2, False, 2, None, None, 0.0, True)

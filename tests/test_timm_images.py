@@ -46,7 +46,8 @@ def test_an_arm_against_plain(python, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["layer"].partition(".")[2] for row in rows] == [f"blocks.{block}.attn" for block in range(3)]
     assert all(0 < float(row["forgotten"]) < 1 for row in rows)
-    assert "$ lwpf compare --arm plain --arm 'relu: --func-d relu" in out.stdout
+    assert " compare --seeds 1 " in out.stdout
+    assert "--arm plain --arm 'relu: --func-d relu" in out.stdout
 
 
 def test_what_it_needs_is_said(python):

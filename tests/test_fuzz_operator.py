@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwpf_patch import PFU, FuncD, ReLU, lwpf_attention
-from lwpf_patch.backends import cpu, cpu_native, cpu_tiles
+from lwpf_patch.backends import cpu, cpu_native, cpu_scores
 
 pytestmark = fuzzing.timeout
 
@@ -213,8 +213,8 @@ def compute(call: Call) -> tuple[Tensor, list[Tensor]]:
             inputs.append(mask.requires_grad_())
     backend, *_ = call.way.split(", ")
     with (
-        mock.patch.object(cpu_tiles, "TILE", 8),
-        mock.patch.object(cpu_tiles, "ROWS", 2),
+        mock.patch.object(cpu_scores, "TILE", 8),
+        mock.patch.object(cpu_scores, "ROWS", 2),
         mock.patch.object(cpu, "_native_is_there", return_value="native" in call.way and cpu_native.is_there()),
     ):
         out = lwpf_attention(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import lwpf_patch
 from lwpf_patch import PFU, NoForgetting, ReLU, backends, lwpf_attention, transforms
 from lwpf_patch.attention import HostFuncD
-from lwpf_patch.backends import cpu, cpu_native, cpu_tiles, eager_form, operators
+from lwpf_patch.backends import cpu, cpu_median, cpu_native, cpu_scores, eager_form, operators
 from lwpf_patch.specs import parse_sep
 
 INF = float("inf")
@@ -50,8 +50,8 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "native" and cpu_native.why_not() is not None:
         pytest.skip(cpu_native.why_not())
     monkeypatch.setattr(cpu, "_native_is_there", lambda: way == "native")
-    monkeypatch.setattr(cpu_tiles, "TILE", 64)
-    monkeypatch.setattr(cpu_tiles, "ROWS", 2)
+    monkeypatch.setattr(cpu_scores, "TILE", 64)
+    monkeypatch.setattr(cpu_scores, "ROWS", 2)
 
 
 def _padding(shape):
@@ -770,7 +770,7 @@ def test_nothing_is_differentiated_where_a_gradient_is_missing(backend):
 @pytest.mark.parametrize("mask_name", ["none", "boolean", "additive"])
 def test_the_median_is_exact(kind, mask_name, monkeypatch):
     """Rank, value and number of equal scores, over sizes on both sides of a tile."""
-    monkeypatch.setattr(cpu_tiles, "TILE", 1 << 11)
+    monkeypatch.setattr(cpu_scores, "TILE", 1 << 11)
     for _ in range(20):
         batch, length, keys = (int(torch.randint(1, high, ())) for high in (4, 90, 90))
         query, key = torch.randn(batch, 1, length, 4), torch.randn(batch, 1, keys, 4)
@@ -788,7 +788,7 @@ def test_the_median_is_exact(kind, mask_name, monkeypatch):
         elif mask_name == "additive":
             mask = torch.randn(1, 1, length, keys, dtype=query.dtype).round()
             mask = mask.masked_fill(torch.rand(mask.shape) < 0.3, -INF)
-        made = cpu_tiles.Scores(query, key, 0.5, mask, False)
+        made = cpu_scores.Scores(query, key, cpu_scores.Given(0.5, mask, 0.0, False, None, None, 0.0, None))
         scores = []
         for tile in made.tiles():  # their very values: another product of matrices would round differently
             part, excluded = made.make(tile)
@@ -797,7 +797,7 @@ def test_the_median_is_exact(kind, mask_name, monkeypatch):
         if len(scores) == 0:
             continue
         expected = sorted(scores.tolist())[(len(scores) - 1) // 2]
-        assert cpu_tiles.median(made) == (expected, int((scores == expected).sum()))
+        assert cpu_median.median(made) == (expected, int((scores == expected).sum()))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -817,7 +817,7 @@ def test_no_tensor_of_the_size_of_all_scores(way, monkeypatch):
     """Peak memory, by what torch allocates, in both passes and for the median."""
     from torch.profiler import ProfilerActivity, profile
 
-    monkeypatch.setattr(cpu_tiles, "TILE", 1 << 16)
+    monkeypatch.setattr(cpu_scores, "TILE", 1 << 16)
     query, key, value = (torch.randn(1, 2, 900, 16, requires_grad=True) for _ in range(3))
     mask = torch.randn(2, 1, 900, requires_grad=True)
     for func_d in ("relu", "pfu"):
@@ -861,7 +861,7 @@ def test_auto_takes_the_backend_of_the_cpu_for_many_scores(monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_compute_the_same_every_time(threads, way, monkeypatch):
-    monkeypatch.setattr(cpu_tiles, "TILE", 1 << 14)
+    monkeypatch.setattr(cpu_scores, "TILE", 1 << 14)
     # In float64: rounding in float32 may make a neighbour of the median the median.
     query, key, value = (torch.randn(8, 300, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.randn(300, 300, dtype=torch.float64, requires_grad=True)

@@ -28,6 +28,7 @@ from . import cpu_native, cpu_tiles, eager_form
 from .arguments import batch_shape, flat_mask, representable_factor, widen_mask
 from .base import Call, FusedBackend
 from .cpu_dropout import dropout
+from .cpu_scores import Given
 from .operators import DirectOperator
 
 #: From so many scores on, "auto" takes this backend. Below, its calls cost more than they save.
@@ -164,27 +165,26 @@ def _forward(
         query: (B, H, L, E), of float32 or float64, as are the others.
         key: (B, H, S, E).
         value: (B, H, S, Ev).
-        scale: Factor of the products of query and key.
-        mask: (B or 1, H or 1, L or 1, S), boolean or additive; None: there is none.
-        dropout_p: Probability that a weight is dropped.
-        is_causal: Whether query i sees the keys 0 to i only, where there is no mask.
+        scale: As the next ones, see :class:`lwpf_patch.backends.cpu_scores.Given`.
+        mask: Of the scores.
+        dropout_p: Of the weights.
+        is_causal: Of the scores.
         native: Whether the C++ computes, if it is what it should be.
         threads: How many threads it takes at most.
-        mu: The threshold without noise; None: the median of all scores.
-        bias: What a forgotten score becomes; None: the threshold.
-        n: What is added to the denominator.
+        mu: As the next two, see there.
+        bias: Of the forgotten scores.
+        n: Of softmax_n.
         eps: The noise of the threshold, (); None: none.
-        seed: Of dropout, (), int64; None: nothing is dropped.
+        seed: Of dropout.
 
     Returns:
         The output, (B, H, L, Ev); L and rho of each row, (2, B, H, L); and, in float64, the threshold with and without
         noise and the number of scores that are equal to the median.
     """
+    given = Given(scale, mask, dropout_p, is_causal, mu, bias, n, seed)
     if native and cpu_native.why_not() is None:
-        return cpu_native.forward(
-            query, key, value, scale, mask, dropout_p, is_causal, threads, mu, bias, n, eps, seed
-        )  # fmt: skip
-    return cpu_tiles.forward(query, key, value, scale, mask, dropout_p, is_causal, mu, bias, n, eps, seed)
+        return cpu_native.forward(query, key, value, given, eps, threads)
+    return cpu_tiles.forward(query, key, value, given, eps)
 
 
 _registered = torch.library.custom_op("lwpf_patch::cpu_attention", _forward, mutates_args=(), device_types="cpu")
@@ -217,10 +217,10 @@ def _backward(
     mask_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and, if it is wanted, of the mask."""
-    given = (grad, query, key, value, scale, mask, out, rows, found, seed, dropout_p, is_causal)
+    given = Given(scale, mask, dropout_p, is_causal, mu, bias, n, seed)
     if native and cpu_native.why_not() is None:
-        return cpu_native.backward(*given, threads, mu, bias, n, mask_needs_grad)
-    return cpu_tiles.backward(*given, mu, bias, n, mask_needs_grad)
+        return cpu_native.backward(grad, query, key, value, given, out, rows, found, mask_needs_grad, threads)
+    return cpu_tiles.backward(grad, query, key, value, given, out, rows, found, mask_needs_grad)
 
 
 _registered_backward = torch.library.custom_op(

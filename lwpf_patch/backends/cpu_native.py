@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from ..options import FLAGS, read_flag
 from ..settings import NATIVE
 from . import eager_form
 from .cpu_dropout import dropout
+from .cpu_scores import Given
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 #: No -ffast-math: NaN and the infinities mean something.
@@ -226,17 +226,16 @@ def _compare(library: _Library) -> str | None:
         drawn_mask = torch.randn(3, 1, 150, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
         dropped = dropout(5, 0.2, torch.arange(3 * 141, device="cpu").view(1, 3, 141), 150, dtype)
         with torch.enable_grad():
-            given = (drawn[0, :, :, :141], drawn[1], drawn[2], drawn_mask.expand(1, 3, 1, 150))
-            query, key, value, mask = (x.clone().requires_grad_() for x in given)
+            inputs = (drawn[0, :, :, :141], drawn[1], drawn[2], drawn_mask.expand(1, 3, 1, 150))
+            query, key, value, mask = (x.clone().requires_grad_() for x in inputs)
             wanted = eager_form.above_threshold(query, key, value, mask, False, 0.3, None, None, 0.0, None, dropped)
             grad = drawn[3, :, :, :141]
             # Of a sum: for a tensor of gradients PyTorch loads SymPy.
             wanted_grads = torch.autograd.grad((wanted * grad).sum(), (query, key, value, mask))
         with torch.no_grad():
-            seed = torch.tensor(5, device="cpu")
-            out, *saved = forward(query, key, value, 0.3, mask, 0.2, False, 2, None, None, 0.0, None, seed)
-            rest: tuple[Any, ...] = (out, *saved, seed, 0.2, False, 2, None, None, 0.0, True)
-            grads = backward(grad, query, key, value, 0.3, mask, *rest)
+            given = Given(0.3, mask, 0.2, False, None, None, 0.0, torch.tensor(5, device="cpu"))
+            out, rows, found = forward(query, key, value, given, None, 2)
+            grads = backward(grad, query, key, value, given, out, rows, found, True, 2)
             for got, right in zip((out, *grads), (wanted, *wanted_grads), strict=True):
                 if not float((got - right).abs().max()) <= allowed * float(right.abs().max()):
                     _is_wrong = True
@@ -257,9 +256,8 @@ def _view(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _pack(
-    library: _Library, query: Tensor, key: Tensor, value: Tensor, grad: Tensor | None, mask: Tensor | None,
-    results: tuple[Tensor | None, ...], found: Tensor, is_causal: bool, threads: int, seed: Tensor | None,
-    numbers: tuple[float, float | None, float, float | None, float, float],
+    library: _Library, query: Tensor, key: Tensor, value: Tensor, grad: Tensor | None, given: Given, noise: float,
+    results: tuple[Tensor | None, ...], found: Tensor, threads: int,
 ) -> bytes:  # fmt: skip
     """Return ``struct Call``.
 
@@ -269,15 +267,13 @@ def _pack(
         key: S keys.
         value: S values.
         grad: The gradient of the output; None in the forward pass.
-        mask: The mask.
+        given: As for the passes.
+        noise: Of the threshold.
         results: Output, L, rho, and the gradients of query, key, value and mask.
         found: What the threshold is.
-        is_causal: As for the operator.
         threads: As for the operator; fewer do where there is little to compute.
-        seed: As for the operator.
-        numbers: scale, mu, the noise, bias, n and dropout_p.
     """
-    scale, mu, noise, bias, n, dropout_p = numbers
+    scale, mask, dropout_p, is_causal, mu, bias, n, seed = given
     of_mask: tuple[int, ...] = _ABSENT
     mask_stride = mask_kind = 0
     if mask is not None:
@@ -301,19 +297,7 @@ def _pack(
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    threads: int,
-    mu: float | None,
-    bias: float | None,
-    n: float,
-    eps: Tensor | None,
-    seed: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, given: Given, eps: Tensor | None, threads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the forward pass; arguments and results are those of ``cpu_attention``."""
     library, width = _load(), value.shape[-1]
@@ -325,32 +309,16 @@ def forward(
     found = query.new_empty(3, dtype=torch.float64)
     noise = 0.0 if eps is None else eps.item()
     call = _pack(
-        library, query, key, value, None, mask, (out, *rows, None, None, None, None), found, is_causal, threads, seed,
-        (scale, mu, noise, bias, n, dropout_p),
+        library, query, key, value, None, given, noise, (out, *rows, None, None, None, None), found, threads,
     )  # fmt: skip
     library.run(True, query.dtype, call)
     return out if out.shape[-1] == width else out[..., :width].contiguous(), rows, found
 
 
 def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    out: Tensor,
-    rows: Tensor,
-    found: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    threads: int,
-    mu: float | None,
-    bias: float | None,
-    n: float,
-    mask_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, given: Given, out: Tensor, rows: Tensor, found: Tensor,
+    mask_needs_grad: bool, threads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the backward pass; arguments and results are those of ``cpu_attention_backward``."""
     library, width, value_width = _load(), query.shape[-1], value.shape[-1]
     assert isinstance(library, _Library)
@@ -358,12 +326,11 @@ def backward(
     grad, out = _ready(grad, lanes), _ready(out, lanes)
     query, key, value = _ready(query, lanes), _ready(key, lanes), _ready(value, lanes)
     grads = [query.new_empty(tensor.shape) for tensor in (query, key, value)]
-    grad_mask = None
+    mask, grad_mask = given.mask, None
     if mask is not None and mask_needs_grad:  # where all rows have one mask, they add to it
         grad_mask = (query.new_zeros if mask.shape[2] == 1 else query.new_empty)(mask.shape)
     call = _pack(
-        library, query, key, value, grad, mask, (out, *rows, *grads, grad_mask), found, is_causal, threads, seed,
-        (scale, mu, 0.0, bias, n, dropout_p),
+        library, query, key, value, grad, given, 0.0, (out, *rows, *grads, grad_mask), found, threads,
     )  # fmt: skip
     library.run(False, query.dtype, call)
     grad_query, grad_key, grad_value = (

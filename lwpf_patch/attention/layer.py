@@ -34,7 +34,7 @@ class HostFuncD(OwnedFuncD):
             self.settle()
             if has_torch_function_unary(scores):
                 return _dispatch_scores(self, scores, training, dim)
-            mark_used("" if self.left_plain else self.host)
+            mark_used(self.host_here())
         if self.is_plain():
             forgotten, mask = scores, torch.ones((), dtype=torch.bool, device=scores.device)
         else:
@@ -87,7 +87,7 @@ class HostFuncD(OwnedFuncD):
             if isinstance(scores, fx.Proxy):
                 return tracing.call_method(self, HostFuncD.softmax.__name__, (scores,), {"dim": dim})
             if self.is_plain() and not watching.on and not has_torch_function_unary(scores):
-                mark_used("" if self.left_plain else self.host)
+                mark_used(self.host_here())
                 return scores.softmax(dim)
             forgotten, mask = self(scores, dim=dim)
         return mask * self.normalise(forgotten, dim)
@@ -119,7 +119,7 @@ class HostFuncD(OwnedFuncD):
                 query, key, value, self.rule_here(), attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 noisy, self.masking, Sep(*self.sep_here()), self.verify,
             )  # fmt: skip
-            output = attend(call, self.backend, "" if self.left_plain else self.host)
+            output = attend(call, self.backend, self.host_here())
             if watching.on:
                 show_call(self, call)
             return output
@@ -176,7 +176,7 @@ class HostFuncD(OwnedFuncD):
                 f"backend {self.backend!r} (of {self.host or 'func_d'}) cannot return the attention weights, nor bound "
                 "the scores (softcap), nor take sinks or a head mask: use backend='auto' or 'eager'"
             )
-        host = "" if self.left_plain else self.host
+        host = self.host_here()
         mark_used(host)
         note_backend(host, "eager", "the weights are asked for, or softcap, sinks or a head mask")
         device = query.device.type
@@ -240,7 +240,7 @@ class HostFuncD(OwnedFuncD):
                 "torch.export, or a func_d whose sep is 'softmax' or 'softmax_n'"
             )
         # A scripted model no longer runs Python, so that its use can only be seen here, when it is compiled.
-        mark_used("" if self.left_plain else self.host)
+        mark_used(self.host_here())
         if watching.on:
             miss(SCRIPTED)
         return self

@@ -156,6 +156,10 @@ class OwnedFuncD(Attached, nn.Module):
         """Return the normalisation that computes: the softmax where the layer is left plain."""
         return (1.0, 0.0) if self.left_plain else self.sep
 
+    def host_here(self) -> str:
+        """Return the host whose patch a call is one of; empty where the layer is left plain."""
+        return "" if self.left_plain else self.host
+
     def highest_hidden(self, scores: Tensor) -> float:
         """Return the value at and below which a mask hides a key, in the dtype of some scores or a mask."""
         sentinel = self.mask_sentinel

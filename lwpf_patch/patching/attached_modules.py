@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..hosting import ModularHost, Order
 from ..settings import Settings
-from .attaching import detach, living
+from .attaching import detach
+from .living import living
 from .owners import Owners, match, names_in_construction
 
 if TYPE_CHECKING:

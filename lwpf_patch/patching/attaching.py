@@ -7,7 +7,6 @@ class needs them if it inherits a patched function, or borrows it, as in
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 import weakref
@@ -20,7 +19,8 @@ from .. import reporting
 from ..hosting.attachments import Attachment, Order, Step, disown, is_trained
 from ..hosting.rewritten import RewrittenHost, Site
 from ..settings import Settings
-from . import frames, importing
+from . import importing
+from .living import module_classes, with_subclasses
 from .owners import Owners, match, names_in_construction
 
 if TYPE_CHECKING:
@@ -385,41 +385,3 @@ def warn_of_loss(lost: int, host: str) -> None:
             f"{lost} trained feature maps of {host} were removed with the patch, and their models compute without them "
             "now; lwpf_patch.fold(model) before would have written them into the projections"
         )
-
-
-# --- what lives -----------------------------------------------------------------------------------------------------
-
-
-def with_subclasses(classes: Iterable[type]) -> list[type]:
-    """Return some classes and their subclasses, bases first."""
-    found = {id(cls): cls for cls in classes}
-    left = list(found.values())
-    while left:
-        subclasses: list[type] = type.__subclasses__(left.pop())
-        for cls in subclasses:
-            if id(cls) not in found:
-                found[id(cls)] = cls
-                left.append(cls)
-    return list(found.values())
-
-
-def module_classes() -> list[type]:
-    """Return the subclasses of ``nn.Module``; none before torch has been imported."""
-    torch: Any = sys.modules.get("torch")
-    return with_subclasses([torch.nn.Module]) if hasattr(torch, "nn") else []
-
-
-def living(classes: Iterable[type]) -> list[Any]:
-    """Return the instances of some classes that live, in one pass over all objects."""
-    # Classes by type() and not isinstance(): proxies of lazily imported modules answer for __class__ by importing. By
-    # identity, because a metaclass may compare its classes in any way.
-    wanted = {id(cls): cls for cls in with_subclasses(classes)}
-    if not wanted:
-        return []
-    # An instance refers to its class. gc.get_objects() would do too, but what another thread is just making, such as
-    # tuple(generator), cannot be finished while somebody has a reference to it.
-    candidates = gc.get_referrers(*wanted.values())
-    if gc.get_freeze_count():
-        candidates = [*candidates, *frames.reachable()]
-    found = {id(obj): obj for obj in candidates if id(type(obj)) in wanted}
-    return list(found.values())

@@ -22,7 +22,8 @@ from ..rewriting import source_of
 from ..settings import Settings, in_words
 from ..specs import FuncDSpec
 from . import deciding, exit_report, frames, importing
-from .attaching import Makers, detach, living
+from .attaching import Makers, detach
+from .living import living
 from .owners import Owners
 from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost
 from .swapping import ClassesByName, PatchedSite, classes_by_name, describe, locate

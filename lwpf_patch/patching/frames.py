@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from types import CodeType, FrameType
 from typing import Any
+
+from .collecting import no_collection
 
 #: How long to wait for other threads to leave code that was replaced, in seconds.
 PATIENCE = 10.0
@@ -51,26 +51,14 @@ def wait_for(frames: Collection[FrameType]) -> list[FrameType]:
 def variables(frames: Iterable[FrameType] | None = None) -> list[dict[str, Any]]:
     """Return the local variables of some frames; None: of all frames of all threads."""
     chosen = [each for stack in _stacks().values() for each in stack] if frames is None else frames
-    with _no_collection():
+    with no_collection():  # see _stacks
         return [dict(frame.f_locals) for frame in chosen]
 
 
-def reachable() -> list[Any]:
-    """Return what can be reached from modules and frames; ``gc.freeze`` hides objects from the collector."""
-    left: list[Any] = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
-    left += variables()
-    found = {id(obj): obj for obj in left}
-    while left:
-        referents, left = gc.get_referents(*left), []
-        for obj in referents:
-            if id(obj) not in found and gc.is_tracked(obj):
-                found[id(obj)] = obj
-                left.append(obj)
-    return list(found.values())
-
-
 def _stacks() -> dict[int, list[FrameType]]:
-    with _no_collection():
+    # Before Python 3.12 the collector can run whenever an object is made, such as that of a frame. What it calls lets
+    # other threads run, and the frame that was being read is gone.
+    with no_collection():
         return {thread: _stack(top) for thread, top in sys._current_frames().items()}
 
 
@@ -81,19 +69,3 @@ def _stack(top: FrameType) -> list[FrameType]:
         frames.append(frame)
         frame = frame.f_back
     return frames
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from running while the stack of another thread is read.
-
-    Before Python 3.12 the collector can run whenever an object is made, such as that of a frame. What it calls lets
-    other threads run, and the frame that was being read is gone.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

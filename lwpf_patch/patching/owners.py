@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ..hosting import ModularHost, RewrittenHost
-from . import frames
+from . import living
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,7 @@ class Owners:
 
         self._owners: dict[int, list[nn.Module]] = {}
         # type() and not isinstance(): proxies of lazily imported modules answer for __class__ by importing.
-        found = [*gc.get_objects(), *(frames.reachable() if gc.get_freeze_count() else ())]
+        found = [*gc.get_objects(), *(living.reachable() if gc.get_freeze_count() else ())]
         for module in {id(each): each for each in found if issubclass(type(each), nn.Module)}.values():
             for part in module.__dict__.get("_modules", {}).values():
                 if part is not None:

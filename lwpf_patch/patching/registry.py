@@ -19,8 +19,8 @@ from ..observing import requesting
 from ..settings import HostNames, Patterns, Settings
 from ..specs import FuncDLike, SepLike, UHopLike
 from . import deciding, exit_report, unpickling
-from .attaching import living
 from .changing import change, request
+from .living import living
 from .schema import AppliedShimStatus, FeatureMapsStatus, HostStatus, Status, describe_shim
 from .state import LOCK, PATCHED, TRANSITIONS, PatchedHost, settings_of
 

@@ -6,10 +6,7 @@ that code needs is taken away only when no frame runs it any more; see :mod:`lwp
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -17,7 +14,8 @@ from typing import Any
 from .. import rewriting
 from ..errors import ConflictError
 from ..hosting.rewritten import RewrittenHost, Site
-from .attaching import module_classes
+from .collecting import no_collection
+from .living import module_classes
 
 #: The code that stood in each function that has patched code now.
 _originals: dict[FunctionType, CodeType] = {}
@@ -111,7 +109,7 @@ def locate(
     path, source = rewriting.source_of(module.__spec__)
     key = (path, source, tuple(map(id, sites)), frozenset(parts))
     if key not in _planned:
-        with _without_collections():
+        with no_collection():  # syntax trees are many objects, none of them garbage
             plan = host.plan(path, source, sites, parts)
             _planned[key] = plan, plan.compile()
     (plan, codes), whole = _planned[key], False
@@ -138,18 +136,6 @@ def locate(
             known = digest in site.known
             found.append(PatchedSite(site, place, function, live, patched, known, path, digest))
     return found
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Have no garbage collected: syntax trees are many objects, none of them garbage, and a process may hold many."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def classes_by_name() -> ClassesByName:

@@ -25,6 +25,10 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the recipes are plain files, no package
+
+from calling import positive
+
 from lwpf_patch import FeatureMap, retrieve, separation_loss
 
 PATCH = 16  # side of the squares that the photographs are cut into
@@ -223,14 +227,6 @@ def parse_arguments() -> argparse.Namespace:
     options.iterations = QUICK_ITERATIONS if options.quick else ITERATIONS
     options.temperatures = QUICK_TEMPERATURES if options.quick else TEMPERATURES
     return options
-
-
-def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 def memory_size(options: argparse.Namespace, data: str) -> int:

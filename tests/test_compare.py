@@ -222,6 +222,29 @@ def test_what_has_finished_is_not_repeated(folder, capsys):
     assert "NOTE: plain has no figures at seed 1;" in capsys.readouterr().out
 
 
+def test_arms_that_give_the_script_more_arguments(folder, capsys):
+    script = "import os, sys; print(f'top-1: {len(sys.argv[2:]) + 0.1 * int(sys.argv[1])}', sys.argv[2:])"
+    (folder / "train.py").write_text(script + END)
+    texts = ("plain", "twice: plain -- --wide {arm}", "both: --func-d relu -- --deep 'a b' {seed}")
+    arms = [word for text in texts for word in ("--arm", text)]
+    assert main(["compare", *arms, "--seeds", "2", *TOP1, *COMMAND]) == 0
+    logs = {path.parent.name.rpartition("-")[0]: path.read_text() for path in folder.glob("comparison/runs/*/log.txt")}
+    assert "top-1: 0.1 []" in logs["plain-seed1"]
+    assert "top-1: 2.0 ['--wide', 'twice']" in logs["twice-seed0"]
+    assert "top-1: 3.1 ['--deep', 'a b', '1']" in logs["both-seed1"]
+    arms_of_report = {arm["label"]: (arm["options"], arm["more"]) for arm in report(folder)["arms"]}
+    assert arms_of_report["twice"] == (None, ["--wide", "{arm}"])
+    assert arms_of_report["both"][0][-2:] == ["--func-d", "relu"]
+    text = (folder / "comparison" / "report.md").read_text()
+    assert "- **twice**: the script as it is, with `--wide '{arm}'`" in text
+    # What an arm gives the script is a part of what its runs depend on.
+    capsys.readouterr()
+    arms[3] += " --higher"
+    assert main(["compare", *arms, "--seeds", "2", *TOP1, *COMMAND]) == 0
+    assert "; 4 have finished before; " in capsys.readouterr().err
+    assert sum(1 for _ in folder.glob("comparison/runs/twice-*")) == 4
+
+
 def test_a_run_that_fails_is_reported_and_the_rest_go_on(folder, capsys):
     fail = "\nif (arm, seed) == ('relu', 1): print('why it failed'); sys.stdout.flush(); os._exit(3)"
     nan = "\nif (arm, seed) == ('relu', 2): print('top-1: nan')"
@@ -343,6 +366,8 @@ BAD = {
     "a script in an arm": (["--arm", "plain", "--arm", "x: --func-d relu y", *TOP1, *COMMAND], "'y' is no option"),
     "no such site": (["--arm", "plain", "--arm", "x: --include *none*", *TOP1, *COMMAND], "arm 'x': include pattern"),
     "the label plain": (["--arm", "relu", "--arm", "plain: --func-d relu", *TOP1, *COMMAND], "'plain' is the arm that"),
+    "options of plain": (["--arm", "plain", "--arm", "x: plain --lr 1", *TOP1, *COMMAND],
+                         "'--lr' stands behind 'plain'"),
     "no host": ([*ARMS, "--patch", "tim", *TOP1, *COMMAND], "unknown host 'tim' (from arm 'relu', --patch)"),
     "no baseline": ([*ARMS, "--baseline", "x", *TOP1, *COMMAND], "--baseline 'x' is none of the arms: plain, relu"),
     "no metric": ([*ARMS, *COMMAND], "no figure to compare is given"),
@@ -452,6 +477,10 @@ def test_controls_have_the_parameters_and_no_stage_one():
     # A map that nothing trains stays the identity: the control is the arm without it, and plain is that of `fixed`.
     assert arms["both (control)"].settings == arms["both"].settings | {"uhop": None}
     assert "u (control)" not in arms_of("plain", "u: --uhop on", controls=False)
+    # Where an arm gives the script more arguments, so does its control, and it shares none with an arm that does not.
+    arms = arms_of("plain", "u: --uhop on", "deep: --uhop on -- --depth 9", "still: --uhop train=false -- --depth 9")
+    assert list(arms) == ["plain", "u", "u (control)", "deep", "deep (control)", "still", "still (control)"]
+    assert arms["deep (control)"].more == arms["still (control)"].more == ("--depth", "9")
 
 
 def read(tmp_path, text, name="", content="", log=""):

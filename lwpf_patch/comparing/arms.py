@@ -29,6 +29,7 @@ class Arm:
         settings: How, as plain data.
         sites: The hash of the source of each function that is patched, by name.
         control_of: The labels of the arms that this one is the control of.
+        more: Arguments of the script, behind those that all arms have.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, str] = field(default_factory=dict)
     control_of: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -48,7 +50,8 @@ def read_arms(texts: Iterable[str], run: argparse.ArgumentParser, hosts: str, co
     """Read the arms of a comparison.
 
     Args:
-        texts: For each arm ``"plain"``, the text of a func_d, or ``"label: options of lwpf run"``.
+        texts: For each arm ``"plain"``, the text of a func_d, ``"label: options of lwpf run"`` or ``"label: plain"``;
+            behind the last two, ``" -- "`` and more arguments of the script.
         run: The parser of ``lwpf run``.
         hosts: The ``--patch`` of the arms that do not say it themselves.
         controls: Whether arms with U-Hop get a control, right behind the first that it is the control of.
@@ -81,7 +84,9 @@ def read_arms(texts: Iterable[str], run: argparse.ArgumentParser, hosts: str, co
 def _add_control(arms: list[Arm], control: Arm) -> None:
     """Add a control, or have the arm share that of an arm before it, if it is computed in the same way."""
     for place, other in enumerate(arms):
-        if other.control_of and (other.hosts, other.settings) == (control.hosts, control.settings):
+        if other.control_of and (other.hosts, other.settings, other.more) == (
+            control.hosts, control.settings, control.more
+        ):  # fmt: skip
             arms[place] = replace(other, control_of=(*other.control_of, *control.control_of))
             return
     arms.append(control)
@@ -92,7 +97,7 @@ def _read(text: str, run: argparse.ArgumentParser, hosts: str) -> tuple[Arm, Set
     if text == PLAIN:
         return Arm(PLAIN), None
     label, colon, rest = (part.strip() for part in text.partition(":"))
-    if not colon or not rest.startswith("-"):
+    if not colon or not (rest.startswith("-") or rest.split()[:1] == [PLAIN]):
         if not text:
             raise SettingsError("--arm '' is empty: write 'plain', a func_d, or 'label: options of lwpf run'")
         return _patched(text, ["--func-d", text], run, hosts)
@@ -104,7 +109,17 @@ def _read(text: str, run: argparse.ArgumentParser, hosts: str) -> tuple[Arm, Set
         options = shlex.split(rest)
     except ValueError as error:
         raise SettingsError(f"--arm {text!r} does not parse: {error}") from None
-    return _patched(label, options, run, hosts)
+    end = options.index("--") if "--" in options else len(options)
+    options, more = options[:end], tuple(options[end + 1 :])
+    if options == [PLAIN]:
+        return Arm(label, more=more), None
+    if options[:1] == [PLAIN]:
+        raise SettingsError(
+            f"--arm {text!r}: {options[1]!r} stands behind 'plain', which takes no options of lwpf run; those of the "
+            "script stand behind ' -- '"
+        )
+    arm, settings = _patched(label, options, run, hosts)
+    return replace(arm, more=more), settings
 
 
 def _patched(
@@ -161,8 +176,9 @@ def _control(arm: Arm, settings: Settings, run: argparse.ArgumentParser, hosts: 
     if settings.uhop is not None and settings.uhop.train:
         given += ["--uhop", IDLE_STAGE_ONE]
     else:
-        without = {name: value for name, value in settings.describe().items() if name != "uhop"}
-        if without == {name: value for name, value in Settings(func_d="none").describe().items() if name != "uhop"}:
+        without, unchanged = ({**each.describe(), "uhop": None} for each in (settings, Settings(func_d="none")))
+        if without == unchanged and not arm.more:
             return []
         given += ["--uhop", "off", "--func-d", str(settings.func_d)]
-    return [_patched(f"{arm.label} (control)", given, run, hosts, control_of=(arm.label,))[0]]
+    control, _ = _patched(f"{arm.label} (control)", given, run, hosts, control_of=(arm.label,))
+    return [replace(control, more=arm.more)]

@@ -126,8 +126,8 @@ def _state(comparison: Comparison, run: Run) -> dict[str, Any]:
 
 def _data(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
     arms = [
-        {"label": arm.label, "options": arm.options, "settings": arm.settings, "hosts": arm.hosts, "sites": arm.sites,
-         "control_of": arm.control_of, "said": comparison.said.get(arm.label, []),
+        {"label": arm.label, "options": arm.options, "more": arm.more, "settings": arm.settings, "hosts": arm.hosts,
+         "sites": arm.sites, "control_of": arm.control_of, "said": comparison.said.get(arm.label, []),
          "times": _times(comparison, arm.label)}
         for arm in comparison.arms
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -260,6 +261,8 @@ def markdown(comparison: Comparison, provenance: dict[str, Any]) -> str:
     lines += ["", *(f"- {remark}" for remark in _remarks(comparison)), "", "![curves](curves.png)", "", "## Arms", ""]
     for arm in comparison.arms:
         how = "the script as it is" if arm.options is None else f"`lwpf run {' '.join(arm.options)}`"
+        if arm.more:
+            how += f", with `{shlex.join(arm.more)}`"
         if arm.control_of:
             whose = " and ".join(arm.control_of)
             how += f"; the control of {whose}: as many parameters that are trained, but no Stage I"

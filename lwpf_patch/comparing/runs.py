@@ -199,7 +199,8 @@ def plan_run(command: Command, arm: Arm, seed: int, folder: Path, hashes: dict[s
         hashes: Those of files that are known already, by path; others are added.
     """
     known = {SEED: str(seed), ARM: arm.slug}
-    words = [_fill(word, known) for word in command.words]
+    all_words = (*command.words, *arm.more)
+    words = [_fill(word, known) for word in all_words]
     identity = {
         "command": [*command.flags, *(["-m"] if command.module else []), *words],
         "variables": {name: _fill(value, known) for name, value in command.variables},
@@ -216,7 +217,7 @@ def plan_run(command: Command, arm: Arm, seed: int, folder: Path, hashes: dict[s
     own = folder / f"{arm.slug}-seed{seed}-{key[:10]}"
     replaced = known | {OUTPUT: str(own / "output")}
     patched = ["-m", "lwpf_patch", "run", *arm.options] if arm.options is not None else []
-    target = [*(["-m"] if command.module else []), *(_fill(word, replaced) for word in command.words)]
+    target = [*(["-m"] if command.module else []), *(_fill(word, replaced) for word in all_words)]
     return Run(
         arm.label,
         seed,
@@ -264,7 +265,7 @@ def _own_source() -> str:
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*")):
         parts = path.relative_to(_PACKAGE).parts
-        if path.suffix in (".py", ".cpp", ".json") and parts[0] not in ("comparing", "cli.py"):
+        if path.suffix in (".py", ".cpp", ".json") and parts[0] not in ("comparing", "cli"):
             digest.update("/".join(parts).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -96,9 +96,10 @@ def separation_gradient(
     _check_pair(weight, patterns, "separation_gradient")
     dtype = torch.promote_types(_wide(weight.dtype), _wide(patterns.dtype))
     with without_autocast(patterns.device.type):
-        loss, gradient = _gradient_of_weight(weight.to(dtype), patterns.to(dtype), t, kind, with_gradient=True)
-    assert gradient is not None
-    return loss, gradient
+        wide = patterns.to(dtype)
+        loss, gradient = _pattern_loss(wide + wide @ weight.to(dtype).mT, t, kind, with_gradient=True)
+        assert gradient is not None
+        return loss, gradient.mT @ wide
 
 
 class FeatureMap(nn.Module):
@@ -206,16 +207,13 @@ class FeatureMap(nn.Module):
         weight, patterns = self.weight.detach().to(dtype, copy=True), patterns.detach().to(dtype)
         losses = []
         with without_autocast(patterns.device.type), _progress_bar(iters, progress) as bar:
-            for step in range(iters + 1):
-                loss, gradient = _gradient_of_weight(weight, patterns, t, kind, with_gradient=step < iters)
+            for loss in _descend(weight, patterns, iters, t, lr, kind):
                 losses.append(loss)
-                if gradient is not None:
-                    weight.sub_(gradient, alpha=lr)
-                    if bar is not None:
-                        bar.set_postfix_str(f"loss {loss.mean().item():.4f}", refresh=False)
-                        bar.update()
+                if bar is not None and len(losses) > 1:
+                    bar.set_postfix_str(f"loss {loss.mean().item():.4f}", refresh=False)
+                    bar.update()
         result = torch.stack(losses)
-        if not result.isfinite().all():
+        if not (result.isfinite().all() and weight.isfinite().all()):
             finite = bool(patterns.isfinite().all())
             reason = f"W is too large, or became so at lr={lr}" if finite else "patterns hold a NaN or an infinity"
             raise RuntimeError(f"separate: the separation loss is not a finite number: {reason}; W is left as it was")
@@ -268,11 +266,28 @@ def _plain_loss(patterns: Tensor, t: float, kind: str) -> Tensor:
         return (-t * distances).logsumexp(-1) - math.log(count * (count - 1) / 2)
 
 
-def _gradient_of_weight(
-    weight: Tensor, patterns: Tensor, t: float, kind: str, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    loss, gradient = _pattern_loss(patterns + patterns @ weight.mT, t, kind, with_gradient)
-    return loss, None if gradient is None else gradient.mT @ patterns
+def _descend(weight: Tensor, patterns: Tensor, iters: int, t: float, lr: float, kind: str) -> Iterator[Tensor]:
+    """Give the loss before each step of gradient descent and after the last, by which W is what the steps made of it.
+
+    A step moves W by ``-lr Gᵀ X``, G the gradient for Φ(X), and hence Φ(X) by ``-lr X Xᵀ G``. So where there are fewer
+    patterns than features, as U-Hop wants it, the products with W of each step are left out, and W is made at the end.
+    """
+    few = 2 * patterns.shape[-2] <= patterns.shape[-1]
+    similarities = patterns @ patterns.mT if few else None
+    mapped, steps = patterns + patterns @ weight.mT, torch.zeros_like(patterns)
+    for _ in range(iters):
+        loss, gradient = _pattern_loss(mapped, t, kind, with_gradient=True)
+        assert gradient is not None
+        yield loss
+        if similarities is not None:
+            steps.add_(gradient)
+            mapped.sub_(similarities @ gradient, alpha=lr)
+        else:
+            weight.sub_(gradient.mT @ patterns, alpha=lr)
+            mapped = patterns + patterns @ weight.mT
+    if similarities is not None:
+        weight.sub_(steps.mT @ patterns, alpha=lr)
+    yield _pattern_loss(mapped, t, kind, with_gradient=False)[0]
 
 
 def _pattern_loss(patterns: Tensor, t: float, kind: str, with_gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,6 @@ import os
 import platform
 import statistics
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the recipes are plain files, no package
 
+import cifar
 from calling import positive
 
 from lwpf_patch import FeatureMap, retrieve, separation_loss
@@ -257,27 +256,21 @@ def load(data: str, downloads: Path) -> Tensor:
         return torch.from_numpy(np.concatenate(patches)).float() / 255
     if data == "digits":
         return torch.from_numpy(load_digits().data).float() / 16
-    if data == "cifar10" and (tar := downloads / "cifar10" / "train.tar").is_file():
-        return images_of(tar)
     try:
-        from torchvision import datasets
+        if data == "mnist":
+            from torchvision.datasets import MNIST
+
+            images = MNIST(str(downloads), train=True, download=True).data
+        else:
+            tars = downloads / "cifar10"
+            folder = tars if (tars / cifar.TARS[True]).is_file() else downloads
+            images, _ = cifar.load(folder, train=True, download=True)
     except ImportError:
         sys.exit(f"compare.py: --data {data} needs torchvision: pip install torchvision")
-    fetch = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[data]
-    try:
-        images = fetch(str(downloads), train=True, download=True).data
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         sys.exit(f"compare.py: cannot download {data} to {downloads}: {reason}\n--data photographs needs no network")
-    return torch.as_tensor(images).flatten(1).float() / 255
-
-
-def images_of(tar: Path) -> Tensor:
-    """Load the images of a tar, in the order of their names, (N, d), from 0 to 1."""
-    with tarfile.open(tar) as archive:
-        members = sorted((each for each in archive if each.isfile()), key=lambda each: each.name)
-        images = [np.asarray(Image.open(archive.extractfile(each)).convert("RGB")).ravel() for each in members]
-    return torch.from_numpy(np.stack(images)).float() / 255
+    return images.flatten(1).float() / 255
 
 
 @torch.no_grad()

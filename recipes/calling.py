@@ -21,7 +21,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(
-    parser: argparse.ArgumentParser, output: str, seeds: int, steps: tuple[int, int], unit: str = "epochs"
+    parser: argparse.ArgumentParser, output: str, seeds: int, steps: tuple[int | None, int], unit: str = "epochs"
 ) -> argparse.Namespace:
     """Read the command line.
 
@@ -29,13 +29,14 @@ def parse(
         parser: Of the recipe.
         output: The usual folder, below build; an option in braces stands for its value.
         seeds: The usual number of seeds; with --quick it is 1.
-        steps: The usual length of a run, and that with --quick.
+        steps: The usual length of a run, None where it depends on the task, and that with --quick.
         unit: What the length is counted in, and the name of its option.
     """
     usual, quick = steps
+    length = usual or "as the task has it"
     add = parser.add_argument
     add("--seeds", metavar="N", help=f"how many, or which, as in 0-9 (default: {seeds}; 1 with --quick)")
-    add(f"--{unit}", type=positive, metavar="N", help=f"{unit} of a run (default: {usual}; {quick} with --quick)")
+    add(f"--{unit}", type=positive, metavar="N", help=f"{unit} of a run (default: {length}; {quick} with --quick)")
     add("--jobs", type=positive, default=2, metavar="N", help="runs at a time (default: %(default)s)")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads of each run: models this small gain "
         "little from more (default: %(default)s)")  # fmt: skip

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
+import runpy
 import shlex
+import tarfile
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, require_host, skip_for_host
+from PIL import Image
 
 
 def compared(recipe, python, tmp_path, *arguments, folder="figures", without=()):
@@ -141,3 +147,63 @@ def test_immune_repertoire(python, tmp_path):
     assert train["values"][0] != 0.5  # the repertoires differ, see write_dataset
     assert "the test set says nothing" in out.stdout
     assert f"\n  {remedy}: seed 0 0%, 0%\n" in out.stdout  # no bag forgot every score
+
+
+def write_cifar10(folder, **counts):
+    """Write a tar for each part, with a folder for each of ten classes of random images."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for part, count in counts.items():
+        with tarfile.open(folder / f"{part}.tar", "w") as archive:
+            for number in range(count):
+                pixels = generator.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+                pixels[3 * (number % 10)] = 250
+                data = io.BytesIO()
+                Image.fromarray(pixels).save(data, "PNG")
+                entry = tarfile.TarInfo(f"{part}/class{number % 10}/{number}.png")
+                entry.size = data.tell()
+                data.seek(0)
+                archive.addfile(entry, data)
+
+
+@pytest.mark.drawn(days=3)
+def test_uhop_images(python, tmp_path):
+    write_cifar10(tmp_path / "data", train=80, validation=40)
+    small = ("--patch", "32", "--", "--images", "60", "--dim", "16", "--stage-one-epochs", "1", "--lr", "0.03")
+    out, runs, report = compared("uhop_images", python, tmp_path, *small, folder="figures/patch32")
+    assert list(runs) == [
+        "plain", "sparsemax", "values", "map", "stage_one", "everything", "everything_sparsemax", "uhop",
+        "uhop (control)",
+    ]  # fmt: skip
+    loss = {arm: run["curves"]["test loss"]["values"][0] for arm, run in runs.items()}
+    # The weight of a single key is 1: neither the map nor the normalisation reaches the output.
+    assert loss["plain"] == pytest.approx(loss["sparsemax"], abs=1e-6) != loss["values"]
+    assert loss["values"] == loss["map"] == loss["stage_one"] == pytest.approx(loss["uhop"], abs=1e-6)
+    # What Stage I does to the embedding does.
+    assert loss["everything"] == pytest.approx(loss["everything_sparsemax"], abs=1e-6) != loss["map"]
+    assert "everything gives exactly" not in out.stderr
+    assert {arm["label"]: arm["options"] for arm in report["arms"]}["everything"] is None
+
+
+@pytest.mark.parametrize("values", ["keys", "input"])
+@pytest.mark.parametrize("feature_map", [True, False])
+def test_the_network_of_uhop_images_computes_what_its_readme_says(values, feature_map):
+    train = runpy.run_path(str(ROOT / "recipes" / "uhop_images" / "train.py"))
+    model = train["HopfieldImages"](8, 12, values, feature_map).double().eval()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    rows = images.view(3, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(3, 16, 192)
+    patches = rows @ weights["embed.weight"].mT + weights["embed.bias"]
+    w_q, w_k, w_v = weights["attention.in_proj_weight"].split(12)
+    b_q, b_k, b_v = weights["attention.in_proj_bias"].split(12)
+    phi, b_phi = torch.eye(12, dtype=torch.float64), 0
+    if feature_map:
+        phi, b_phi = weights["feature_map.weight"], weights["feature_map.bias"]
+    query = (weights["token"][0, 0] @ phi.mT + b_phi) @ w_q.mT + b_q
+    keys = (patches @ phi.mT + b_phi) @ w_k.mT + b_k
+    stored = (keys if values == "keys" else patches) @ w_v.mT + b_v
+    out = ((keys @ query / 12**0.5).softmax(-1).unsqueeze(-1) * stored).sum(1)
+    out = out @ weights["attention.out_proj.weight"].mT + weights["attention.out_proj.bias"]
+    out = torch.nn.functional.layer_norm(out.relu(), (12,), weights["norm.weight"], weights["norm.bias"])
+    expected = out @ weights["classify.weight"].mT + weights["classify.bias"]
+    torch.testing.assert_close(model(images), expected)

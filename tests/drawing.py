@@ -1,8 +1,8 @@
 """The cases of a day: of the tests marked `drawn`, a part is run, another one every day.
 
 `drawn(cases=9)` stands for nine of them, as different as may be; `drawn` for as many as have each value of each
-parameter at least once; `drawn(days=3)` for all of them on one day in three. All cases run with --cases all, and where
-tests are chosen by name, -k or -m.
+parameter at least once; `drawn(days=3)` for all of them on one day in three, with `cases` for so many on that day. All
+cases run with --cases all, and where tests are chosen by name, -k or -m.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def draw(items: list[pytest.Item], seed: str, cases: int = 0, days: int = 1) -> 
     drawing = random.Random(seed)
     if drawing.randrange(days):
         return []
-    if days > 1:
+    if days > 1 and not cases:
         return items
     seen: set[tuple[str, int]] = set()
     needed, others = [], []

@@ -101,7 +101,7 @@ def test_attention(bench, tmp_path):
     assert json.loads((tmp_path / "out" / "a.json").read_text())["arguments"]["load"] == 1
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=5)
 @needs_triton
 def test_tiles(python, tmp_path):
     """In Triton's interpreter, which has to be a process of its own."""

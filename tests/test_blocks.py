@@ -256,6 +256,7 @@ def _without_call(model, x):
     return model.blocks[3].attn.forward(torch.randn(2, 17, 24, dtype=torch.float64))
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("how", [_features, _a_block, _a_sequential, _recomputed, _without_call])
 def test_whatever_part_is_called_first(how):
     x = _inputs()

@@ -220,11 +220,13 @@ def test_status_of_a_host_that_cannot_be_patched(python, tmp_path):
     assert "has no Attention.forward" in hosts["timm"]["problem"]
 
 
+@pytest.mark.drawn(days=2)
 def test_doctor(python, tmp_path):
     out = python("-m", "lwpf_patch", "doctor")
     assert "timm: LWPF_PATCH=timm takes effect in a new interpreter" in out.stdout
 
 
+@pytest.mark.drawn(days=2)
 @pytest.mark.parametrize("way", ["-S", "PYTHONPATH"])
 def test_where_the_hook_is_not_read(tmp_path, way):
     """`doctor` says so, and `run` refuses, where site-packages are on the path but no interpreter reads their hooks."""

@@ -564,7 +564,7 @@ for epoch in range(3):
 """
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=5)
 def test_a_network_of_timm(folder, capsys):
     require_host("timm")
     (folder / "train.py").write_text(TRAIN)

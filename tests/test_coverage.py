@@ -35,6 +35,7 @@ def test_a_whole_model_is_not_told_of(caplog):
     assert not told(caplog)
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize(
     ("name", "what"),
     [
@@ -130,7 +131,7 @@ with torch.device("meta"):
 """
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=5)
 def test_a_class_of_another_shape_is_left_out_by_name(python):
     """A timm one class of which no edit fits: the others are patched, and a model that has it is told of."""
     out = python("warn", code=CHANGED, PYTHONPATH="")
@@ -142,7 +143,7 @@ def test_a_class_of_another_shape_is_left_out_by_name(python):
     assert "CoverageError: timm: nothing of pvt_v2_b0 is patched" in refused.stderr
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_the_variable_and_the_command(python, tmp_path):
     """With the whole of timm, as users have it."""
     (tmp_path / "train.py").write_text("import timm\ntimm.create_model('xcit_nano_12_p16_224')\nprint('went on')\n")

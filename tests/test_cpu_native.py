@@ -188,7 +188,7 @@ def test_dropout_is_as_good_as_independent_draws():
         assert abs(spread - 1) < 5.5 * (2 / (heads * length)) ** 0.5
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=5)
 @needs_library
 def test_two_processes_compile_at_once(tmp_path):
     """After a hundred small calls, which shall not wait for it; those of a later process need not."""
@@ -203,6 +203,7 @@ def test_two_processes_compile_at_once(tmp_path):
     assert out.strip() == "0 [True, False] ;  None", err
 
 
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(
     ("variables", "why"),
     [

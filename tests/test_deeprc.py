@@ -236,7 +236,7 @@ def upstream(tmp_path_factory) -> Path:
     return folder / "deeprc" / "examples"
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(days=2, cases=1)
 @pytest.mark.parametrize("example", ["single_task_cnn", "multitask_cnn", "multitask_lstm"])
 def test_its_unmodified_examples_run(python, upstream, example):
     for converted in upstream.parent.glob("datasets/example_dataset/*.hdf5"):

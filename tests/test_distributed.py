@@ -108,6 +108,7 @@ if FSDP2:
 """
 
 
+@pytest.mark.drawn(days=3)
 def test_two_processes_train_as_one(python, tmp_path):
     out = run(python, tmp_path, f"FSDP2 = {HAS_FSDP2}\n{AS_ONE}")
     assert out.stdout.count("DDP equal") == 2
@@ -136,7 +137,7 @@ agree(steps=1)
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_the_feature_map_is_bitwise_the_same_on_both_ranks(python, tmp_path):
     out = run(python, tmp_path, UHOP, LWPF_UHOP="iters=5")
     assert out.stdout.count("the same after 1\n") == 4

@@ -43,6 +43,8 @@ def test_all_on_one_day_of_some():
     days = [drawn(day, days=3) for day in range(300)]
     assert all(each in ([], [*range(len(ITEMS))]) for each in days)
     assert 70 < sum(map(bool, days)) < 130
+    some = [drawn(day, days=3, cases=4) for day in range(300)]
+    assert [len(each) for each in some] == [4 * bool(each) for each in days]
 
 
 def test_which_cases_run(python):

@@ -219,7 +219,7 @@ with refused("an optimizer from before"):
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_fsdp2_trains_as_ddp_does_and_its_checkpoints_load_anywhere(python, tmp_path):
     out = run(python, tmp_path, BEGIN + FSDP2 + ACCELERATE * has_accelerate(), LWPF_UHOP=UHOP)
     check_table(out.stdout, ["FSDP2", *["FSDP2 of accelerate"] * has_accelerate()])
@@ -318,7 +318,7 @@ say("a median for each call")
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_other_ways_work_or_are_refused(python, tmp_path):
     out = run(python, tmp_path, BEGIN + OTHERS, LWPF_UHOP=UHOP)
     check_table(

@@ -150,6 +150,7 @@ def test_steps_that_gradscaler_skips_do_not_count(caplog):
 # --- left out -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize(
     "pattern",
     ["test_vit", "test_vit.*", "VisionTransformer", "timm.models.vision_transformer.V*", "_Around", "no,test_*"],
@@ -229,7 +230,7 @@ print(loss.item())
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_an_unmodified_script(python, tmp_path):
     plain = python(code=SCRIPT)
     patched = python(code=SCRIPT, LWPF_PATCH="timm")

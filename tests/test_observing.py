@@ -473,6 +473,7 @@ print(sum(p.detach().double().sum().item() for p in model.parameters()))
 """
 
 
+@pytest.mark.drawn(days=2)
 def test_the_variable_and_the_command(python, tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     out = python("-m", "lwpf_patch", "run", "--observe", "every=3,tensorboard=off", "train.py")

@@ -666,7 +666,7 @@ def test_overriding_leaves_the_func_d_alone():
     assert (func_d.training, func_d.masking, func_d.backend) == (True, "exclude", "auto")
 
 
-@pytest.mark.drawn(cases=2)
+@pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize(("func_d", "dynamic"), [("relu", False), ("pfu", True)])
 def test_compiled_without_graph_breaks(func_d, dynamic, backend):
     sep = "softmax_n:n=0.5" if func_d == "pfu" else "softmax"
@@ -891,6 +891,7 @@ def test_where_there_are_no_scores(batch, length, keys, func_d, masked, backend)
         assert not grad.any()
 
 
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("func_d", ["relu", "pfu:sigma=0.5"])
 def test_opcheck(func_d, dropout_p):

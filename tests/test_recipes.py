@@ -33,6 +33,7 @@ def compared(recipe, python, tmp_path, *arguments, folder="figures", without=())
     return out, {run["arm"]: run for run in report["runs"]}, report
 
 
+@pytest.mark.drawn(days=2)
 def test_digits(python, tmp_path):
     assert "lwpf" not in (ROOT / "recipes" / "digits" / "train.py").read_text().lower()
     out, runs, report = compared("digits", python, tmp_path, "--epochs", "1")
@@ -62,7 +63,7 @@ def test_a_failing_run_fails_the_comparison(python, tmp_path):
     assert (tmp_path / "build" / "digits-quick" / "runs").is_dir()  # a folder that the usual comparison does not use
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=4)
 def test_bit_pattern(python, tmp_path):
     require_host("hflayers")
     assert "lwpf" not in (ROOT / "recipes" / "bit_pattern" / "train.py").read_text().lower()
@@ -72,6 +73,7 @@ def test_bit_pattern(python, tmp_path):
     assert "--network association" in out.stdout.splitlines()[0]
 
 
+@pytest.mark.drawn(days=2)
 def test_memory_retrieval(python, tmp_path):
     pytest.importorskip("entmax")
     recipe = str(ROOT / "recipes" / "memory_retrieval" / "compare.py")
@@ -98,6 +100,7 @@ def test_memory_retrieval(python, tmp_path):
         assert (folder / f"{data}.png").stat().st_size > 10_000
 
 
+@pytest.mark.drawn(days=2)
 def test_memory_retrieval_says_what_it_cannot_fetch(python):
     pytest.importorskip("torchvision")
     recipe = str(ROOT / "recipes" / "memory_retrieval" / "compare.py")
@@ -115,7 +118,7 @@ runpy.run_path({recipe!r}, run_name="__main__")
     assert "--data photographs needs no network" in out.stderr
 
 
-@pytest.mark.drawn(days=4)
+@pytest.mark.drawn(days=3, cases=1)
 @pytest.mark.parametrize(("task", "host", "steps"), [("digits", "timm", 19), ("bit_pattern", "hflayers", 48)])
 def test_stage_one(python, tmp_path, task, host, steps):
     require_host(host)
@@ -135,7 +138,7 @@ def test_stage_one(python, tmp_path, task, host, steps):
     assert [metric["key"] for metric in report["metrics"]][:2] == ["epochs.test_accuracy", "mean_test_accuracy"]
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=4)
 def test_immune_repertoire(python, tmp_path):
     require_host("deeprc")
     remedy = "relu, empty_rows=keep"
@@ -166,7 +169,7 @@ def write_cifar10(folder, **counts):
                 archive.addfile(entry, data)
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=4)
 def test_uhop_images(python, tmp_path):
     write_cifar10(tmp_path / "data", train=80, validation=40)
     small = ("--patch", "32", "--", "--images", "60", "--dim", "16", "--stage-one-epochs", "1", "--lr", "0.03")

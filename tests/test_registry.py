@@ -108,7 +108,7 @@ def test_patched_puts_back_what_was_there(plain_code):
     assert Attention.forward.__code__ is plain_code[0]
 
 
-@pytest.mark.drawn(cases=2)
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize(
     "hosts", [["timm", "hflayers"], "timm,hflayers", (" hflayers ", "timm"), "timm, hflayers, timm"]
 )
@@ -189,6 +189,7 @@ def test_include_and_exclude(plain_code):
     assert AttentionRope.forward.__code__ is plain_code[1]
 
 
+@pytest.mark.drawn(cases=10)
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -350,6 +351,7 @@ def test_status_is_plain_data():
     assert after["modules"] == before + len(model.blocks)
 
 
+@pytest.mark.drawn(days=2)
 def test_threads_leave_one_patch_and_exact_code(plain_code):
     errors = []
 
@@ -405,6 +407,7 @@ def _func_d(module):
     return repr(getattr(module, "func_d", None))
 
 
+@pytest.mark.drawn(days=2)
 def test_blocks_that_end_in_another_order(plain_code):
     """The block that was entered last says what computes; when all have ended, it is as it was before the first."""
     module = Attention(12, num_heads=3)
@@ -470,6 +473,7 @@ def _in_threads(works, times):
     assert not errors, errors[0]
 
 
+@pytest.mark.drawn(days=2)
 def test_blocks_of_six_threads_leave_nothing(plain_code):
     def block(number: int):
         def work() -> None:

@@ -28,7 +28,7 @@ config = dict(version=1, handlers=dict(h={"class": "logging.StreamHandler", "for
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_a_script_that_configures_logging_silences_nothing(python):
     """``dictConfig`` disables the loggers that exist, unless it is told not to."""
     configure = "logging.config.dictConfig(config)\n"

@@ -86,7 +86,7 @@ def test_an_unmodified_script_is_patched(python):
     assert "classes (lwpf status lists them) patched; func_d relu, masking exclude, backend auto" in line
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_the_settings_in_variables(python):
     variables = dict(
         LWPF_PATCH=" timm ", LWPF_FUNC_D="pfu:mu=0.5,bias=0,sigma=0", LWPF_MASKING="paper", LWPF_BACKEND="eager"
@@ -209,6 +209,7 @@ def test_a_version_without_the_sites(python, tmp_path):
     assert "has no Attention.forward in timm.layers.attention or timm.models.vision_transformer" in out.stderr
 
 
+@pytest.mark.drawn(days=3)
 def test_a_request_without_effect_is_reported_at_exit(python):
     code = "import timm, torch; timm.create_model('test_resnet')(torch.randn(2, 3, 64, 64))"
     message = (
@@ -219,11 +220,13 @@ def test_a_request_without_effect_is_reported_at_exit(python):
     assert "nothing ran" not in python("-c", code, LWPF_PATCH="timm", RANK="1").stderr
 
 
+@pytest.mark.drawn(days=3)
 def test_nothing_is_reported_after_a_traceback(python):
     out = python("-c", "import timm, torch; torch.nn.ReLU()(torch.ones(1)); 1 / 0", check=False, LWPF_PATCH="timm")
     assert out.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.drawn(days=2, cases=1)
 @pytest.mark.parametrize("way", ["torch.compile(model, backend='eager')", "torch.jit.script(model)"])
 def test_compiled_models_count_as_called(python, way):
     code = USE.replace("model(torch", f"model = {way}\nmodel(torch").replace("print(", "(")
@@ -238,6 +241,7 @@ def test_the_line_goes_to_the_log_of_a_script_that_has_one(python):
     assert backend.startswith("LOG INFO lwpf_patch: timm: attention is computed by backend ")
 
 
+@pytest.mark.drawn(days=2)
 def test_apply_before_and_after_the_import(python):
     before = "import lwpf_patch; lwpf_patch.apply('timm', func_d=lwpf_patch.PFU())\n"
     assert python(code=before + USE).stdout.strip() == "PFU(mu=dmedian, bias=mu, sigma=0.01)"
@@ -315,6 +319,7 @@ def without_hosts(tmp_path_factory):
     return run
 
 
+@pytest.mark.drawn(days=2)
 def test_a_host_beside_the_script(without_hosts, tmp_path):
     """The folder of the script comes on sys.path after the start-up hook has run."""
     shutil.copytree(_folder("hflayers"), tmp_path / "hflayers")
@@ -339,6 +344,7 @@ def test_a_host_beside_the_script(without_hosts, tmp_path):
     assert "a copy beside a script is patched when the script imports it" in doctor.stdout
 
 
+@pytest.mark.drawn(days=2)
 def test_a_host_that_nobody_finds(without_hosts, tmp_path):
     """An import stops the script, whatever it catches; a question whether it is there is answered."""
     (tmp_path / "ask.py").write_text(
@@ -363,7 +369,7 @@ def test_a_host_that_nobody_finds(without_hosts, tmp_path):
     assert "hflayers was asked to be patched, but it is not installed here: pip install" in out.stderr
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_a_fork_is_announced_with_its_own_version(python, tmp_path):
     package = tmp_path / "timm"
     shutil.copytree(_folder("timm"), package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -373,7 +379,7 @@ def test_a_fork_is_announced_with_its_own_version(python, tmp_path):
     assert out.stdout.strip() == "ReLU()"
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_a_host_in_a_zip_file(python, tmp_path):
     (tmp_path / "content").mkdir()
     shutil.copytree(
@@ -407,7 +413,7 @@ def test_a_host_without_its_sources(python, tmp_path, way):
     assert "install the library with its sources" in out.stderr
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_apply_while_another_thread_imports(python, tmp_path):
     """What that thread had begun to import before apply was called is waited for, and what it comes to is seen."""
     for module in ("functional", "activation"):

@@ -73,6 +73,7 @@ def test_attention_equals_the_oracle(func_d, mask, fused):
     compare(module, x, _masks(2, 7)[mask], fused, func_d=FUNC_DS[func_d])
 
 
+@pytest.mark.drawn(cases=8)
 @both_branches
 @pytest.mark.parametrize(
     "options",
@@ -206,7 +207,7 @@ def saved(model, x):
 TRANSFORMATIONS = [scripted, scripted_and_saved, compiled, exported, deep_copied, pickled, saved]
 
 
-@pytest.mark.drawn(cases=9)
+@pytest.mark.drawn(cases=5)
 @both_branches
 @both_models
 @pytest.mark.parametrize("transform", TRANSFORMATIONS, ids=lambda function: function.__name__)
@@ -236,6 +237,7 @@ def test_compiled_by_inductor_with_gradients():
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.drawn(cases=5)
 @both_branches
 @pytest.mark.parametrize("extractor", ["timm", "torchvision"])
 @every_func_d
@@ -313,6 +315,7 @@ def test_the_meta_device():
         assert vit()(images()).shape == (3, 5)
 
 
+@pytest.mark.drawn(days=2)
 def test_a_model_scripted_or_compiled_after_another_of_its_class_is_patched():
     x = images()
     before = vit().eval()
@@ -449,6 +452,7 @@ def test_a_normalisation_with_rotary_embedding_and_dropout(sep, fused):
     compare(module, x, {}, fused, func_d=FUNC_DS["relu"], **SEPS[sep])
 
 
+@pytest.mark.drawn(cases=3)
 @both_branches
 @every_sep
 def test_a_normalisation_with_feature_maps(sep, fused):
@@ -562,7 +566,7 @@ print(model(torch.randn(1, 3, 160, 160)).tolist())
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_every_way_in_takes_a_normalisation(python, tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     plain = python("train.py", LWPF_PATCH="timm", LWPF_FUNC_D="none")

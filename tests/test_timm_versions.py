@@ -27,7 +27,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-@pytest.mark.drawn(cases=4)
+@pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize("way", ["variable", "run", "before", "after"])
 @pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20"])
 def test_a_version_of_timm(version, way):
@@ -49,7 +49,7 @@ def test_a_version_of_timm(version, way):
     assert re.match(rf"lwpf_patch: timm {version}: \d\d classes", line)
 
 
-@pytest.mark.drawn(cases=2)
+@pytest.mark.drawn(cases=1)
 @pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20", "newest"])
 def test_the_classes_of_a_version(version):
     """Two models of those that hold all classes, others every time: each class against an oracle in float64."""
@@ -78,7 +78,7 @@ def _run_timm_tests(report: Path, arguments: list[str], **variables: str) -> dic
     return outcomes
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(days=2, cases=1)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("models", FAMILIES)
 def test_timms_own_tests_pass_where_they_pass_unpatched(tmp_path, models):

@@ -163,7 +163,7 @@ def _with_oracle(monkeypatch, model, rule):
         monkeypatch.setattr(file, "eager_attention_forward", eager_attention(RULES[rule]))
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn(days=2, cases=20)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_and_its_gradients(monkeypatch, name, rule):

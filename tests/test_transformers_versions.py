@@ -19,6 +19,7 @@ SELECTED = (
 )
 
 
+@pytest.mark.drawn(days=3)
 @pytest.mark.parametrize("version", ["4.57.6"])
 def test_a_version_of_transformers(version):
     folder = VERSIONS / version

@@ -58,7 +58,7 @@ def check(table: tuple[str, list[str], list[str]], column: str, found: dict[str,
     assert {row: written[row] for row in found} == found
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(days=2, cases=1)
 @pytest.mark.parametrize("column", [column for column in SUBJECTS if column != "`triton`"])
 @pytest.mark.timeout(900)
 def test_the_table_of_derivatives(column):
@@ -67,14 +67,14 @@ def test_the_table_of_derivatives(column):
     check(DERIVATIVES, column, transform_cases.derivatives(column))
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(days=2, cases=1)
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "triton"])
 @pytest.mark.timeout(900)
 def test_the_table_of_programs(backend):
     check(MADE, backend, transform_cases.made_programs(backend))
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=4)
 @pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 @pytest.mark.timeout(900)
 def test_the_tables_of_the_triton_backend(python):

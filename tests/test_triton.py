@@ -37,6 +37,7 @@ PARTS = {
 }
 
 
+@pytest.mark.drawn(cases=1)
 @needs_triton
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
@@ -47,6 +48,7 @@ def test_the_cases_in_the_interpreter(part, python, request):
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+@pytest.mark.drawn(days=3)
 @needs_triton
 @pytest.mark.timeout(900)
 def test_the_check_at_the_first_call(python, request):

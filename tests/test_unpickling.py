@@ -139,7 +139,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.drawn(cases=1)
+@pytest.mark.drawn(cases=2)
 @pytest.mark.parametrize(
     ("method", "variables", "equal"),
     [
@@ -234,7 +234,7 @@ def test_the_setting(python):
     assert "unknown way to unpickle 'yes' (from --unpickle)" in out.stderr
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=4)
 def test_what_a_process_loads_and_saves_again(python, tmp_path):
     """It is checked again by the next one, also where nothing but the model had its host patched."""
     first = "import lwpf_patch, pickle, torch\nfrom timm.layers.attention import Attention\n"

@@ -1,14 +1,16 @@
-"""What patching costs before anything is computed: the start-up hook, and the import of a host of many sites.
+"""What patching costs before anything is computed: the start-up hook, and imports of timm and of a host of many sites.
 
 Interpreters are started in turn, so that drift of the machine hits all alike; the cost of the hook's line itself, which
 is far below the noise of a start, is measured inside one interpreter. The host is a generated package: each of its
-modules has an attention class as timm writes it, and other code around it.
+modules has an attention class as timm writes it, and other code around it; it is planned anew each time, where plans of
+timm are kept for later processes. The import of timm is measured in processor time, start of the interpreter included.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -119,6 +121,8 @@ def run(options: argparse.Namespace) -> None:
     line = [float(text) for text in out.stdout.split()]
     rows.append({"variant": "the hook's line alone", "seconds": reporting.quartiles(line)})
     rows += _imports(options, plain)
+    if importlib.util.find_spec("timm") is not None:
+        rows += _import_of_timm(options, plain)
     headings = ["variant", "milliseconds (quartiles)", "ratio (quartiles)"]
     cells = [[r["variant"], reporting.spread(r["seconds"], 1e3, 4), reporting.spread(r.get("ratio"))] for r in rows]
     print(reporting.table(headings, cells))
@@ -151,6 +155,29 @@ def _imports(options: argparse.Namespace, environment: dict[str, str]) -> list[R
         },
         {"variant": "what that adds", "seconds": reporting.quartiles(added)},
     ]
+
+
+def _import_of_timm(options: argparse.Namespace, environment: dict[str, str]) -> list[Row]:
+    """Measure `import timm`: plain, patched for the first time on a machine, and patched later on."""
+    patched = {**environment, "LWPF_PATCH": "timm"}
+    patched.pop("PYTHONDONTWRITEBYTECODE", None)
+    seconds: dict[str, list[float]] = {"plain": [], "patched for the first time": [], "patched": []}
+    command = [sys.executable, "-c", "import time, timm; print(time.process_time())"]
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(1 + (1 if options.quick else max(2, options.starts // 4))):
+            places = (environment, {**patched, "XDG_CACHE_HOME": f"{folder}/{number}", "TORCH_EXTENSIONS_DIR": ""},
+                      {**patched, "XDG_CACHE_HOME": folder, "TORCH_EXTENSIONS_DIR": ""})  # fmt: skip
+            for own, variables in zip(seconds.values(), places, strict=True):
+                out = subprocess.run(
+                    command, env=variables, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
+                own.append(float(out.stdout.split()[-1]))
+    plain, *others = (own[1:] for own in seconds.values())
+    rows: list[Row] = [{"variant": "import timm, plain (processor time)", "seconds": reporting.quartiles(plain)}]
+    for name, own in zip([*seconds][1:], others, strict=True):
+        added = [one - other for one, other in zip(own, plain, strict=True)]
+        rows.append({"variant": f"what it adds if timm is {name}", "seconds": reporting.quartiles(added)})
+    return rows
 
 
 def _generate(package: Path, sites: int) -> None:

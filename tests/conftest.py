@@ -33,6 +33,9 @@ needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
 torch.set_num_threads(1)  # tests run side by side
+# As on a user's machine: without compiled files each child interpreter compiles all of this package again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def require_host(name: str) -> None:

@@ -154,7 +154,7 @@ def test_separation(python, tmp_path):
 def test_startup(python, tmp_path):
     out = python("-m", "benchmarks", "startup", "--quick", "--output", "out/torch2.11", PYTHONPATH=str(ROOT))
     said = argparse.Namespace(out=out.stdout, err=out.stderr)
-    assert len(check_files(said, tmp_path / "out" / "torch2.11", plot=False)) == 6
+    assert len(check_files(said, tmp_path / "out" / "torch2.11", plot=False)) == 9
 
 
 def check_files(said, path, *, plot):

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import reporting, tracing
+from .. import keeping, reporting, tracing
 from ..errors import unknown_value
 from ..options import FLAGS, read_flag
 from ..settings import NATIVE
@@ -94,12 +94,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_the_fork)
 
 
-def cache_folder() -> Path:
-    """Return where what is compiled is kept."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lwpf_patch"
-
-
 def _compiler() -> str:
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         found = shutil.which(name) if name else None
@@ -122,7 +116,7 @@ def _processor() -> str:
 def _target() -> Path:
     """Return where the compiled source lies, or is to lie."""
     parts = (SOURCE.read_text(), *OPTIONS, _processor())
-    return cache_folder() / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
+    return keeping.folder() / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
 
 
 def _build() -> Path:

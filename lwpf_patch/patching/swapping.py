@@ -14,14 +14,11 @@ from typing import Any
 from .. import rewriting
 from ..errors import ConflictError
 from ..hosting.rewritten import RewrittenHost, Site
-from .collecting import no_collection
 from .living import module_classes
+from .planning import planned
 
 #: The code that stood in each function that has patched code now.
 _originals: dict[FunctionType, CodeType] = {}
-
-#: What has been planned and compiled, by file, source, sites and parts: what is patched again needs it again.
-_planned: dict[tuple[str, str, tuple[int, ...], frozenset[str]], tuple[rewriting.Plan, rewriting.Codes]] = {}
 
 
 @dataclass
@@ -107,12 +104,7 @@ def locate(
         ConflictError: A function is not what the module's source says.
     """
     path, source = rewriting.source_of(module.__spec__)
-    key = (path, source, tuple(map(id, sites)), frozenset(parts))
-    if key not in _planned:
-        with no_collection():  # syntax trees are many objects, none of them garbage
-            plan = host.plan(path, source, sites, parts)
-            _planned[key] = plan, plan.compile()
-    (plan, codes), whole = _planned[key], False
+    (plan, codes), whole = planned(host, path, source, sites, parts), False
     found = []
     for site in sites:
         owner = getattr(module, site.owner) if site.owner else None

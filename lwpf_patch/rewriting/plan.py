@@ -40,6 +40,7 @@ class Plan:
         source: Its source.
         patched: The source with the edits spliced in.
         hashes: The hash of the syntax tree of each function that is edited, by qualified name.
+        statements: The statements that hold these functions.
     """
 
     module: str
@@ -47,7 +48,7 @@ class Plan:
     source: str
     patched: str
     hashes: Mapping[str, str]
-    _statements: tuple[_Statement, ...]
+    statements: tuple[Statement, ...]
 
     def compile(self, whole: bool = False) -> Codes:
         """Compile both sources.
@@ -60,14 +61,14 @@ class Plan:
         Returns:
             For each function that is edited, by qualified name, the code that its source gives and the patched code.
         """
-        filename = _enter_source(self.module, _with_hints(self.patched))
+        filename = enter(self)
         if whole:
             before = compile(self.source, self.path, "exec", dont_inherit=True)
             after = compile(self.patched, filename, "exec", dont_inherit=True)
             return {name: (_code(before, name), _code(after, name)) for name in self.hashes}
         codes: Codes = {}
         try:
-            for statement in self._statements:
+            for statement in self.statements:
                 before = statement.compile(self.source, self.path)
                 after = statement.compile(self.patched, filename, patched=True)
                 codes |= {name: (_code(before, name), _code(after, name)) for name in statement.qualnames}
@@ -112,11 +113,12 @@ HINTS = {
 }
 
 
-def _enter_source(module: str, lines: list[str]) -> str:
-    """Enter a source where inspect and tracebacks find it, and return its name; one text keeps one name.
+def enter(plan: Plan) -> str:
+    """Enter the patched source where inspect and tracebacks find it, and return its name; one text keeps one name.
 
     A module can be patched in several ways at a time, with U-Hop and without: torch.jit.script reads these texts.
     """
+    module, lines = plan.module, _with_hints(plan.patched)
     for number in itertools.count(1):
         name = f"<lwpf_patch {module}>" if number == 1 else f"<lwpf_patch {module} {number}>"
         if name not in linecache.cache or linecache.getlines(name) == lines:
@@ -175,7 +177,7 @@ def plan(module: str, path: str, source: str, edits: Mapping[str, Iterable[Edit]
 
 
 @dataclass(frozen=True)
-class _Statement:
+class Statement:
     """A statement of a module that holds functions to be edited, all that has to be compiled.
 
     Attributes:
@@ -216,7 +218,7 @@ def _imports(source: str) -> str:
     return "; ".join(" ".join(re.sub(r"#.*|\\\n", " ", each).split()) for each in _IMPORTS.findall(source))
 
 
-def _statements(source: str, qualnames: list[str], splices: list[Splice]) -> tuple[_Statement, ...]:
+def _statements(source: str, qualnames: list[str], splices: list[Splice]) -> tuple[Statement, ...]:
     encoded = source.encode()
     of_statement: dict[tuple[int, int], list[str]] = {}
     flags = 0
@@ -233,7 +235,7 @@ def _statements(source: str, qualnames: list[str], splices: list[Splice]) -> tup
         lines = splice.text.count("\n") - encoded.count(b"\n", splice.start, splice.end)
         added.append((encoded.count(b"\n", 0, splice.start) + 1, lines))
     return tuple(
-        _Statement(
+        Statement(
             tuple(names), first, last, sum(lines for line, lines in added if line < first),
             sum(lines for line, lines in added if first <= line <= last), flags,
         )

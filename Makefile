@@ -14,7 +14,7 @@ LOWEST_PYTHON ?= $(or $(shell lowest=$$(sed -n 's/^requires-python = ">=\(.*\)"$
 ENV := .venv
 BIN := $(ENV)/bin
 # The versions of timm that are tested beside the newest one; each lies in a folder of its own.
-TIMM_VERSIONS := 0.6.13 0.9.16 1.0.9 1.0.20
+TIMM_VERSIONS := 0.6.13 0.9.16 1.0.9 1.0.15 1.0.20
 # The same of transformers, each with what it needs in an older version than the newest does.
 TRANSFORMERS_VERSIONS := 4.57.6
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q

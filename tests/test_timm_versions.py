@@ -29,7 +29,7 @@ FAMILIES = (
 
 @pytest.mark.drawn(cases=3)
 @pytest.mark.parametrize("way", ["variable", "run", "before", "after"])
-@pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20"])
+@pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.15", "1.0.20"])
 def test_a_version_of_timm(version, way):
     folder = VERSIONS / version
     assert folder.is_dir(), f"timm {version} is not in {folder}; `make test` puts it there"
@@ -50,7 +50,7 @@ def test_a_version_of_timm(version, way):
 
 
 @pytest.mark.drawn(cases=1)
-@pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.20", "newest"])
+@pytest.mark.parametrize("version", ["0.6.13", "0.9.16", "1.0.9", "1.0.15", "1.0.20", "newest"])
 def test_the_classes_of_a_version(version):
     """Two models of those that hold all classes, others every time: each class against an oracle in float64."""
     path = "" if version == "newest" else str(VERSIONS / version)

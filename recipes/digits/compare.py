@@ -21,14 +21,16 @@ def main() -> int:
     """Compare, and return the exit code."""
     parser = calling.parser(__doc__)
     parser.add_argument("more", nargs="*", metavar="OPTION", help="behind --: more options of train.py")
-    options = calling.parse(parser, "digits", seeds=5, steps=(30, 3))
+    options = calling.parse(parser, "digits", seeds=5, steps=(None, 3))
     words = [
         *("--arm", "plain", "--arm", calling.RELU, "--arm", calling.PFU),
+        *("--metric", f"json:{FIGURES}:epochs.noisy_test_accuracy", "--name", "test accuracy under noise, %"),
         *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
         *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
         *("--time", f"json:{FIGURES}:seconds"),
     ]
-    arguments = ["--epochs", str(options.epochs), "--seed", "{seed}", "--output", FIGURES, *options.more]
+    epochs = [] if options.epochs is None else ["--epochs", str(options.epochs)]
+    arguments = [*epochs, "--seed", "{seed}", "--output", FIGURES, *options.more]
     return calling.compare(options, [*words, *calling.python(HERE / "train.py", *arguments)])
 
 

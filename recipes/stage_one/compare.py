@@ -45,7 +45,12 @@ class Task:
 
 
 TASKS = {
-    "digits": Task("timm", HERE.parent / "digits" / "train.py", epoch_steps=19),  # 1,198 images in batches of 64
+    "digits": Task(
+        "timm",
+        HERE.parent / "digits" / "train.py",
+        epoch_steps=19,  # 1,198 images in batches of 64
+        arguments=("--size", "8"),
+    ),
     "bit_pattern": Task(
         "hflayers",
         HERE.parent / "bit_pattern" / "train.py",

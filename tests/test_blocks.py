@@ -23,6 +23,8 @@ from lwpf_patch import LwpfError, SettingsError, patch_model, unpatch_model
 from lwpf_patch.attention import HostFuncD
 from lwpf_patch.blocks import parse_blocks
 
+pytestmark = pytest.mark.drawn(days=2)
+
 DEPTH = 4
 
 

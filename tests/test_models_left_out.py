@@ -17,6 +17,8 @@ import lwpf_patch
 from lwpf_patch import uhop
 from lwpf_patch.patching import exit_report, owners, state, teachers
 
+pytestmark = pytest.mark.drawn(days=2)
+
 
 def _named():
     """timm's smallest vision transformer, by its name."""

@@ -219,14 +219,17 @@ def test_a_package_in_a_folder_that_a_later_file_adds(tmp_path):
     code = "import sys, lwpf_patch; print('json.tool' in sys.modules, lwpf_patch.status()['hosts']['windows']['state'])"
 
     def run(*flags: str) -> str:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")} | {"LWPF_PATCH": "windows"}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LWPF_")}
+        environment |= {"LWPF_PATCH": "windows", "PYTHONPATH": str(tmp_path / "first")}
         command = [tmp_path / "venv" / "bin" / "python", *flags, "-c", code]
         out = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
         return out.stdout
 
     assert run("-I") == "False waiting for its import\n"
-    (site_packages / "sitecustomize.py").write_text("import json.tool\n")
+    # Before the standard library, where Debian's Python has one of its own.
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text("import json.tool\n")
     assert run() == "True waiting for its import\n"
 
 

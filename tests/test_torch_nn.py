@@ -27,6 +27,8 @@ import lwpf_patch
 from lwpf_patch import rewriting
 from lwpf_patch.hosts import HOSTS
 
+pytestmark = pytest.mark.drawn(days=2)
+
 FUNC_DS = {
     "relu": Forgetting("relu"),
     "pfu:mu=0.02,bias=-0.2,sigma=0": Forgetting("pfu", 0.02, -0.2),

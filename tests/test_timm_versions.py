@@ -18,12 +18,15 @@ VERSIONS = Path(sys.prefix) / "timm"
 
 #: Small models of families whose attention is patched.
 FAMILIES = (
-    "test_vit", "vit_small_patch16_rope_224", "cait_xxs24_224", "coatnet_pico_rw_224", "convit_tiny",
-    "crossvit_tiny_240", "davit_tiny", "efficientformerv2_s0", "efficientvit_m0", "eva02_tiny_patch14_224",
-    "gcvit_xxtiny", "halonet26t", "hiera_tiny_224", "levit_128s", "maxvit_pico_rw_256",
-    "mobilenetv4_hybrid_medium_075", "mvitv2_tiny", "nest_tiny", "nextvit_small", "pvt_v2_b0", "shvit_s1",
-    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "tiny_vit_5m_224",
-    "tnt_s_patch16_224", "twins_svt_small", "visformer_tiny", "volo_d1_224",
+    "test_vit", "beit_base_patch16_224", "caformer_s18", "cait_xxs24_224", "coatnet_pico_rw_224", "convit_tiny",
+    "cpubone_nano", "crossvit_tiny_240", "davit_tiny", "deit_tiny_patch16_224", "eca_botnext26ts_256",
+    "efficientformer_l1", "efficientformerv2_s0", "efficientvit_m0", "eva02_tiny_patch14_224", "fastvit_sa12",
+    "gcvit_xxtiny", "halonet26t", "hiera_tiny_224", "iformer_t", "levit_128s", "lowformer_b0", "maxvit_pico_rw_256",
+    "mobilenetv4_hybrid_medium_075", "mvitv2_tiny", "naflexvit_base_patch16_gap", "nest_tiny", "nextvit_small",
+    "pvt_v2_b0", "resnet50_clip_gap", "sam2_hiera_tiny", "samvit_base_patch16_224", "shvit_s1",
+    "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_224", "swinv2_tiny_window8_256", "tiny_vit_5m_224",
+    "tnt_s_patch16_224", "twins_svt_small", "visformer_tiny", "vit_base_patch16_siglip_224",
+    "vit_relpos_small_patch16_224", "vit_small_patch16_rope_224", "volo_d1_224",
 )  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def test_timms_own_tests_pass_where_they_pass_unpatched(tmp_path, models):
     source = VERSIONS / "source" / "tests" / "test_models.py"
     assert source.is_file(), f"timm's tests are not in {source.parent}; `make test` puts them there"
     # What downloads weights fails with and without the patch.
-    select = ["tests/test_models.py", "-k", f"{models} and not pretrained and not inference and not relpos"]
+    select = ["tests/test_models.py", "-k", f"{models} and not pretrained and not inference"]
     patched = _run_timm_tests(tmp_path / "patched.xml", select, LWPF_PATCH="timm")
     assert list(patched.values()).count("passed") >= 5
     failed = {name for name, outcome in patched.items() if outcome in ("failure", "error")}

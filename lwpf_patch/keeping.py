@@ -8,10 +8,13 @@ import tempfile
 from pathlib import Path
 
 
-def folder() -> Path:
-    """Return the folder; it need not be there."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lwpf_patch"
+def folder() -> Path | None:
+    """Return the folder, which need not be there; None: no variable names one, and the user has no home."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or "~/.cache").expanduser() / "lwpf_patch"
+    except RuntimeError:  # a container's user without a name
+        return None
 
 
 def write(path: Path, data: bytes) -> None:

@@ -43,7 +43,7 @@ def is_jit_tracing() -> bool:
 @contextlib.contextmanager
 def not_recorded() -> Iterator[None]:
     """Keep what is computed out of the trace of torch.jit.trace, if one is being made."""
-    if not is_jit_tracing():  # where PyTorch looks at each operator, as its FlopCounterMode, it takes no other state
+    if not is_jit_tracing():  # under a TorchDispatchMode, as FlopCounterMode is, to set the state fails
         yield
         return
     state = torch._C._get_tracing_state()

@@ -6,8 +6,11 @@ import os
 
 import pytest
 import torch
+from conftest import require_host
 
 import lwpf_patch
+from lwpf_patch import keeping
+from lwpf_patch.backends import cpu_native
 from lwpf_patch.hosts import HOSTS, IN_THE_BOX
 from lwpf_patch.patching import planning
 from lwpf_patch.rewriting import packing
@@ -17,7 +20,7 @@ from lwpf_patch.settings import Settings
 SCRIPT = """
 import ast, sys
 trees = []
-parse, compiled = ast.parse, compile
+parse = ast.parse
 def count(source, *arguments, **options):
     trees.append(source)
     return parse(source, *arguments, **options)
@@ -79,10 +82,9 @@ def test_a_later_process_takes_what_an_earlier_one_planned(attend, tmp_path):
 @pytest.mark.parametrize("name", IN_THE_BOX)
 def test_every_plan_comes_back_as_it_was(name, uhop):
     host = HOSTS[name]
-    if host.version() is None or not hasattr(host, "plans"):
-        pytest.skip(f"{name} is not installed, or not rewritten")
-    if uhop and name == "deeprc":
-        uhop = "train=true"
+    if not hasattr(host, "plans"):
+        pytest.skip(f"{name} is not rewritten")
+    require_host(name)
     for plan in host.plans(Settings(func_d="relu", uhop=uhop)):
         codes = plan.compile()
         back, codes_back = packing.unpack(packing.pack(plan, codes), plan.module, plan.path, plan.source)
@@ -123,3 +125,23 @@ def test_a_host_of_ones_own_is_planned_each_time():
     assert planning._is_in_the_box(HOSTS["timm"])
     assert not planning._is_in_the_box(copy)
     assert lwpf_patch.status()["hosts"]["timm"]["state"] == "off"
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def fail(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(keeping.Path, "expanduser", fail)
+    monkeypatch.setattr(planning, "_planned", {})
+    with lwpf_patch.patched("timm"):
+        assert lwpf_patch.status()["hosts"]["timm"]["state"] != "off"
+    for kept_in_memory in (cpu_native._target, cpu_native._is_compiled):
+        kept_in_memory.cache_clear()
+    try:
+        assert not cpu_native._is_compiled()
+        with pytest.raises(cpu_native.Unavailable, match="the user has no home"):
+            cpu_native._target()
+    finally:
+        cpu_native._is_compiled.cache_clear()

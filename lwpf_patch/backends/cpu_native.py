@@ -116,7 +116,10 @@ def _processor() -> str:
 def _target() -> Path:
     """Return where the compiled source lies, or is to lie."""
     parts = (SOURCE.read_text(), *OPTIONS, _processor())
-    return keeping.folder() / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
+    folder = keeping.folder()
+    if folder is None:
+        raise Unavailable("there is no folder to keep it in: the user has no home, and XDG_CACHE_HOME names none")
+    return folder / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
 
 
 def _build() -> Path:
@@ -191,7 +194,10 @@ def is_worth_it() -> bool:
 
 @functools.lru_cache
 def _is_compiled() -> bool:
-    return _is_wanted() and _target().exists()
+    try:
+        return _is_wanted() and _target().exists()
+    except Unavailable:
+        return False
 
 
 def path() -> Path | None:

@@ -44,8 +44,9 @@ arms:
   --arm plain                          the script as it is, unpatched
   --arm pfu:mu=dmedian,sigma=0.01      a func_d: the script under lwpf run
   --arm 'mine: --func-d relu --uhop on'   a label, and options of lwpf run
-  --arm 'reg4: plain -- --model vit_...'  behind --: more arguments of the
-                                       script, patched as here or unpatched
+  --arm 'reg4: plain -- --model vit_...'   a label, unpatched; behind --, here
+                                       or behind options of lwpf run: more
+                                       arguments of the script
   An arm with U-Hop gets a control, 'LABEL (control)': the same parameters,
   which the task trains in the same way, but a Stage I that moves nothing. What
   the arm has over its control is what Stage I gives. (Where train=false the

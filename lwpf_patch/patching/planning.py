@@ -62,18 +62,24 @@ def _is_in_the_box(host: RewrittenHost) -> bool:
     return host.name in IN_THE_BOX and HOSTS[host.name] is host
 
 
-def _file(source: str, sites: list[Site], parts: Iterable[str]) -> Path:
-    """Return the file of a plan, whose name tells all that it depends on."""
+def _file(source: str, sites: list[Site], parts: Iterable[str]) -> Path | None:
+    """Return the file of a plan, whose name tells all that it depends on; None: there is no place for it."""
+    folder = keeping.folder()
+    if folder is None:
+        return None
     identity = (_maker(), source, [site.qualname for site in sites], sorted(parts))
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
-    return keeping.folder() / f"plan-{sites[0].module}-{digest}"
+    return folder / f"plan-{sites[0].module}-{digest}"
 
 
 @functools.lru_cache
 def _maker() -> tuple[object, ...]:
     """Return what makes plans and code: Python, PyTorch and this package, which changes unnoticed in a checkout."""
-    files = sorted(_PACKAGE.rglob("*.py"))
-    states = [(str(file), state.st_size, state.st_mtime_ns) for file in files if (state := file.stat())]
+    states = []
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        with contextlib.suppress(OSError):  # an editor's, which is gone again
+            state = file.stat()
+            states.append((str(file), state.st_size, state.st_mtime_ns))
     torch = getattr(sys.modules.get("torch"), "__version__", "")
     return importlib.util.MAGIC_NUMBER, sys.version, sys.flags.optimize, str(torch), __version__, states
 

@@ -568,7 +568,7 @@ for epoch in range(3):
 def test_a_network_of_timm(folder, capsys):
     require_host("timm")
     (folder / "train.py").write_text(TRAIN)
-    assert main(["compare", "--arm", "plain", "--arm", "u: --func-d relu --uhop iters=2", "--seeds", "1", "--jobs", "2",
+    assert main(["compare", "--arm", "plain", "--arm", "u: --func-d relu --uhop iters=2 --observe every=1", "--seeds", "1", "--jobs", "2",
                  "--metric", "csv:{output}/*/summary.csv:train_loss", "--better", "lower",
                  "--", "python", "train.py", "--seed", "{seed}", "--output", "{output}"]) == 0  # fmt: skip
     err = capsys.readouterr().err
@@ -582,7 +582,12 @@ def test_a_network_of_timm(folder, capsys):
     last = {arm: curve["values"][2] for arm, curve in curves.items()}
     assert first["u"] == first["u (control)"] != first["plain"]  # the map begins as the identity, ReLU forgets
     assert last["u"] != last["u (control)"]
-    assert any("Stage I on timm after step 1" in line for line in data["arms"][1]["said"])
+    said = data["arms"][1]["said"]
+    assert any("Stage I on timm after step 1" in line for line in said)
+    assert any("observe: 1 layers in 3 samples" in line for line in said)
+    assert not any("step 1: forgotten" in line for line in (*said, err))  # a line a sample would be too much
+    (log,) = folder.glob("comparison/runs/u-seed0-*/log.txt")
+    assert "lwpf_patch: step 1: forgotten" in log.read_text()
 
 
 def test_nothing_heavy_is_imported_by_the_command(python):

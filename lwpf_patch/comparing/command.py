@@ -421,7 +421,7 @@ class _Session:
 
     def _messages(self, run: Run) -> None:
         """Pass on what lwpf_patch said in the first run of an arm."""
-        from .runs import said
+        from .runs import OURS, said
 
         if run.arm in self.comparison.said:
             return
@@ -429,7 +429,7 @@ class _Session:
         for line in self.comparison.said[run.arm]:
             if line not in self._told:
                 self._told.add(line)
-                self.say(f"{run.arm}: {line.removeprefix('lwpf_patch: ')}")
+                self.say(f"{run.arm}: {line.removeprefix(OURS)}")
 
     def _check_seed(self, run: Run) -> None:
         """Notice that a script ignores the seed, as soon as an arm has two."""

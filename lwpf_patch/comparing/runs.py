@@ -23,11 +23,14 @@ from typing import Any
 from .. import __version__
 from ..errors import HostNotInstalledError, SettingsError
 from ..hosts import HOSTS
+from ..observing.writing import SAMPLE
 from .arms import Arm
 
 SEED, OUTPUT, ARM = PLACEHOLDERS = ("{seed}", "{output}", "{arm}")
 #: What the process of a patched run says when it ends and what was asked for had no part in it.
 WITHOUT_EFFECT = ("nothing ran with partial forgetting", "but Stage I never ran")
+#: How the lines begin that are lwpf_patch's.
+OURS = "lwpf_patch: "
 #: Seconds that a run has to end by itself, once it is asked to.
 GRACE = 10.0
 
@@ -437,8 +440,9 @@ def _without_effect(run: Run) -> str:
 
 
 def said(run: Run) -> list[str]:
-    """Return the lines of a run's log that are lwpf_patch's."""
-    return [line for line in read_log(run.log).split("\n") if line.startswith("lwpf_patch: ")]
+    """Return the lines of a run's log that are lwpf_patch's, but for the samples of ``--observe``: they are many."""
+    lines = [line for line in read_log(run.log).split("\n") if line.startswith(OURS)]
+    return [line for line in lines if not SAMPLE.match(line, len(OURS))]
 
 
 def read_log(path: Path) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -20,6 +21,8 @@ SECONDS = 30.0
 #: A layer is dead that forgets every row in so many training samples, one after the other.
 DEAD = 50
 NAMES = ("forgotten", "empty_rows", "entropy", "forgotten_weight")
+#: How a line of the log begins that has the means of a sample.
+SAMPLE = re.compile(r"step \d+(, evaluation)?: forgotten ")
 
 Record = dict[str, Any]
 

@@ -15,16 +15,25 @@ sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package;
 import calling  # noqa: E402
 
 FIGURES = "{output}/run.json"
+#: What can be compared with plain attention. softmax1 forgets nothing; uhop brings a control with as many parameters.
+ARMS = {
+    "relu": calling.RELU,
+    "pfu": calling.PFU,
+    "softmax1": "softmax1: --func-d none --sep softmax_n:n=1",
+    "uhop": "uhop: --uhop on",
+}
 
 
 def main() -> int:
     """Compare, and return the exit code."""
     parser = calling.parser(__doc__)
     parser.add_argument("--network", default="pooling-adapted", help="see train.py's --help (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["relu", "pfu"], metavar="ARM",
+        help=f"what is compared with plain attention, of {', '.join(ARMS)} (default: relu pfu)")  # fmt: skip
     parser.add_argument("more", nargs="*", metavar="OPTION", help="behind --: more options of train.py")
     options = calling.parse(parser, "bit_pattern/{network}", seeds=8, steps=(30, 3))
     words = [
-        *("--patch", "hflayers", "--arm", "plain", "--arm", calling.RELU, "--arm", calling.PFU),
+        *("--patch", "hflayers", "--arm", "plain", *(word for arm in options.arms for word in ("--arm", ARMS[arm]))),
         *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
         *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
         *("--time", f"json:{FIGURES}:seconds"),

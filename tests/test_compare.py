@@ -568,8 +568,9 @@ for epoch in range(3):
 def test_a_network_of_timm(folder, capsys):
     require_host("timm")
     (folder / "train.py").write_text(TRAIN)
-    assert main(["compare", "--arm", "plain", "--arm", "u: --func-d relu --uhop iters=2 --observe every=1", "--seeds", "1", "--jobs", "2",
-                 "--metric", "csv:{output}/*/summary.csv:train_loss", "--better", "lower",
+    assert main(["compare", "--arm", "plain", "--arm", "u: --func-d relu --uhop iters=2 --observe every=1",
+                 "--seeds", "1", "--jobs", "2", "--metric", "csv:{output}/*/summary.csv:train_loss",
+                 "--better", "lower",
                  "--", "python", "train.py", "--seed", "{seed}", "--output", "{output}"]) == 0  # fmt: skip
     err = capsys.readouterr().err
     assert "u: timm" in err

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, require_host, skip_for_host
 from PIL import Image
+from scipy import stats
 
 
 def compared(recipe, python, tmp_path, *arguments, folder="figures", without=()):
@@ -98,6 +99,18 @@ def test_memory_retrieval(python, tmp_path):
     assert errors["iterations", "0", "True"] == errors["beta", "1.0", "False"]
     for data in ("photographs", "digits"):
         assert (folder / f"{data}.png").stat().st_size > 10_000
+    # An experiment finds the same alone, and says how the separation loss and the error go together.
+    alone = python(recipe, "--quick", "--experiments", "iterations", "--data", "digits", "--output", "alone")
+    with (tmp_path / "alone" / "memory_retrieval.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert found == [row for row in rows if (row["data"], row["experiment"]) == ("digits", "iterations")]
+    own = [row for row in found if row["method"] == "dense"]
+    loss, error = ([float(row[name]) for row in own] for name in ("separation_loss", "error"))
+    expected = stats.spearmanr(loss, error).statistic
+    assert f"over these {len(own)} runs" in alone.stdout
+    assert re.search(rf"^dense +{expected:.2f} ", alone.stdout, re.MULTILINE)
+    assert "Gaussian noise" not in alone.stdout
+    assert "best for it" not in alone.stdout
 
 
 @pytest.mark.drawn(days=2)

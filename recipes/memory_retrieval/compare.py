@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from tqdm import tqdm
@@ -134,12 +135,11 @@ class Row:
     recalled: float
 
 
-#: For each experiment the label of its horizontal axis and its title. "separation" shows what "iterations" measured.
+#: For each experiment the label of its horizontal axis and its title.
 EXPERIMENTS = {
     "memory": ("stored patterns M", "Half of the pixels dropped"),
     "noise": ("standard deviation of the noise", "Gaussian noise, M = {memory_size}"),
     "iterations": ("iterations of Stage I", "Stage I, half of the pixels dropped, M = {memory_size}"),
-    "separation": ("separation loss", "The same runs over the separation loss"),
     "beta": ("inverse temperature β", "Temperature, half of the pixels dropped, M = {memory_size}"),
 }
 
@@ -153,7 +153,7 @@ def main() -> None:
     total_seconds = time.perf_counter() - start
     summary = summarise(rows)
     for data in options.data:
-        print(report(summary, data, options))
+        print(report(rows, summary, data, options))
     print(f"Everything took {total_seconds:.0f} s.")
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    packages = ("torch", "lwpf_patch", "entmax", "scikit-learn", "numpy", "matplotlib")
+    packages = ("torch", "lwpf_patch", "entmax", "scikit-learn", "numpy", "scipy", "matplotlib")
     arguments = {name: value for name, value in vars(options).items() if name not in ("output", "downloads")}
     settings = {
         "arguments": arguments,
@@ -174,7 +174,7 @@ def main() -> None:
     }
     figures.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for data, picture in zip(options.data, pictures, strict=True):
-        plot(summary, data, options).savefig(picture, dpi=130)
+        plot(rows, summary, data, options).savefig(picture, dpi=130)
     print("Wrote", ", ".join(map(str, (table, figures, *pictures))))
 
 
@@ -188,6 +188,15 @@ def parse_arguments() -> argparse.Namespace:
         default=list(OFFLINE),
         help="photographs (patches of scikit-learn's two) and digits need no network; mnist and cifar10 are downloaded "
         "with torchvision (default: photographs digits)",
+    )
+    parser.add_argument(
+        "--experiments",
+        nargs="+",
+        choices=EXPERIMENTS,
+        default=list(EXPERIMENTS),
+        metavar="EXPERIMENT",
+        help=f"what is varied, of {', '.join(EXPERIMENTS)}; with --experiments iterations --seeds 20 separation loss "
+        "and error are compared over 200 runs (default: all)",
     )
     parser.add_argument("--seeds", type=positive, help=f"how many, from 0 on (default: {SEEDS}; {QUICK_SEEDS} quick)")
     parser.add_argument("--beta", type=float, help=f"inverse temperature (default: {BETAS})")
@@ -282,7 +291,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """
     rows: list[Row] = []
     stored = {data: load(data, options.downloads) for data in options.data}
-    points = len(options.sizes) + len(options.noise) + len(options.iterations) + len(options.temperatures)
+    points = sum(len(values) for name, values in varied(options).items() if name in options.experiments)
     with tqdm(total=len(stored) * options.seeds * points, unit="point") as progress:
         for seed in range(options.seeds):
             for data, patterns in stored.items():
@@ -293,30 +302,44 @@ def measure(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def varied(options: argparse.Namespace) -> dict[str, Sequence[float]]:
+    """Return what each experiment is over."""
+    values = options.sizes, options.noise, options.iterations, options.temperatures
+    return dict(zip(EXPERIMENTS, values, strict=True))
+
+
 def run_seed(options: argparse.Namespace, data: str, patterns: Tensor, seed: int) -> Iterator[list[Row]]:
-    """Give the rows of all experiments with one seed, point by point."""
+    """Give the rows of the experiments with one seed, point by point.
+
+    What is drawn for an experiment is drawn also where it is left out: the others find the same numbers.
+    """
+    wanted = options.experiments
     generator = torch.Generator().manual_seed(seed)
     patterns = patterns[torch.randperm(len(patterns), generator=generator)]
     beta = beta_of(options, data)
 
     for size in options.sizes:
         memory = patterns[:size]
-        maps = [(0, None), (options.iters, separated(FeatureMap(memory.shape[1]), memory, options.iters, options))]
         query = drop_half(memory, generator)
+        if "memory" not in wanted:
+            continue
+        maps = [(0, None), (options.iters, separated(FeatureMap(memory.shape[1]), memory, options.iters, options))]
         yield compare(data, "memory", size, memory, query, "dropped", maps, beta, seed)
 
     memory = patterns[: memory_size(options, data)]
-    phi = separated(FeatureMap(memory.shape[1]), memory, options.iters, options)
-    maps = [(0, None), (options.iters, phi)]
+    maps = [(0, None)]
+    if {"noise", "beta"} & set(wanted):
+        maps.append((options.iters, separated(FeatureMap(memory.shape[1]), memory, options.iters, options)))
     for level in options.noise:
         noise = level * torch.randn(memory.shape, generator=generator)
-        yield compare(data, "noise", level, memory, (memory + noise).clamp(0, 1), "noise", maps, beta, seed)
+        if "noise" in wanted:
+            yield compare(data, "noise", level, memory, (memory + noise).clamp(0, 1), "noise", maps, beta, seed)
     query = drop_half(memory, generator)
-    for temperature in options.temperatures:
+    for temperature in options.temperatures if "beta" in wanted else ():
         yield compare(data, "beta", temperature, memory, query, "dropped", maps, temperature, seed)
 
     phi, done = FeatureMap(memory.shape[1]), 0
-    for iterations in options.iterations:
+    for iterations in options.iterations if "iterations" in wanted else ():
         phi, done = separated(phi, memory, iterations - done, options), iterations
         yield compare(data, "iterations", iterations, memory, query, "dropped", [(iterations, phi)], beta, seed)
 
@@ -396,18 +419,44 @@ def table(
                 yield f"{name + ', U-Hop' * uhop:<24}" + "".join(f"{cell:>16}" for cell in cells)
 
 
-def report(summary: list[dict], data: str, options: argparse.Namespace) -> str:
+def correlations(rows: list[Row], data: str) -> Iterator[str]:
+    """Give the lines of a table of how separation loss and error go together in the runs of "iterations"."""
+    runs = [row for row in rows if row.data == data and row.experiment == "iterations" and row.uhop]
+    for name in METHODS:
+        own = [row for row in runs if row.method == name]
+        if own:
+            seeds = ([row for row in own if row.seed == seed] for seed in sorted({row.seed for row in own}))
+            each = statistics.mean(rank_correlation(group) for group in seeds)
+            yield f"{name:<24}{rank_correlation(own):>16.2f}{each:>16.2f}"
+
+
+def rank_correlation(rows: list[Row]) -> float:
+    """Return Spearman's rank correlation of separation loss and error."""
+    return float(stats.spearmanr([row.separation_loss for row in rows], [row.error for row in rows]).statistic)
+
+
+def report(rows: list[Row], summary: list[dict], data: str, options: argparse.Namespace) -> str:
     """Return the tables of one data set as text."""
     lines = [
         f"{data}: squared error, mean ± standard deviation over {options.seeds} seeds; beta {beta_of(options, data)}"
     ]
-    for experiment in ("memory", "noise", "iterations", "beta"):
-        label, title = EXPERIMENTS[experiment]
+    for experiment, (label, title) in EXPERIMENTS.items():
+        if experiment not in options.experiments:
+            continue
         over = f"{title.format(memory_size=memory_size(options, data))}; over {label.replace('β', 'beta')}"
         lines += ["", over, *table(summary, data, experiment, "error")]
         if experiment == "memory":
             lines += ["", "The same, patterns recalled (nearest to what was retrieved), %"]
             lines += table(summary, data, experiment, "recalled", factor=100, decimals=0)
+        if experiment == "iterations":
+            runs = options.seeds * len(options.iterations)
+            lines += [
+                "",
+                f"Rank correlation of separation loss and error over these {runs} runs; 1: both fall together",
+            ]
+            lines += [f"{'':<24}{'all runs':>16}{'within a seed':>16}", *correlations(rows, data)]
+    if "beta" not in options.experiments:
+        return "\n".join([*lines, ""])
     lines += ["", "Each at the beta that is best for it", f"{'':<24}{'plain':>24}{'U-Hop':>24}"]
     for name in METHODS:
         cells = ""
@@ -422,17 +471,24 @@ def report(summary: list[dict], data: str, options: argparse.Namespace) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot(summary: list[dict], data: str, options: argparse.Namespace) -> Figure:
+def plot(rows: list[Row], summary: list[dict], data: str, options: argparse.Namespace) -> Figure:
     """Draw the experiments of one data set; error bars are standard deviations over the seeds."""
-    figure = Figure(figsize=(16, 9), layout="constrained")
-    *panels, legend = figure.subplots(2, 3).flat
-    for axes, (experiment, (label, title)) in zip(panels, EXPERIMENTS.items(), strict=True):
-        measured = "iterations" if experiment == "separation" else experiment
+    drawn = [name for name in EXPERIMENTS if name in options.experiments]
+    panels_in_all = len(drawn) + ("iterations" in drawn) + 1  # separation, legend
+    columns = min(3, panels_in_all)
+    lines = -(-panels_in_all // columns)
+    figure = Figure(figsize=(16 / 3 * columns, 4.5 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns).flat)
+    legend = panels.pop()
+    for empty in panels[panels_in_all - 1 :]:
+        empty.axis("off")
+    for axes, experiment in zip(panels, drawn, strict=False):
+        label, title = EXPERIMENTS[experiment]
         for name, method in METHODS.items():
             for uhop in (False, True):
-                entries = line(summary, data, measured, name, uhop)
+                entries = line(summary, data, experiment, name, uhop)
                 if entries:
-                    draw(axes, entries, method, uhop, over="separation_loss" if experiment == "separation" else "x")
+                    draw(axes, entries, method, uhop)
         if experiment in ("memory", "beta"):
             axes.set_xscale("log")
         elif experiment == "iterations":
@@ -444,11 +500,11 @@ def plot(summary: list[dict], data: str, options: argparse.Namespace) -> Figure:
             label += f" (dotted: M = d = {DIMENSIONS[data]})"
             axes.set_xticks(options.sizes, map(str, options.sizes))
             axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel(label)
-        axes.set_ylabel("squared error per pattern")
-        axes.set_title(title.format(memory_size=memory_size(options, data)))
-        axes.grid(alpha=0.3)
+        decorate(axes, label, title.format(memory_size=memory_size(options, data)))
+    if "iterations" in drawn:
+        scatter(panels[len(drawn)], rows, data)
+        runs = options.seeds * len(options.iterations)
+        decorate(panels[len(drawn)], "separation loss", f"Error over the separation loss: the {runs} runs of Stage I")
     handles, labels = panels[0].get_legend_handles_labels()
     legend.axis("off")
     legend.legend(handles, labels, loc="center", fontsize="large", frameon=False)
@@ -459,18 +515,25 @@ def plot(summary: list[dict], data: str, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def draw(axes: Axes, entries: list[dict], method: Method, uhop: bool, over: str) -> None:
-    """Draw a line: solid without U-Hop, dashed with it; faint over the separation loss, which goes back and forth."""
-    scattered = over == "separation_loss"
+def decorate(axes: Axes, label: str, title: str) -> None:
+    """Say what a panel shows."""
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel("squared error per pattern")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+
+
+def draw(axes: Axes, entries: list[dict], method: Method, uhop: bool) -> None:
+    """Draw a line: solid without U-Hop, dashed with it."""
     if not method.marker:  # it depends on nothing that is varied
-        axes.plot(*([entry[name] for entry in entries] for name in (over, "error")), color=method.colour,
+        axes.plot(*([entry[name] for entry in entries] for name in ("x", "error")), color=method.colour,
                   label=method.label)  # fmt: skip
         return
-    bars = axes.errorbar(
-        [entry[over] for entry in entries],
+    axes.errorbar(
+        [entry["x"] for entry in entries],
         [entry["error"] for entry in entries],
         yerr=[entry["error_deviation"] for entry in entries],
-        xerr=[entry["separation_loss_deviation"] for entry in entries] if scattered else None,
         label=method.label + " + U-Hop" * uhop,
         color=method.colour,
         marker=method.marker,
@@ -481,12 +544,16 @@ def draw(axes: Axes, entries: list[dict], method: Method, uhop: bool, over: str)
         elinewidth=0.8,
         capsize=2,
     )
-    if scattered:
-        joined, caps, whiskers = bars
-        joined.set_linestyle("none")
-        for part in (*caps, *whiskers):
-            part.set_alpha(0.3)
-        axes.plot(*joined.get_data(), color=method.colour, linewidth=0.8, alpha=0.3)
+
+
+def scatter(axes: Axes, rows: list[Row], data: str) -> None:
+    """Draw the runs of "iterations" as points."""
+    runs = [row for row in rows if row.data == data and row.experiment == "iterations" and row.uhop]
+    for name, method in METHODS.items():
+        own = [row for row in runs if row.method == name]
+        if own:
+            places = [row.separation_loss for row in own], [row.error for row in own]
+            axes.scatter(*places, s=20, color=method.colour, marker=method.marker, alpha=0.6, linewidths=0)
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def varied(options: argparse.Namespace) -> dict[str, Sequence[float]]:
 def run_seed(options: argparse.Namespace, data: str, patterns: Tensor, seed: int) -> Iterator[list[Row]]:
     """Give the rows of the experiments with one seed, point by point.
 
-    What is drawn for an experiment is drawn also where it is left out: the others find the same numbers.
+    Damage is drawn for experiments that are left out, too, so that the others get the same random numbers.
     """
     wanted = options.experiments
     generator = torch.Generator().manual_seed(seed)

@@ -589,6 +589,10 @@ def test_a_network_of_timm(folder, capsys):
     assert not any("step 1: forgotten" in line for line in (*said, err))  # a line a sample would be too much
     (log,) = folder.glob("comparison/runs/u-seed0-*/log.txt")
     assert "lwpf_patch: step 1: forgotten" in log.read_text()
+    # The control's Stage I is to move nothing, and is not warned of.
+    (log,) = folder.glob("comparison/runs/u-control-seed0-*/log.txt")
+    assert "it separated nothing" in log.read_text()
+    assert not any("it separated nothing" in line for line in (*data["arms"][2]["said"], err))
 
 
 def test_nothing_heavy_is_imported_by_the_command(python):

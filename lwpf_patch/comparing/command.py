@@ -421,11 +421,12 @@ class _Session:
 
     def _messages(self, run: Run) -> None:
         """Pass on what lwpf_patch said in the first run of an arm."""
-        from .runs import OURS, said
+        from .runs import IDLE, OURS, said
 
         if run.arm in self.comparison.said:
             return
-        self.comparison.said[run.arm] = said(run)
+        (arm,) = (each for each in self.comparison.arms if each.label == run.arm)
+        self.comparison.said[run.arm] = [line for line in said(run) if not (arm.control_of and IDLE in line)]
         for line in self.comparison.said[run.arm]:
             if line not in self._told:
                 self._told.add(line)

@@ -29,6 +29,8 @@ from .arms import Arm
 SEED, OUTPUT, ARM = PLACEHOLDERS = ("{seed}", "{output}", "{arm}")
 #: What the process of a patched run says when it ends and what was asked for had no part in it.
 WITHOUT_EFFECT = ("nothing ran with partial forgetting", "but Stage I never ran")
+#: What Stage I warns of when it moves nothing, which is what a control is for.
+IDLE = "it separated nothing"
 #: How the lines begin that are lwpf_patch's.
 OURS = "lwpf_patch: "
 #: Seconds that a run has to end by itself, once it is asked to.

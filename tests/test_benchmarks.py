@@ -20,7 +20,7 @@ from benchmarks import attention, gpu, gpu_report, measuring, reporting, tiles, 
 from benchmarks.__main__ import main, make_parser
 from lwpf_patch import lwpf_attention
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 HERE, LEFT_OUT = attention.available("cpu", backend="cpu")
 

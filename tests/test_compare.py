@@ -28,7 +28,7 @@ from lwpf_patch.comparing import statistics
 from lwpf_patch.comparing.metrics import read_metric, settle
 from lwpf_patch.comparing.runs import Run
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 SCRIPT = """
 import os, random, sys
@@ -266,7 +266,7 @@ def test_a_run_that_fails_is_reported_and_the_rest_go_on(folder, capsys):
     assert ran(folder) == ["relu 1"]
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=4)
 def test_a_patch_without_effect_is_a_failure(folder, capsys):
     """The attention of the patched runs was never reached: their figures are not theirs."""
     (folder / "train.py").write_text(SCRIPT + "\nimport torch; torch.nn.Linear(2, 2)(torch.zeros(2))")
@@ -462,7 +462,7 @@ def arms_of(*texts, controls=True):
     return {arm.label: arm for arm in read_arms(texts, run, "timm", controls)}
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=4)
 def test_controls_have_the_parameters_and_no_stage_one():
     arms = arms_of("plain", "relu", "u: --uhop every=9 --func-d relu", "fixed: --uhop train=false",
                    "both: --uhop train=false --func-d pfu", "v: --uhop lr=1 --func-d relu", "w: --uhop on")  # fmt: skip

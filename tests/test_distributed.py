@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 # Tried: 2.5 refuses ("FSDP requires CUDA for streams"), and 2.6 asks a CPU's stream for an event, which it has not.
 HAS_FSDP2 = torch.__version__ >= (2, 7)
@@ -186,7 +186,7 @@ fail("end")
 """
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=3)
 def test_what_fails_on_one_rank_fails_on_all_and_is_tried_again(python, tmp_path):
     out = run(python, tmp_path, FAILING, LWPF_UHOP="iters=5")
     own = {"keys": "StageOneError: .*the keys of 1 of 2 layers", "end": "MemoryError: none left"}

@@ -12,7 +12,7 @@ from vits import feature_maps, images, randomise_maps, rope, vit
 
 import lwpf_patch
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 
 def _model(make=vit, **settings):

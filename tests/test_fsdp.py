@@ -14,7 +14,7 @@ from vits import feature_maps, images, vit
 
 import lwpf_patch
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 
 def has_accelerate() -> bool:

@@ -17,7 +17,7 @@ import lwpf_patch
 from lwpf_patch import uhop
 from lwpf_patch.patching import exit_report, owners, state, teachers
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 
 def _named():
@@ -232,7 +232,7 @@ print(loss.item())
 """
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=4)
 def test_an_unmodified_script(python, tmp_path):
     plain = python(code=SCRIPT)
     patched = python(code=SCRIPT, LWPF_PATCH="timm")

@@ -25,7 +25,7 @@ from lwpf_patch import SettingsError
 from lwpf_patch.hosting import FuncDAttachment, RewrittenHost, Site
 from lwpf_patch.hosts import HOSTS, IN_THE_BOX
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 PAGE = ROOT / "docs" / "own_host.md"
 #: The blocks of the page: the file that the line before names, or none; the language; the text.

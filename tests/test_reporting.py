@@ -17,7 +17,7 @@ import lwpf_patch
 from lwpf_patch import reporting
 from lwpf_patch.patching import exit_report
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 # --- messages get through, and do no harm ---------------------------------------------------------------------------
 

@@ -525,7 +525,7 @@ def test_weight_decay_pulls_to_the_identity():
     torch.testing.assert_close(feature_maps(model)[0].weight.detach(), 0.9 * before)
 
 
-@pytest.mark.drawn(days=3)
+@pytest.mark.drawn(days=4)
 def test_under_torch_compile():
     torch.manual_seed(3)
     x = images()
@@ -748,7 +748,7 @@ def test_wrong_requests_name_the_option(text, message):
         lwpf_patch.apply("timm", uhop=text)
 
 
-@pytest.mark.drawn(days=2)
+@pytest.mark.drawn(days=4)
 def test_the_variable_the_command_and_the_report(python):
     code = """
 import sys

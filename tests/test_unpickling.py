@@ -14,7 +14,7 @@ from vits import feature_maps, images, randomise_maps, vit
 
 import lwpf_patch
 
-pytestmark = pytest.mark.drawn(days=2)
+pytestmark = pytest.mark.drawn(days=3)
 
 PFU = "pfu:mu=0.1,bias=0,sigma=0"
 LOAD = """

@@ -13,6 +13,8 @@ from lwpf_patch.cli import main as lwpf
 
 #: The arms that forget, as in the paper.
 RELU, PFU = "relu", "pfu: --func-d pfu:mu=dmedian,bias=mu,sigma=0.01"
+#: The arm that forgets nothing and is the nearest other method.
+SOFTMAX1 = "softmax1: --func-d none --sep softmax_n:n=1"
 
 
 def parser(description: str) -> argparse.ArgumentParser:

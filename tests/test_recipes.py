@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import runpy
@@ -72,6 +73,13 @@ def test_bit_pattern(python, tmp_path):
     assert list(runs) == ["plain", "relu", "pfu"]
     assert out.stderr.count("patched; func_d") == 2
     assert "--network association" in out.stdout.splitlines()[0]
+    # Other arms, as the line says them that is printed first; the seeds are refused before anything is run.
+    recipe = str(ROOT / "recipes" / "bit_pattern" / "compare.py")
+    refused = python(recipe, "--arms", "softmax1", "uhop", "--seeds", "none", check=False)
+    words = shlex.split(refused.stdout.splitlines()[0])
+    arms = [word for before, word in itertools.pairwise(words) if before == "--arm"]
+    assert arms == ["plain", "softmax1: --func-d none --sep softmax_n:n=1", "uhop: --uhop on"]
+    assert refused.returncode == 2
 
 
 @pytest.mark.drawn(days=2)

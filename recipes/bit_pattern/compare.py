@@ -15,11 +15,11 @@ sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package;
 import calling  # noqa: E402
 
 FIGURES = "{output}/run.json"
-#: What can be compared with plain attention. softmax1 forgets nothing; uhop brings a control with as many parameters.
+#: What can be compared with plain attention. uhop brings a control with as many parameters.
 ARMS = {
     "relu": calling.RELU,
     "pfu": calling.PFU,
-    "softmax1": "softmax1: --func-d none --sep softmax_n:n=1",
+    "softmax1": calling.SOFTMAX1,
     "uhop": "uhop: --uhop on",
 }
 

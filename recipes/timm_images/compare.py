@@ -17,18 +17,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the recipes are plain files, no package
 
-from calling import compare, parse, parser, python  # noqa: E402
+from calling import PFU, SOFTMAX1, compare, parse, parser, python  # noqa: E402
 from shift import SHIFTS  # noqa: E402
 
 from lwpf_patch.observing.writing import read_records  # noqa: E402
 
-#: What is compared: the options of lwpf run for each arm but the plain one.
-ARMS = {
-    "relu": "--func-d relu",
-    "pfu": "--func-d pfu:mu=dmedian,bias=mu,sigma=0.01",
-    "softmax1": "--func-d none --sep softmax_n:n=1",
-}
-#: The options of train.py for each task, at a size that two cores train in about an hour.
+#: What is compared with plain attention: labels and options of lwpf run.
+ARMS = {"relu": "relu: --func-d relu", "pfu": PFU, "softmax1": SOFTMAX1}
+#: The options of train.py for each task, at a size that two cores train in an hour or two.
 TASKS = {
     "mnist": (
         "--dataset torch/mnist --in-chans 1 --input-size 1 28 28 --mean 0.1307 --std 0.3081 "
@@ -127,7 +123,7 @@ def arms(options: argparse.Namespace, more: str = "") -> list[str]:
         options: The recipe's own.
         more: Further options of each patched one.
     """
-    patched = [part for name in options.arms for part in ("--arm", f"{name}: {ARMS[name]}{more}")]
+    patched = [part for name in options.arms for part in ("--arm", f"{ARMS[name]}{more}")]
     return ["--arm", "plain", *patched]
 
 

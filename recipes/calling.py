@@ -15,6 +15,16 @@ from lwpf_patch.cli import main as lwpf
 RELU, PFU = "relu", "pfu: --func-d pfu:mu=dmedian,bias=mu,sigma=0.01"
 #: The arm that forgets nothing and is the nearest other method.
 SOFTMAX1 = "softmax1: --func-d none --sep softmax_n:n=1"
+#: Where the scripts of the recipes write their figures, and what is compared of them. The mean over the epochs is the
+#: higher the earlier a network learns.
+FIGURES = "{output}/run.json"
+TEST_METRICS = (
+    *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
+    *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--value", "mean"),
+    *("--name", "test accuracy over the epochs, %"),
+    *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
+    *("--time", f"json:{FIGURES}:seconds"),
+)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

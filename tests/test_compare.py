@@ -130,6 +130,9 @@ def test_what_gives_no_interval():
     assert statistics.compare({0: 1.0}, {1: 1.0}, lower=False).verdict == "no pair"
     holes = statistics.compare({**OWN, 2: math.nan, 9: 1.0}, {**OTHER, 3: math.inf, 8: 1.0}, lower=False)
     assert holes.seeds == (0, 1)
+    # In whatever order the runs are named, the same report.
+    turned = statistics.compare(dict(reversed(OWN.items())), OTHER, lower=False)
+    assert turned == statistics.compare(OWN, OTHER, lower=False)
     summary = statistics.summarise({**OWN, 2: math.nan})
     assert (summary.strange, len(summary.values)) == ((2,), 3)
     clear = statistics.compare({s: v + 9 for s, v in OWN.items()}, OTHER, lower=True)
@@ -187,6 +190,21 @@ def test_a_comparison_and_its_report(folder, capsys):
     assert "- relu against plain: better." in text
     assert "| relu | 3 | 92." in text
     assert (folder / "comparison" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_which_value_of_a_run_counts(folder, capsys):
+    figure = ("--metric", r"epoch (?P<step>\d).*1: (?P<value>[\d.]+)")
+    chosen = [word for value in ("1", "mean") for word in (*figure, "--value", value, "--name", value)]
+    assert main(["compare", *ARMS, "--seeds", "1", *chosen, *COMMAND]) == 0
+    at_step, mean = report(folder)["metrics"]
+    assert at_step["arms"]["relu"]["values"]["0"] == top1("relu", 0, epoch=1)
+    assert mean["arms"]["plain"]["values"]["0"] == pytest.approx(sum(top1("plain", 0, epoch) for epoch in range(3)) / 3)
+    out = capsys.readouterr().out
+    assert "1 (higher is better; value of a run at step 1)" in out
+    assert "mean (higher is better; mean over a run)" in out
+    assert main(["compare", *ARMS, "--seeds", "1", *figure, "--value", "7", *COMMAND]) == 2
+    assert "--value 7: there is none at this step in " in (error := capsys.readouterr().err)
+    assert ", but 3 from step 0 to 2" in error
 
 
 @pytest.mark.drawn(days=2)

@@ -131,8 +131,8 @@ def add_parser(commands: Subparsers, run: argparse.ArgumentParser, require_hook:
                         "spelt out for the first")  # fmt: skip
     parser.add_argument("--better", action=_InOrder, metavar="higher|lower", help="which direction is good (default: "
                         "higher; has to be said of what is called a loss or an error)")  # fmt: skip
-    parser.add_argument("--value", action=_InOrder, metavar="last|best|first", help="which value of a run counts "
-                        "(default: last)")  # fmt: skip
+    parser.add_argument("--value", action=_InOrder, metavar="last|best|first|mean|N", help="which value of a run "
+                        "counts: the last, best, first, their mean, or that at step N (default: last)")  # fmt: skip
     parser.add_argument("--name", action=_InOrder, metavar="TEXT", help="what the report calls it")
     parser.add_argument("--time", metavar="METRIC", help="the seconds that a run took, as it says itself (default: "
                         "from the start to the end of its process)")  # fmt: skip

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from ..errors import SettingsError, unknown_value
 from .runs import OUTPUT, Run, read_log
 
 BETTER = ("higher", "lower")
-VALUES = ("last", "best", "first")
+#: A whole number besides: the value at this step.
+VALUES = ("last", "best", "first", "mean")
 #: The columns and keys that count, in the order in which they are looked for.
 STEPS = ("epoch", "step", "global_step", "iteration", "iter")
 _LIKE_A_LOSS = re.compile(r"loss|error|perplexity|(?<![a-z])(err|ppl|nll|mse|rmse|mae|fid|bpb)(?![a-z])", re.I)
@@ -54,7 +56,7 @@ class Metric:
         key: The pattern, column, key or tag.
         file: Where, with placeholders; empty for the output.
         better: One of `BETTER`; empty: not said.
-        value: One of `VALUES`.
+        value: One of `VALUES`, or the number of a step.
         option: The option that it was given by.
     """
 
@@ -79,13 +81,20 @@ class Metric:
 
     def describe(self) -> str:
         """Return what a report has to say of it."""
-        return f"{self.better} is better; {self.value} value of a run"
+        return f"{self.better} is better; {self.counted}"
+
+    @property
+    def counted(self) -> str:
+        """Which value of a run counts, in words."""
+        if self.value.isdigit():
+            return f"value of a run at step {self.value}"
+        return "mean over a run" if self.value == "mean" else f"{self.value} value of a run"
 
     def read(self, run: Run) -> Series:
         """Read what a run has of it.
 
         Raises:
-            MetricError: It has none.
+            MetricError: It has none, or none at the step that counts.
         """
         if self.source == "output":
             # What comes later at the same step replaces what came before, as after a restart.
@@ -99,10 +108,19 @@ class Metric:
             what = "matches nothing" if self.source == "output" else f"finds no {self.key!r}"
             raise MetricError(f"{self.origin} {what} in {where}{_hint(self, where)}")
         steps = sorted(values)
+        if self.value.isdigit() and int(self.value) not in steps:
+            raise MetricError(
+                f"{self.origin} --value {self.value}: there is none at this step in {where}, but {len(steps)} from "
+                f"{unit or 'value'} {steps[0]:g} to {steps[-1]:g}"
+            )
         return Series(unit or "order", tuple(steps), tuple(values[step] for step in steps))
 
     def choose(self, series: Series) -> float:
         """Return the figure that counts."""
+        if self.value.isdigit():
+            return series.values[series.steps.index(int(self.value))]
+        if self.value == "mean":
+            return statistics.fmean(series.values)
         if self.value == "best":
             numbers = [value for value in series.values if not math.isnan(value)]
             return (min if self.lower else max)(numbers, default=math.nan)
@@ -168,7 +186,8 @@ def read_metrics(said: Iterable[tuple[str, str]]) -> list[Metric]:
             metrics.append(read_metric(text))
             continue
         allowed = {"better": BETTER, "value": VALUES}.get(option)
-        if allowed is not None and text not in allowed:
+        is_step = option == "value" and text.isdigit()
+        if allowed is not None and text not in allowed and not is_step:
             raise unknown_value(option, text, f"--{option}", allowed)
         if not metrics:
             raise SettingsError(f"--{option} {text} belongs to the --metric before it, and there is none")

@@ -107,7 +107,7 @@ def _draw_runs(axes: Axes, comparison: Comparison, result: Result, looks: dict[s
             )
     axes.set_yticks(list(positions.values()), [_short(label) for label in positions], fontsize=8)
     axes.set_ylim(min(positions.values()) - 0.6, 0.6)
-    axes.set_xlabel(f"{result.metric.name}, {result.metric.value} ({result.metric.better} is better)")
+    axes.set_xlabel(f"{result.metric.name}, {result.metric.counted} ({result.metric.better} is better)")
     _tidy(axes)
 
 

@@ -94,7 +94,8 @@ def compare(own: Mapping[int, float], other: Mapping[int, float], lower: bool) -
     import numpy
     from scipy import stats
 
-    seeds = tuple(s for s in own if s in other and math.isfinite(own[s]) and math.isfinite(other[s]))
+    # In rising order, on which the resampling depends: the same report from the same figures.
+    seeds = tuple(s for s in sorted(own) if s in other and math.isfinite(own[s]) and math.isfinite(other[s]))
     if not seeds:
         return Difference(())
     x, y = (numpy.array([figures[seed] for seed in seeds], dtype=float) for figures in (own, other))

@@ -14,7 +14,8 @@ sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package;
 
 import calling  # noqa: E402
 
-FIGURES = "{output}/run.json"
+#: The epochs after which a longer training is compared as well.
+BETWEEN = (30, 60, 100, 150)
 #: What can be compared with plain attention. uhop brings a control with as many parameters.
 ARMS = {
     "relu": calling.RELU,
@@ -34,12 +35,13 @@ def main() -> int:
     options = calling.parse(parser, "bit_pattern/{network}", seeds=8, steps=(30, 3))
     words = [
         *("--patch", "hflayers", "--arm", "plain", *(word for arm in options.arms for word in ("--arm", ARMS[arm]))),
-        *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
-        *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
-        *("--time", f"json:{FIGURES}:seconds"),
+        *calling.TEST_METRICS,
     ]
+    for epoch in (epoch for epoch in BETWEEN if epoch < options.epochs):
+        words += ["--metric", f"json:{calling.FIGURES}:epochs.test_accuracy", "--value", str(epoch)]
+        words += ["--name", f"test accuracy after epoch {epoch}, %"]
     arguments = ["--network", options.network, "--epochs", str(options.epochs)]
-    arguments += ["--seed", "{seed}", "--output", FIGURES, *options.more]
+    arguments += ["--seed", "{seed}", "--output", calling.FIGURES, *options.more]
     return calling.compare(options, [*words, *calling.python(HERE / "train.py", *arguments)])
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -75,8 +74,6 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "bags": {"train": len(train_bags), "test": len(test_bags)},
             "seconds": seconds,
-            # Higher means learnt earlier.
-            "mean_test_accuracy": statistics.mean(epoch["test_accuracy"] for epoch in epochs),
             "epochs": epochs,
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)

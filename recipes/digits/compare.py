@@ -14,8 +14,6 @@ sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package;
 
 import calling  # noqa: E402
 
-FIGURES = "{output}/run.json"
-
 
 def main() -> int:
     """Compare, and return the exit code."""
@@ -24,13 +22,11 @@ def main() -> int:
     options = calling.parse(parser, "digits", seeds=5, steps=(None, 3))
     words = [
         *("--arm", "plain", "--arm", calling.RELU, "--arm", calling.PFU),
-        *("--metric", f"json:{FIGURES}:epochs.noisy_test_accuracy", "--name", "test accuracy under noise, %"),
-        *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
-        *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
-        *("--time", f"json:{FIGURES}:seconds"),
+        *("--metric", f"json:{calling.FIGURES}:epochs.noisy_test_accuracy", "--name", "test accuracy under noise, %"),
+        *calling.TEST_METRICS,
     ]
     epochs = [] if options.epochs is None else ["--epochs", str(options.epochs)]
-    arguments = [*epochs, "--seed", "{seed}", "--output", FIGURES, *options.more]
+    arguments = [*epochs, "--seed", "{seed}", "--output", calling.FIGURES, *options.more]
     return calling.compare(options, [*words, *calling.python(HERE / "train.py", *arguments)])
 
 

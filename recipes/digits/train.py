@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,8 +133,6 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "images": {"train": len(train_images), "test": len(test_images)},
             "seconds": seconds,
-            # Higher means learnt earlier.
-            "mean_test_accuracy": statistics.mean(epoch["test_accuracy"] for epoch in epochs),
             "epochs": epochs,
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,6 @@ sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package;
 
 import calling  # noqa: E402
 
-FIGURES = "{output}/run.json"
 BOTH = "both"
 #: What lwpf_patch says when Stage I has run.
 STAGE_ONE = re.compile(r"^lwpf_patch: U-Hop Stage I on \w+ after step (\d+): .*; separation loss by layer: (.+)$", re.M)
@@ -99,13 +98,10 @@ def words(options: argparse.Namespace, task: Task) -> list[str]:
     arms += [f"bilevel: --uhop {options.uhop},every={task.epoch_steps}"]  # until= is then the tenth epoch
     if options.relu:
         arms += [calling.RELU, f"relu+uhop: --func-d relu --uhop {options.uhop}"]
-    arguments = [*task.arguments, "--epochs", str(options.epochs), "--seed", "{seed}", "--output", FIGURES]
+    arguments = [*task.arguments, "--epochs", str(options.epochs), "--seed", "{seed}", "--output", calling.FIGURES]
     return [
         *("--patch", task.host, *(word for arm in arms for word in ("--arm", arm))),
-        *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
-        *("--metric", f"json:{FIGURES}:mean_test_accuracy", "--name", "test accuracy over the epochs, %"),
-        *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
-        *("--time", f"json:{FIGURES}:seconds"),
+        *calling.TEST_METRICS,
         *calling.python(task.script, *arguments),
     ]
 

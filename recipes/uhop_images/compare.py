@@ -16,7 +16,6 @@ sys.path.insert(0, str(HERE.parent))  # the recipes are plain files, no package;
 
 import calling  # noqa: E402
 
-FIGURES = "{output}/run.json"
 VALUES = "--values input"
 MAP = f"{VALUES} --feature-map"
 #: What is compared: label and arm. Each has one thing more than the one that it is compared with in the README.
@@ -80,14 +79,11 @@ def words(options: argparse.Namespace, side: int) -> list[str]:
     arguments = [
         *("--data-dir", str(options.data_dir), *(["--download"] if options.download else [])),
         *("--patch", str(side), "--dim", str(task.dim), "--epochs", str(options.epochs or task.epochs)),
-        *("--device", options.device, "--seed", "{seed}", "--output", FIGURES, *options.more),
+        *("--device", options.device, "--seed", "{seed}", "--output", calling.FIGURES, *options.more),
     ]
     return [
         *("--patch", "torch", *(word for arm in arms for word in ("--arm", arm))),
-        *("--metric", f"json:{FIGURES}:epochs.test_accuracy", "--name", "test accuracy, %"),
-        *("--metric", f"json:{FIGURES}:mean_test_accuracy", "--name", "test accuracy over the epochs, %"),
-        *("--metric", f"json:{FIGURES}:epochs.test_loss", "--name", "test loss", "--better", "lower"),
-        *("--time", f"json:{FIGURES}:seconds"),
+        *calling.TEST_METRICS,
         *calling.python(HERE / "train.py", *arguments),
     ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -91,7 +90,6 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": time.perf_counter() - start,
         "separation_losses": losses,
-        "mean_test_accuracy": statistics.mean(epoch["test_accuracy"] for epoch in epochs),
         "epochs": epochs,
     }
     if options.output:

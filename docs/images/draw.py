@@ -61,13 +61,14 @@ def draw_digits(path: Path) -> None:
     images, maps = trained()
     heads = maps.kept.shape[1]
     figure, panels = plt.subplots(1 + heads, len(images), figsize=(8, 5.6), layout="constrained")
-    top = float(maps.weights.mean(2).max())
+    top = float(maps.weights[..., 1:].mean(2).max())
     for column, image in enumerate(images):
         panels[0, column].imshow(image[0], cmap="gray_r")
         for head in range(heads):
             panel = panels[1 + head, column]
-            weights = maps.weights[column, head].mean(0).reshape(4, 4)
-            kept = maps.kept[column, head].float().mean(0).reshape(4, 4)
+            # The first key is the class token.
+            weights = maps.weights[column, head, :, 1:].mean(0).reshape(4, 4)
+            kept = maps.kept[column, head, :, 1:].float().mean(0).reshape(4, 4)
             panel.imshow(weights, cmap="GnBu", vmin=0, vmax=top)
             for row, place in (kept < 0.5).nonzero().tolist():
                 panel.fill_between([place - 0.5, place + 0.5], row - 0.5, row + 0.5, facecolor="#eceff0", hatch="////")
@@ -85,13 +86,14 @@ def trained() -> tuple[Tensor, lwpf_patch.AttentionMap]:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    images, labels, test_images, test_labels = train.load_data()
-    model = train.build_model()
+    setup = train.SET_UPS[28]
+    (images, labels), (test_images, test_labels), _ = train.load_data(setup, noise=0.0)
+    model = train.build_model(setup, setup.init)
     lwpf_patch.patch_model(model, func_d="relu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05)
-    steps = 30 * math.ceil(len(images) / 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setup.lr, weight_decay=0.05)
+    steps = setup.epochs * math.ceil(len(images) / 64)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, train.warm_up_and_cosine(steps))
-    for _ in range(30):
+    for _ in range(setup.epochs):
         for places in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(images[places]), labels[places]).backward()
@@ -99,7 +101,7 @@ def trained() -> tuple[Tensor, lwpf_patch.AttentionMap]:
             scheduler.step()
     print("test loss and accuracy:", train.evaluate(model, test_images, test_labels))
     chosen = torch.stack([test_images[test_labels == digit][0] for digit in range(8)])
-    return chosen, lwpf_patch.attention_maps(model, chosen)["blocks.1.attn"]
+    return chosen, lwpf_patch.attention_maps(model, chosen)["blocks.2.attn"]
 
 
 def save(figure: plt.Figure, path: Path) -> None:

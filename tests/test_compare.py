@@ -24,7 +24,7 @@ from conftest import require_host
 from scipy import stats
 
 from lwpf_patch.cli import main
-from lwpf_patch.comparing import statistics
+from lwpf_patch.comparing import scheduling, statistics
 from lwpf_patch.comparing.metrics import read_metric, settle
 from lwpf_patch.comparing.runs import Run
 
@@ -296,6 +296,135 @@ def test_a_patch_without_effect_is_a_failure(folder, capsys):
     assert main(["compare", *ARMS[2:], "--arm", "pfu", "--seeds", "1", *TOP1, *COMMAND, "more"]) == 1
 
 
+def test_figures_that_are_no_numbers_or_coarse_are_no_ignored_seed(folder, capsys):
+    (folder / "train.py").write_text(
+        "import os, sys\nrelu = 'LWPF_FUNC_D' in os.environ\nfor step in range(4):\n"
+        "    print('acc', [10, 60, 90, 100][step], 'top-1:', 'nan' if relu else 91.25 + step)" + END
+    )
+    both = ("--metric", "acc ([0-9]+)", "--metric", r"top-1: (\S+)")
+    assert main(["compare", *ARMS[2:], "--arm", "pfu", "--seeds", "2", *both, *COMMAND, "{seed}"]) == 0
+    out, err = capsys.readouterr()
+    assert "WARNING: seeds 0 and 1 of relu give the same figures" in err
+    assert "NOTE: top-1 of relu is not a finite number at seed 0, 1" in out
+
+
+@pytest.mark.drawn(days=4)
+def test_a_patch_without_effect_is_noticed_behind_a_line_without_an_end(folder, capsys):
+    unfinished = "\nimport torch; torch.nn.Linear(2, 2)(torch.zeros(2))\nsys.stdout.write('\\rstep 9 of 9')"
+    (folder / "train.py").write_text(SCRIPT + unfinished)
+    assert main(["compare", *ARMS, "--seeds", "1", *TOP1, *COMMAND]) == 1
+    assert "relu, seed 0: FAILED: lwpf_patch: timm was asked to be patched" in capsys.readouterr().err
+
+
+def test_a_run_that_lacks_a_figure_is_repeated(folder, capsys):
+    (folder / "train.py").write_text(
+        SCRIPT.replace('print(f"epoch', "if seed or arm == 'relu' or os.path.exists('mended'): print(f\"epoch") + END
+    )
+    base = ["compare", *ARMS, *TOP1, "--seeds", "2"]
+    # The first run has none, so that the metric may be at fault; with another seed there is one that has it.
+    assert main([*base, *COMMAND]) == 2
+    assert main([*base[:-1], "1-1", *COMMAND]) == 0
+    ran(folder)
+    assert main([*base, "--report-only", *COMMAND]) == 1
+    assert "plain, seed 0: FAILED: --metric 'top-1: ([0-9.]+)' matches nothing" in capsys.readouterr().err
+    (folder / "mended").touch()
+    assert main([*base, *COMMAND]) == 0
+    assert "1 runs that have ended well lack a figure, and are repeated" in capsys.readouterr().err
+    assert ran(folder) == ["plain 0", "relu 0"]
+
+
+def test_files_that_cannot_be_read_as_they_should(folder, capsys):
+    (folder / "train.py").write_text(
+        SCRIPT + "\nwith open(sys.argv[2] + '/f.csv', 'wb') as file:\n"
+        "    file.write(b'\\xef\\xbb\\xbftop1,note\\n91.%d5,\\xe9\\n' % (seed + 3 * (arm == 'relu')))" + END
+    )
+    command = [*COMMAND, "{output}"]
+    assert main(["compare", *ARMS, "--seeds", "2", "--metric", "csv:{output}/f.csv:top1", *command]) == 0
+    assert report(folder)["metrics"][0]["arms"]["relu"]["values"] == {"0": 91.35, "1": 91.45}
+    assert main(["compare", *ARMS, "--seeds", "2", "--metric", "csv:{output}:top1", *command]) == 2
+    assert "cannot be read from" in capsys.readouterr().err
+    ran(folder)
+    # Somebody has deleted the log of a run.
+    (log,) = folder.glob("comparison/runs/relu-seed1*/log.txt")
+    log.unlink()
+    assert main(["compare", *ARMS, "--seeds", "2", *TOP1, *command]) == 0
+    assert ran(folder) == ["relu 1"]
+
+
+def test_what_lwpf_patch_says_is_no_figure(folder):
+    ours = "\nif arm == 'relu': print('lwpf_patch: separation top-1: 99.5')"
+    (folder / "train.py").write_text(SCRIPT + ours + END)
+    assert main(["compare", *ARMS, "--seeds", "1", *TOP1, *COMMAND]) == 0
+    assert report(folder)["metrics"][0]["arms"]["relu"]["values"] == {"0": top1("relu", 0)}
+
+
+def test_a_reader_that_leaves_loses_no_file(folder):
+    command = [sys.executable, "-m", "lwpf_patch", "compare", *ARMS, "--seeds", "1", *TOP1, *COMMAND]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    child.stderr.close()
+    assert child.wait(timeout=60) == 0
+    assert (folder / "comparison" / "curves.png").is_file()
+    assert ran(folder) == ["plain 0", "relu 0"]
+
+
+def test_odd_labels_and_tiny_figures(folder, capsys):
+    long = "x" * 300
+    (folder / "train.py").write_text(SCRIPT.replace("{value:.3f}", "{value * 1e-13}") + END)
+    figure = ("--metric", r"top-1: ([-0-9.e]+\d)", "--name", "$_$")
+    assert main(["compare", "--arm", "plain", "--arm", f"b$_${long}: --func-d relu", "--seeds", "2", *figure,
+                 *COMMAND]) == 0  # fmt: skip
+    assert (folder / "comparison" / "curves.png").is_file()
+    assert "e-12" in capsys.readouterr().out
+
+
+def test_a_module_that_runs_in_its_output(folder):
+    (folder / "pk").mkdir()
+    (folder / "pk" / "tr.py").write_text(SCRIPT.replace("open(", "open('../../../../' + ") + END)
+    command = ("--in-output", "--", "-m", "pk.tr", "{seed}")
+    assert main(["compare", *ARMS, "--seeds", "1", *TOP1, *command]) == 0
+    assert ran(folder) == ["plain 0", "relu 0"]
+
+
+@pytest.mark.drawn(days=3)
+def test_what_changes_meanwhile_is_said(folder, capsys):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True, capture_output=True)
+
+    (folder / "helper.py").write_text("")
+    git("init")
+    git("add", "train.py", "helper.py")
+    git("commit", "-m", "first")
+    (folder / "train.py").write_text(SCRIPT + "\nopen(sys.argv[2], 'a').write('x')" + END)
+    base = ["compare", *ARMS, *TOP1, "--seeds", "1", "--", "python", "train.py", "{seed}", "result.txt"]
+    assert main(base) == 0
+    out, err = capsys.readouterr()
+    assert err.count("WARNING: result.txt, which the command names, has changed or appeared meanwhile") == 1
+    assert "NOTE: result.txt, which" in out
+    (folder / "train.py").write_text(SCRIPT + END)
+    assert main(["compare", *ARMS, *TOP1, "--seeds", "1", "--output", "two", *COMMAND]) == 0
+    (folder / "helper.py").write_text("# another")
+    git("commit", "-am", "second")
+    capsys.readouterr()
+    assert main(["compare", *ARMS, "--arm", "pfu", *TOP1, "--seeds", "1", "--output", "two", *COMMAND]) == 0
+    assert "NOTE: the runs are of several commits" in capsys.readouterr().out
+
+
+def test_what_is_started_is_not_forgotten():
+    """An interruption while a process is started comes after it has been noted."""
+    noted = []
+
+    def start():
+        with scheduling._uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            noted.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert noted == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_interrupted(folder, tmp_path):
     slow = "\nif seed: print('pid', os.getpid(), flush=True); import time; time.sleep(60)"
     (folder / "train.py").write_text(SCRIPT + slow + END)
@@ -394,6 +523,9 @@ BAD = {
     "which direction": ([*ARMS, "--metric", "eval_loss: (.*)", *COMMAND], "write --better lower behind it"),
     "a wrong direction": ([*ARMS, *TOP1, "--better", "lwoer", *COMMAND], "unknown better 'lwoer' (from --better)"),
     "a direction of nothing": ([*ARMS, "--value", "best", *TOP1, *COMMAND], "belongs to the --metric before it"),
+    "a taken name": ([*ARMS, "--metric", "seed: (.*)", *COMMAND], "is called 'seed', as a column of runs.csv is"),
+    "a new line": (["--arm", "plain", "--arm", "a\nb: --func-d relu", *TOP1, *COMMAND], "cannot be printed"),
+    "no report": ([*ARMS, *TOP1, "--report-only", *COMMAND], "--report-only: there is no comparison in comparison"),
     "a metric twice": ([*ARMS, *TOP1, *TOP1, *COMMAND], "two metrics are called 'top-1'"),
     "one file for all": ([*ARMS, "--metric", "csv:out/summary.csv:top1", *COMMAND], "csv:{output}/summary.csv:top1"),
     "a time": ([*ARMS, *TOP1, "--time", "took", *COMMAND], "--time 'took' has 0 groups: put the figure"),
@@ -459,8 +591,12 @@ def test_a_metric_that_never_matches_ends_the_comparison_at_the_first_run(folder
 def test_a_script_that_ignores_the_seed(folder, capsys):
     (folder / "train.py").write_text(SCRIPT.replace("int(sys.argv[1])", "7") + END)
     assert main(["compare", *ARMS, "--seeds", "5", *TOP1, *COMMAND]) == 2
-    assert "seeds 0 and 1 of plain give the same figures throughout (3 different ones)" in capsys.readouterr().err
+    assert "seeds 0 and 1 of plain give the same figures throughout (15 digits)" in capsys.readouterr().err
     assert len(ran(folder)) == 3
+    # Said once, it holds nobody up.
+    assert main(["compare", *ARMS, "--seeds", "2", *TOP1, *COMMAND]) == 0
+    assert "WARNING: seeds 0 and 1 of plain give the same figures" in capsys.readouterr().err
+    assert ran(folder) == ["relu 7"]
     # A single figure may be the same by chance: it is said, and the comparison goes on.
     (folder / "train.py").write_text("import os, sys\nprint('top-1: 50', sys.argv)" + END)
     assert main(["compare", *ARMS, "--seeds", "2", *TOP1, *COMMAND]) == 0

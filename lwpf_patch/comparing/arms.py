@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from ..settings import SETTINGS, Settings, flag_of
 PLAIN = "plain"
 #: Stage I runs once and moves nothing: what the feature map then becomes is the work of the task's loss alone.
 IDLE_STAGE_ONE = "iters=1,samples=2,lr=1e-12"
+#: With a seed and a hash behind it, it is the name of a folder, of which a file system allows 255 bytes.
+LONGEST_SLUG = 120
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,10 @@ class Arm:
     @property
     def slug(self) -> str:
         """Its label as the name of a folder, and what ``{arm}`` stands for."""
-        return re.sub(r"[^A-Za-z0-9.=_-]+", "-", self.label).strip("-.") or "arm"
+        slug = re.sub(r"[^A-Za-z0-9.=_-]+", "-", self.label).strip("-.") or "arm"
+        if len(slug) <= LONGEST_SLUG:
+            return slug
+        return f"{slug[:LONGEST_SLUG]}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
 
 
 def read_arms(texts: Iterable[str], run: argparse.ArgumentParser, hosts: str, controls: bool) -> list[Arm]:
@@ -94,6 +100,8 @@ def _add_control(arms: list[Arm], control: Arm) -> None:
 
 def _read(text: str, run: argparse.ArgumentParser, hosts: str) -> tuple[Arm, Settings | None]:
     text = text.strip()
+    if not text.isprintable():
+        raise SettingsError(f"--arm {text!r} has characters that cannot be printed, such as a new line")
     if text == PLAIN:
         return Arm(PLAIN), None
     label, colon, rest = (part.strip() for part in text.partition(":"))

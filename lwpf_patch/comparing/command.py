@@ -21,6 +21,7 @@ from ..errors import SettingsError
 if TYPE_CHECKING:
     from types import FrameType
 
+    from .metrics import Series
     from .report import Comparison
     from .runs import Run
 
@@ -30,8 +31,9 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 EXTRA = "lwpf_patch[compare]"
 MANIFEST = "comparison.json"
 FAILED, INTERRUPTED = 1, 128
-#: So many different figures, all the same under two seeds, are no chance.
-TELLING = 3
+#: So many digits, all the same under two seeds, are no chance.
+TELLING = 8
+SEED_IGNORED = "the script ignores the seed"
 
 DESCRIPTION = """\
 Runs an unmodified script with several kinds of attention (arms) and several
@@ -158,7 +160,7 @@ def add_parser(commands: Subparsers, run: argparse.ArgumentParser, require_hook:
 def _compare(options: argparse.Namespace, run: argparse.ArgumentParser, require_hook: Callable[[], None]) -> int:
     started = time.monotonic()
     comparison, parameters, gpus = _settle(options, run, require_hook)
-    with _output_folder(options.output, comparison) as folder, _terminated_is_interrupted():
+    with _output_folder(options.output, comparison, options.report_only) as folder, _terminated_is_interrupted():
         session = _Session(comparison, sys.stderr.isatty())
         try:
             _go(session, options, parameters, gpus, folder)
@@ -176,12 +178,17 @@ def _compare(options: argparse.Namespace, run: argparse.ArgumentParser, require_
             session.say(f"no run has finished: there is nothing to report. Logs are in {folder / 'runs'}")
             return FAILED
         _note_equals(comparison)
+        _note_commits(comparison)
         from . import files, report
 
-        print(report.terminal(comparison))
         paths = [os.path.relpath(path) for path in files.write(comparison, folder)]
-        print(f"\nWrote {', '.join(paths)} ({_duration(time.monotonic() - started)})")
-    return FAILED if comparison.problems else 0
+    code = FAILED if comparison.problems else 0
+    with contextlib.suppress(BrokenPipeError):  # a reader that has left, as in `| head`, changes no result
+        print(report.terminal(comparison))
+        print(f"\nWrote {', '.join(paths)} ({_duration(time.monotonic() - started)})", flush=True)
+        return code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _settle(
@@ -258,12 +265,15 @@ def _read_seeds(text: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _output_folder(path: Path, comparison: Comparison) -> Iterator[Path]:
+def _output_folder(path: Path, comparison: Comparison, report_only: bool) -> Iterator[Path]:
     """Make the output folder, check that it is this comparison's, and hold it.
 
     Raises:
+        SettingsError: There is to be a comparison in it, and it is not there.
         SettingsError: It cannot be written to, holds a comparison of another command, or another process is at it.
     """
+    if report_only and not path.is_dir():
+        raise SettingsError(f"--report-only: there is no comparison in {path}, which --output names")
     try:
         folder = path.absolute()
         (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -345,10 +355,11 @@ class _Session:
     def say(self, text: str) -> None:
         """Tell people something, above the bar if there is one."""
         line = f"lwpf compare: {text}"
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a reader that has left, or a full disk, ends no run
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -376,18 +387,20 @@ class _Session:
         record = run.ended()
         if record is not None:
             comparison.records[place] = record
-        series, seconds = {}, record["seconds"] if record is not None else None
+        series: dict[str, Series] = {}
+        seconds = record["seconds"] if record is not None else None
         if not problem:
             from .metrics import MetricError
 
             try:
-                series = {metric.name: metric.read(run) for metric in comparison.metrics}
-                if comparison.time is not None:
-                    seconds = comparison.time.choose(comparison.time.read(run))
+                series, said = self.read(run)
+                seconds = seconds if said is None else said
             except MetricError as error:
                 if not comparison.series:
                     raise SettingsError(f"{run.name}, has finished, but {error}{_tail(run)}") from None
                 problem = str(error)
+        if fresh:
+            self._check_files(run)
         if problem:
             comparison.problems[place] = problem
             self.say(f"{self._count()} {run.name}: FAILED: {problem}{_tail(run)}")
@@ -402,11 +415,21 @@ class _Session:
                 figures = ", ".join(f"{m.name} {m.choose(series[m.name]):g}" for m in comparison.metrics)
                 took = f" ({_duration(record['seconds'])})" if record else ""
                 self.say(f"{self._count()} {run.name}: {figures}{took}{self._left(slots)}")
-            self._check_seed(run)
+            self._check_seed(run, fresh)
             self._check_arm(run)
         if self._bar is not None:
             self._bar.set_postfix_str(self._left(slots).lstrip("; "), refresh=False)
             self._bar.update()
+
+    def read(self, run: Run) -> tuple[dict[str, Series], float | None]:
+        """Return what a run that ended well has of each metric, and the seconds that it says it took.
+
+        Raises:
+            MetricError: It lacks a figure.
+        """
+        comparison = self.comparison
+        series = {metric.name: metric.read(run) for metric in comparison.metrics}
+        return series, None if comparison.time is None else comparison.time.choose(comparison.time.read(run))
 
     def _count(self) -> str:
         done = len(self.comparison.series) + len(self.comparison.problems)
@@ -432,7 +455,7 @@ class _Session:
                 self._told.add(line)
                 self.say(f"{run.arm}: {line.removeprefix(OURS)}")
 
-    def _check_seed(self, run: Run) -> None:
+    def _check_seed(self, run: Run, fresh: bool) -> None:
         """Notice that a script ignores the seed, as soon as an arm has two."""
         from .statistics import ignored_seed
 
@@ -441,14 +464,30 @@ class _Session:
             return
         alike = ignored_seed([{n: s.values for n, s in self.comparison.series[place].items()} for place in places])
         seeds = " and ".join(str(seed) for _, seed in places)
-        if alike >= TELLING:
+        if alike >= TELLING and fresh and SEED_IGNORED not in self._told:
             raise SettingsError(
-                f"seeds {seeds} of {run.arm} give the same figures throughout ({alike} different ones): the script "
-                "ignores the seed. Without it there is nothing to tell an effect from chance by; check what it does "
-                f"with {{seed}}, and that it seeds its data and its model. The logs are in {run.folder.parent}"
+                f"seeds {seeds} of {run.arm} give the same figures throughout ({alike} digits): {SEED_IGNORED}. "
+                "Without it there is nothing to tell an effect from chance by; check what it does with "
+                f"{{seed}}, and that it seeds its data and its model. The logs are in {run.folder.parent}. If it is "
+                "chance, the same command goes on"
             )
         if alike:
+            self._told |= {SEED_IGNORED} if alike >= TELLING else set()
             self.say(f"WARNING: seeds {seeds} of {run.arm} give the same figures: does the script use the seed?")
+
+    def _check_files(self, run: Run) -> None:
+        """Notice that a file that the command names is not what it was when this comparison began."""
+        for name in run.changed():
+            key = f"changed {name}"
+            if key in self._told:
+                continue
+            self._told.add(key)
+            note = (
+                f"{name}, which the command names, has changed or appeared meanwhile: runs of this comparison may "
+                "differ in it, and the next call repeats them. What a script writes belongs into {output}"
+            )
+            self.comparison.notes.append(note)
+            self.say(f"WARNING: {note}")
 
     def _check_arm(self, run: Run) -> None:
         """Notice that patching changes nothing, as soon as an arm and its baseline have a seed."""
@@ -474,7 +513,7 @@ def _go(
 
     comparison = session.comparison
     every = list(comparison.runs.values())
-    finished = [run for run in every if run.finished()]
+    finished, lacking = _finished(session, every)
     rest = [run for run in every if run not in finished]
     slots = options.jobs or len(gpus) or (len(rest) or 1 if parameters is not None else 1)
     seeds = len(comparison.seeds)
@@ -488,9 +527,17 @@ def _go(
             f"{stale} runs in {folder / 'runs'} are not used: of other arms or seeds, or from before the script, a "
             "file that the command names, or a version changed"
         )
+    if lacking and not options.report_only:
+        session.say(f"{len(lacking)} runs that have ended well lack a figure, and are repeated")
     for run in finished:
         session.take(run, "", slots, fresh=False)
-    if options.report_only or not rest:
+    if options.report_only:
+        for run in rest:
+            record = run.ended()
+            if record is not None:
+                session.take(run, record["problem"] or lacking[run.name], slots, fresh=False)
+        return
+    if not rest:
         return
     if parameters is not None:
         progress = scheduling.submitted(rest, options.jobs, parameters, folder / "submitit", options.threads)
@@ -506,6 +553,30 @@ def _go(
                 session.tick()
 
 
+def _finished(session: _Session, every: list[Run]) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs that have ended well before and have their figures, and what the others that ended well lack.
+
+    Raises:
+        SettingsError: None has its figures, so that the metrics are at fault.
+    """
+    from .metrics import MetricError
+
+    finished: list[Run] = []
+    lacking: dict[str, str] = {}
+    first = None
+    for run in every:
+        if run.finished():
+            try:
+                session.read(run)
+                finished.append(run)
+            except MetricError as error:
+                lacking[run.name] = str(error)
+                first = first or run
+    if first is not None and not finished:
+        raise SettingsError(f"{first.name}, has finished, but {lacking[first.name]}{_tail(first)}")
+    return finished, lacking
+
+
 def _note_equals(comparison: Comparison) -> None:
     """Note the arms whose figures do not depend on the seed: statistics over seeds mean nothing then."""
     for arm in comparison.arms:
@@ -518,15 +589,30 @@ def _note_equals(comparison: Comparison) -> None:
                 )
 
 
+def _note_commits(comparison: Comparison) -> None:
+    """Note that runs were made of several commits: what the script imports is not looked at one by one."""
+    arms: dict[str, set[str]] = {}
+    for (arm, seed), record in comparison.records.items():
+        if (arm, seed) in comparison.series and record.get("commit"):
+            arms.setdefault(record["commit"], set()).add(arm)
+    if len(arms) > 1:
+        which = "; ".join(f"{commit}: {', '.join(sorted(labels))}" for commit, labels in sorted(arms.items()))
+        comparison.notes.append(f"the runs are of several commits, of which none was repeated: {which}")
+
+
 def _tail(run: Run) -> str:
     """Return where a run's log is, and its end."""
     from .runs import read_log
 
     try:
-        lines = read_log(run.log).rstrip().split("\n")[-8:]
+        lines = [_cut(line) for line in read_log(run.log).rstrip().split("\n")[-8:]]
     except OSError:
         return f"; it left no log in {run.folder}"
     return "\n".join([f"; the end of {run.log}:", *(f"  | {line}" for line in lines)])
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _duration(seconds: float) -> str:

@@ -7,9 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +16,11 @@ from statistics import median
 from typing import Any
 
 from . import statistics
+from .metrics import COLUMNS
 from .plots import draw
+from .provenance import machine, versions
 from .report import Comparison, left_out, markdown, sentences
-from .runs import Run, sources, versions
+from .runs import Run
 
 #: Written as they are asked for: a report is complete, or an error says why not.
 FILES = ("runs.csv", "report.md", "report.json", "curves.png")
@@ -29,55 +28,22 @@ FILES = ("runs.csv", "report.md", "report.json", "curves.png")
 
 def provenance(comparison: Comparison) -> dict[str, Any]:
     """Return what the figures depend on besides the arms."""
-    command = comparison.command
     found = {**versions()}
     for name in ("scipy", "matplotlib"):
         found[name] = metadata.version(name)
-    known = {"{seed}": str(comparison.seeds[0])}
-    words = [word.replace("{seed}", known["{seed}"]) for word in command.words]
-    commit = _commit(Path(words[0]).parent if not command.module else Path.cwd())
+    files: dict[str, str] = {}
+    for run in comparison.runs.values():
+        files |= run.files
+    commits = {record.get("commit") for place, record in comparison.records.items() if place in comparison.series}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "interpreter": sys.executable,
         "folder": os.getcwd(),
         "versions": found,
-        "files": sources(command, words, {}),
-        "commit": commit,
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "processors": os.cpu_count(),
-            "gpus": _gpus(),
-            "ran on": sorted({record["machine"] for record in comparison.records.values()}),
-        },
+        "files": files,
+        "commit": " and ".join(sorted(filter(None, commits))) or None,
+        "machine": machine() | {"ran on": sorted({record["machine"] for record in comparison.records.values()})},
     }
-
-
-def _output_of(*words: str) -> str | None:
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _commit(folder: Path) -> str | None:
-    return _output_of("git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*")
-
-
-def _gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    names = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return names.splitlines() if names else []
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
@@ -106,9 +72,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
 def _write_runs(comparison: Comparison, path: Path) -> None:
     names = [metric.name for metric in comparison.metrics]
-    known = ["arm", "seed", "state", "problem", "exit_code", "seconds", "started", "machine", "key", "log"]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*known, *names], extrasaction="ignore")
+        writer = csv.DictWriter(file, [*COLUMNS, *names], extrasaction="ignore")
         writer.writeheader()
         for (arm, seed), run in comparison.runs.items():
             writer.writerow({**comparison.records.get((arm, seed), {}), **_state(comparison, run)})

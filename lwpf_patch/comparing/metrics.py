@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError, unknown_value
-from .runs import OUTPUT, Run, read_log
+from .runs import OUTPUT, Run, said_by_script
 
 BETTER = ("higher", "lower")
 #: A whole number besides: the value at this step.
 VALUES = ("last", "best", "first", "mean")
+#: What runs.csv has of a run besides its figures.
+COLUMNS = ("arm", "seed", "state", "problem", "exit_code", "seconds", "started", "machine", "key", "log")
 #: The columns and keys that count, in the order in which they are looked for.
 STEPS = ("epoch", "step", "global_step", "iteration", "iter")
-_LIKE_A_LOSS = re.compile(r"loss|error|perplexity|(?<![a-z])(err|ppl|nll|mse|rmse|mae|fid|bpb)(?![a-z])", re.I)
+_LIKE_A_LOSS = re.compile(
+    r"loss|error|perplexity|(?<![a-z])(err|ppl|nll|mse|rmse|mae|mape|fid|bpb|bpc|wer|cer|eer|lpips)(?![a-z])", re.I
+)
 
 
 class MetricError(SettingsError):
@@ -96,14 +100,17 @@ class Metric:
         Raises:
             MetricError: It has none, or none at the step that counts.
         """
-        if self.source == "output":
+        where = str(run.log) if self.source == "output" else self._file(run)
+        try:
             # What comes later at the same step replaces what came before, as after a restart.
-            where, unit = str(run.log), "step" if "?P<step>" in self.key else ""
-            values = dict(_from_output(self.key, read_log(run.log)))
-        else:
-            where = self._file(run)
-            found, unit = FILES[self.source](where, self.key)
-            values = dict(found)
+            if self.source == "output":
+                unit = "step" if "?P<step>" in self.key else ""
+                values = dict(_from_output(self.key, said_by_script(run)))
+            else:
+                found, unit = FILES[self.source](where, self.key)
+                values = dict(found)
+        except (OSError, OverflowError, csv.Error) as error:
+            raise MetricError(f"{self.origin} cannot be read from {where}: {error}") from None
         if not values:
             what = "matches nothing" if self.source == "output" else f"finds no {self.key!r}"
             raise MetricError(f"{self.origin} {what} in {where}{_hint(self, where)}")
@@ -218,11 +225,17 @@ def settle(metrics: Iterable[Metric], in_output: bool) -> list[Metric]:
         in_output: Whether each run works in its own folder.
 
     Raises:
-        SettingsError: There is none; two have one name; the direction has to be said; all runs would read one file.
+        SettingsError: There is none; two have one name, or one that is taken; the direction has to be said; the file
+            is not in the folder of a run.
         SettingsError: What reads a file is not installed.
     """
     settled: list[Metric] = []
     for metric in metrics:
+        if metric.name in COLUMNS:
+            raise SettingsError(
+                f"{metric.origin} is called {metric.name!r}, as a column of runs.csv is: give it another name, by "
+                "--name behind --metric"
+            )
         if metric.name in (other.name for other in settled):
             raise SettingsError(f"two metrics are called {metric.name!r}: tell them apart by --name behind --metric")
         if not metric.better and _LIKE_A_LOSS.search(metric.name):
@@ -232,9 +245,10 @@ def settle(metrics: Iterable[Metric], in_output: bool) -> list[Metric]:
             )
         if metric.file and OUTPUT not in metric.file and not (in_output and not Path(metric.file).is_absolute()):
             raise SettingsError(
-                f"{metric.origin}: all runs would read the same file. Let the script write to {OUTPUT}, the "
-                f"folder of a run, and name the file by it, as in {metric.source}:{OUTPUT}/{Path(metric.file).name}:"
-                f"{metric.key}; a script that writes to where it is can be run there by --in-output"
+                f"{metric.origin}: runs would read one another's file, or that of an earlier one. Let the script write "
+                f"to {OUTPUT}, the folder of a run, and name the file by it, as in "
+                f"{metric.source}:{OUTPUT}/{Path(metric.file).name}:{metric.key}; a script that writes to where it is "
+                "can be run there by --in-output"
             )
         if metric.source == "events" and importlib.util.find_spec("tensorboard") is None:
             raise SettingsError(
@@ -290,14 +304,18 @@ def _from_rows(rows: Iterable[Any], key: str, where: str) -> tuple[_Found, str]:
     return found, unit or ""
 
 
+def _text_of(where: str) -> str:
+    """Return the text of a file, with or without a byte order mark; what is no UTF-8 is replaced."""
+    return Path(where).read_text(encoding="utf-8-sig", errors="replace")
+
+
 def _from_csv(where: str, key: str) -> tuple[_Found, str]:
-    with open(where, newline="", encoding="utf-8") as file:
-        return _from_rows(csv.DictReader(file, skipinitialspace=True), key, where)
+    return _from_rows(csv.DictReader(io.StringIO(_text_of(where)), skipinitialspace=True), key, where)
 
 
 def _from_jsonl(where: str, key: str) -> tuple[_Found, str]:
     rows = []
-    for number, line in enumerate(io.StringIO(Path(where).read_text(encoding="utf-8")), start=1):
+    for number, line in enumerate(io.StringIO(_text_of(where)), start=1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
@@ -308,7 +326,7 @@ def _from_jsonl(where: str, key: str) -> tuple[_Found, str]:
 
 def _from_json(where: str, key: str) -> tuple[_Found, str]:
     try:
-        data = json.loads(Path(where).read_text(encoding="utf-8"))
+        data = json.loads(_text_of(where))
     except ValueError as error:
         raise MetricError(f"{where} is no JSON: {error}") from None
     *way, last = key.split(".")
@@ -363,8 +381,7 @@ def _hint(metric: Metric, where: str) -> str:
     """Return what a file has in place of what was looked for."""
     names: list[str] = []
     if metric.source == "csv":
-        with open(where, newline="", encoding="utf-8") as file:
-            names = next(csv.reader(file, skipinitialspace=True), [])
+        names = next(csv.reader(io.StringIO(_text_of(where)), skipinitialspace=True), [])
     elif metric.source == "events":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -372,6 +389,6 @@ def _hint(metric: Metric, where: str) -> str:
         events.Reload()
         names = [*events.Tags()["scalars"], *events.Tags()["tensors"]]
     elif metric.source == "json":
-        data = json.loads(Path(where).read_text(encoding="utf-8"))
+        data = json.loads(_text_of(where))
         names = list(data) if isinstance(data, dict) else []
     return f", which has {', '.join(map(repr, names[:20]))}" if names else ""

@@ -35,7 +35,7 @@ def draw(comparison: Comparison) -> Figure:
         _draw_runs(row[-1], comparison, result, looks)
     seeds = len(comparison.seeds)
     of = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-    figure.suptitle(f"{' / '.join(metric.name for metric in comparison.metrics)} ({of})", fontsize=11)
+    figure.suptitle(_plain(f"{' / '.join(metric.name for metric in comparison.metrics)} ({of})"), fontsize=11)
     return figure
 
 
@@ -72,7 +72,7 @@ def _draw_curves(axes: Axes, comparison: Comparison, result: Result, looks: dict
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(steps, mean, color=colour, linestyle=style, linewidth=1.8, label=_short(arm.label))
         late += [value for bound in (low, high) for value in bound[len(bound) // 2 :]]
-    axes.set(xlabel=" or ".join(sorted(units)), ylabel=name)
+    axes.set(xlabel=" or ".join(sorted(units)), ylabel=_plain(name))
     _zoom(axes, late)
     _tidy(axes)
     axes.legend(fontsize=8)
@@ -107,12 +107,17 @@ def _draw_runs(axes: Axes, comparison: Comparison, result: Result, looks: dict[s
             )
     axes.set_yticks(list(positions.values()), [_short(label) for label in positions], fontsize=8)
     axes.set_ylim(min(positions.values()) - 0.6, 0.6)
-    axes.set_xlabel(f"{result.metric.name}, {result.metric.counted} ({result.metric.better} is better)")
+    axes.set_xlabel(_plain(f"{result.metric.name}, {result.metric.counted} ({result.metric.better} is better)"))
     _tidy(axes)
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= 36 else label[:33] + "..."
+    return _plain(label if len(label) <= 36 else label[:33] + "...")
+
+
+def _plain(text: str) -> str:
+    """Return text as matplotlib shows it as it is: what stands between dollar signs is a formula there."""
+    return text.replace("$", r"\$")
 
 
 def _tidy(axes: Axes) -> None:

@@ -16,6 +16,9 @@ from .metrics import Metric, Series
 from .runs import Command, Run
 from .statistics import Difference, Summary
 
+#: Smaller figures are written with an exponent.
+MOST_DECIMALS = 8
+
 
 @dataclass
 class Comparison:
@@ -106,11 +109,14 @@ class Result:
         if not spreads and not means:
             return 2
         digits, scale = (2, min(spreads)) if spreads else (4, max(means))
-        return min(8, max(0, digits - 1 - math.floor(math.log10(scale))))
+        return max(0, digits - 1 - math.floor(math.log10(scale)))
 
     def text(self, value: float | None, sign: bool = False) -> str:
         """Return a value with these decimals."""
-        return "-" if value is None else f"{value:{'+' if sign else ''}.{self.decimals}f}"
+        if value is None:
+            return "-"
+        digits = f".{self.decimals}f" if self.decimals <= MOST_DECIMALS else ".3g"
+        return f"{value:{'+' if sign else ''}{digits}}"
 
 
 def _interval(result: Result, interval: tuple[float, float] | None) -> str:
@@ -285,7 +291,7 @@ def markdown(comparison: Comparison, provenance: dict[str, Any]) -> str:
         "- *open: about N seeds*: that many find a difference as large as the one seen in 80 % of "
         "comparisons (paired t-test, 5 %). It is itself an estimate, from few seeds a rough one.",
     ]
-    tested = sum(len(result.differences) for result in comparison.results)
+    tested = sum(found.bootstrap is not None for result in comparison.results for found in result.differences.values())
     if tested > 1:
         lines.append(
             f"- {tested} differences were looked at: where there is nothing to be found, one in 20 of them still has a "

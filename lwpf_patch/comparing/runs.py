@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.machinery
 import json
 import os
 import platform
@@ -16,15 +15,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..errors import HostNotInstalledError, SettingsError
-from ..hosts import HOSTS
+from ..errors import SettingsError
 from ..observing.writing import SAMPLE
 from .arms import Arm
+from .provenance import commit_of, named_paths, sources, versions
 
 SEED, OUTPUT, ARM = PLACEHOLDERS = ("{seed}", "{output}", "{arm}")
 #: What the process of a patched run says when it ends and what was asked for had no part in it.
@@ -35,8 +32,6 @@ IDLE = "it separated nothing"
 OURS = "lwpf_patch: "
 #: Seconds that a run has to end by itself, once it is asked to.
 GRACE = 10.0
-
-_PACKAGE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,8 @@ class Run:
         variables: Environment variables besides the caller's.
         directory: Where it works.
         replaced: What stands for each placeholder.
+        named: The paths that its command may name, by the words that do.
+        files: The hashes of those that were files when it was planned; part of the key.
     """
 
     arm: str
@@ -89,6 +86,8 @@ class Run:
     variables: dict[str, str]
     directory: Path
     replaced: dict[str, str]
+    named: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -115,12 +114,17 @@ class Run:
             found: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if found.get("key") == self.key else None
+        return found if isinstance(found, dict) and found.get("key") == self.key else None
 
     def finished(self) -> bool:
         """Return whether it has ended well, and need not be repeated."""
         found = self.ended()
         return found is not None and not found["problem"]
+
+    def changed(self) -> list[str]:
+        """Return which files that its command names have appeared or changed since it was planned."""
+        now = sources(self.named, {})
+        return [name for name, value in now.items() if value != self.files.get(name)]
 
 
 def read_command(words: Sequence[str], variables: Iterable[str], in_output: bool) -> Command:
@@ -206,6 +210,8 @@ def plan_run(command: Command, arm: Arm, seed: int, folder: Path, hashes: dict[s
     known = {SEED: str(seed), ARM: arm.slug}
     all_words = (*command.words, *arm.more)
     words = [_fill(word, known) for word in all_words]
+    named = named_paths(words, command.module)
+    files = sources(named, hashes)
     identity = {
         "command": [*command.flags, *(["-m"] if command.module else []), *words],
         "variables": {name: _fill(value, known) for name, value in command.variables},
@@ -213,8 +219,8 @@ def plan_run(command: Command, arm: Arm, seed: int, folder: Path, hashes: dict[s
         "directory": None if command.in_output else os.getcwd(),
         "arm": [arm.label, arm.options],
         "seed": seed,
-        "versions": versions(arm.hosts if arm.options is not None else None),
-        "files": sources(command, words, hashes),
+        "versions": dict(versions(patched=arm.options is not None)),
+        "files": files,
         "sites": arm.sites,
     }
     text = json.dumps(identity, sort_keys=True)
@@ -229,92 +235,25 @@ def plan_run(command: Command, arm: Arm, seed: int, folder: Path, hashes: dict[s
         key,
         own,
         (sys.executable, *command.flags, *patched, *target),
-        {name: _fill(value, replaced) for name, value in command.variables},
+        _module_path(command) | {name: _fill(value, replaced) for name, value in command.variables},
         own / "output" if command.in_output else Path.cwd(),
         replaced,
+        named,
+        files,
     )
+
+
+def _module_path(command: Command) -> dict[str, str]:
+    """Return what has a run that works in its own folder find the module where the caller is."""
+    if not (command.module and command.in_output):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}
 
 
 def _fill(text: str, replaced: Mapping[str, str]) -> str:
     for placeholder, value in replaced.items():
         text = text.replace(placeholder, value)
     return text
-
-
-def versions(hosts: Iterable[str] | None = ()) -> dict[str, str]:
-    """Return the versions that a result depends on.
-
-    Args:
-        hosts: What is patched; None: nothing, so that lwpf_patch has no part in it.
-    """
-    found = {"python": platform.python_version()}
-    for name in ("torch", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    for name, host in HOSTS.items():
-        try:
-            version = host.version()
-        except HostNotInstalledError:
-            continue
-        if version is not None:
-            found[name] = version
-    if hosts is not None:
-        found |= {"lwpf_patch": __version__, "lwpf_patch_source": _own_source()}
-    return found
-
-
-def _own_source() -> str:
-    """Return the hash of what patches and computes: in a checkout it changes without the version."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*")):
-        parts = path.relative_to(_PACKAGE).parts
-        if path.suffix in (".py", ".cpp", ".json") and parts[0] not in ("comparing", "cli"):
-            digest.update("/".join(parts).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def sources(command: Command, words: Sequence[str], hashes: dict[str, str]) -> dict[str, str]:
-    """Return the hashes of the script and of every other file that a command names, such as configurations."""
-    found = {}
-    if command.module and (path := _module_file(words[0])):
-        found[words[0]] = _hash_of(path, hashes)
-    for word in words[command.module :]:
-        for part in {word, word.partition("=")[2]} - {""}:
-            path = Path(part)
-            try:
-                if path.is_file():
-                    found[part] = _hash_of(path, hashes)
-            except OSError:  # a word that is too long for a name
-                continue
-    return found
-
-
-def _module_file(name: str) -> Path | None:
-    """Return the source of a module, without importing its package."""
-    search: list[str] = [os.getcwd(), *sys.path]
-    for depth in range(1, name.count(".") + 2):
-        spec = importlib.machinery.PathFinder.find_spec(".".join(name.split(".")[:depth]), search)
-        if spec is None:
-            return None
-        search = list(spec.submodule_search_locations or ())
-    if search:  # a package: its __main__ is what runs
-        return next((path for folder in search if (path := Path(folder) / "__main__.py").is_file()), None)
-    return Path(spec.origin) if spec and spec.origin else None
-
-
-def _hash_of(path: Path, hashes: dict[str, str]) -> str:
-    known = hashes.get(str(path))
-    if known is None:
-        digest = hashlib.sha256()
-        state = path.stat()
-        if state.st_size > 1 << 26:  # data or a checkpoint: reading it for every comparison takes long
-            digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())
-        else:
-            digest.update(path.read_bytes())
-        known = hashes[str(path)] = digest.hexdigest()[:16]
-    return known
 
 
 @dataclass
@@ -325,12 +264,14 @@ class Process:
         run: Which one.
         child: Its process, the first of a group of its own.
         started: When, in seconds since the epoch.
+        began: The same on a clock that nobody sets.
         extra: The variables that depend on where it runs.
     """
 
     run: Run
     child: subprocess.Popen[bytes]
     started: float
+    began: float
     extra: dict[str, str] = field(default_factory=dict)
 
     def signal(self, number: int) -> None:
@@ -355,10 +296,11 @@ class Process:
             "problem": problem,
             "exit_code": code,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "seconds": round(time.time() - self.started, 3),
+            "seconds": round(time.monotonic() - self.began, 3),
             "command": list(self.run.words),
             "variables": self.run.variables | self.extra,
             "machine": platform.node(),
+            "commit": commit_of(next((path.parent for path in self.run.named.values()), Path.cwd())),
         }
         unfinished = self.run.result.with_suffix(".tmp")
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -390,7 +332,7 @@ def start(run: Run, extra: Mapping[str, str]) -> Process:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Process(run, child, time.time(), dict(extra))
+    return Process(run, child, time.time(), time.monotonic(), dict(extra))
 
 
 def stop(processes: Sequence[Process]) -> None:
@@ -442,9 +384,15 @@ def _without_effect(run: Run) -> str:
 
 
 def said(run: Run) -> list[str]:
-    """Return the lines of a run's log that are lwpf_patch's, but for the samples of ``--observe``: they are many."""
-    lines = [line for line in read_log(run.log).split("\n") if line.startswith(OURS)]
+    """Return what lwpf_patch says in a run's log, line by line, but for the samples of ``--observe``: they are many."""
+    # Not at the start of a line alone: what a script wrote before it may have ended without one.
+    lines = [line[line.index(OURS) :] for line in read_log(run.log).split("\n") if OURS in line]
     return [line for line in lines if not SAMPLE.match(line, len(OURS))]
+
+
+def said_by_script(run: Run) -> str:
+    """Return a run's log without what lwpf_patch says in it."""
+    return "\n".join(line.partition(OURS)[0] for line in read_log(run.log).split("\n"))
 
 
 def read_log(path: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..errors import SettingsError
@@ -73,7 +76,8 @@ def here(runs: Sequence[Run], jobs: int, gpus: Sequence[str], threads: int | Non
                 if place not in under_way and waiting:
                     extra = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
                     extra |= {"OMP_NUM_THREADS": str(threads)} if threads is not None else {}
-                    under_way[place] = start(waiting.pop(), extra)
+                    with _uninterrupted():
+                        under_way[place] = start(waiting.pop(), extra)
             time.sleep(_PAUSE)
             for place, process in list(under_way.items()):
                 if process.child.poll() is not None:
@@ -86,6 +90,28 @@ def here(runs: Sequence[Run], jobs: int, gpus: Sequence[str], threads: int | Non
             if process.child.poll() is not None:  # it has finished in time, and is not to be lost
                 process.end()
         stop([process for process in under_way.values() if process.child.returncode is None])
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off what would interrupt, so that no process is started and then forgotten."""
+    held: list[tuple[int, FrameType | None]] = []
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+            handler = None if number is None else signal.getsignal(number)
+            if number is not None and callable(handler):
+                signal.signal(number, lambda *given: held.append(given))
+                before[number] = handler
+    except ValueError:  # not in the main thread, which alone is interrupted
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, frame in held[:1]:
+        before[number](number, frame)
 
 
 def _cores() -> int:

@@ -25,7 +25,7 @@ from scipy import stats
 
 from lwpf_patch.cli import main
 from lwpf_patch.comparing import scheduling, statistics
-from lwpf_patch.comparing.metrics import read_metric, settle
+from lwpf_patch.comparing.metrics import read_metric, read_time, settle
 from lwpf_patch.comparing.runs import Run
 
 pytestmark = pytest.mark.drawn(days=3)
@@ -408,6 +408,11 @@ def test_what_changes_meanwhile_is_said(folder, capsys):
     capsys.readouterr()
     assert main(["compare", *ARMS, "--arm", "pfu", *TOP1, "--seeds", "1", "--output", "two", *COMMAND]) == 0
     assert "NOTE: the runs are of several commits" in capsys.readouterr().out
+
+
+def test_a_time_may_be_called_seconds():
+    """It is no column of its own, as a metric is."""
+    assert read_time("json:{output}/run.json:seconds", in_output=False).name == "seconds"
 
 
 def test_what_is_started_is_not_forgotten():

@@ -198,7 +198,7 @@ def test_uhop_images(python, tmp_path):
     small = ("--patch", "32", "--", "--images", "60", "--dim", "16", "--stage-one-epochs", "1", "--lr", "0.03")
     out, runs, report = compared("uhop_images", python, tmp_path, *small, folder="figures/patch32")
     assert list(runs) == [
-        "plain", "sparsemax", "values", "map", "stage_one", "everything", "everything_sparsemax", "uhop",
+        "plain", "sparsemax", "values", "whitened", "map", "stage_one", "everything", "everything_sparsemax", "uhop",
         "uhop (control)",
     ]  # fmt: skip
     loss = {arm: run["curves"]["test loss"]["values"][0] for arm, run in runs.items()}
@@ -210,6 +210,20 @@ def test_uhop_images(python, tmp_path):
     assert loss["everything"] == pytest.approx(loss["everything_sparsemax"], abs=1e-6) != loss["map"]
     assert "everything gives exactly" not in out.stderr
     assert {arm["label"]: arm["options"] for arm in report["arms"]}["everything"] is None
+
+
+def test_whitened_patches_of_uhop_images():
+    whitened = runpy.run_path(str(ROOT / "recipes" / "uhop_images" / "train.py"))["whitened"]
+    images = torch.randn(400, 3, 32, 32)
+    images += 3 * images.roll(1, -1) + 5  # neighbours have much in common, and the mean is not 0
+    rows = whitened(images, images, 4).unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48)
+    covariance = (rows - rows.mean(0)).mT @ (rows - rows.mean(0)) / len(rows)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(48), atol=1e-4, rtol=0)
+    # 0.01 of the mean variance is taken for noise in each direction, which leaves those of much variance near 1.
+    assert 0.9 < covariance.diagonal().mean() < 1
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 0.1
+    # The test images go the way of the training's.
+    torch.testing.assert_close(whitened(images[:2], images, 4), whitened(images, images, 4)[:2])
 
 
 @pytest.mark.parametrize("values", ["keys", "input"])

@@ -231,7 +231,7 @@ def settle(metrics: Iterable[Metric], in_output: bool) -> list[Metric]:
     """
     settled: list[Metric] = []
     for metric in metrics:
-        if metric.name in COLUMNS:
+        if metric.name in COLUMNS and metric.option == "--metric":
             raise SettingsError(
                 f"{metric.origin} is called {metric.name!r}, as a column of runs.csv is: give it another name, by "
                 "--name behind --metric"

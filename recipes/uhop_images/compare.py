@@ -23,6 +23,7 @@ ARMS = {
     "plain": "plain",
     "sparsemax": "--sep sparsemax --func-d none",
     "values": f"plain -- {VALUES}",
+    "whitened": f"plain -- {VALUES} --whiten",
     "map": f"plain -- {MAP}",
     "stage_one": f"plain -- {MAP} --stage-one map",
     "everything": f"plain -- {MAP} --stage-one all",

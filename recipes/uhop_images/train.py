@@ -111,6 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--patch", type=int, choices=(32, 16, 8, 4), default=32, help="side of a patch (default: %(default)s, which is "
         "the image)")  # fmt: skip
     add("--dim", type=positive, default=512, help="features of a pattern (default: %(default)s)")
+    add("--whiten", action="store_true", help="the pixels of a patch are decorrelated (ZCA) before they are embedded")
     add("--values", choices=("keys", "input"), default="keys", help="what the values are made of: the projected keys, "
         "or the patches (default: %(default)s)")  # fmt: skip
     add("--feature-map", action="store_true", help="queries and keys go through Φ, which is trained with the rest")
@@ -151,7 +152,25 @@ def load(options: argparse.Namespace) -> tuple[tuple[Tensor, Tensor], tuple[Tens
             images, labels = images[chosen], labels[chosen]
         images = (images[:count] / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
         parts.append((images.movedim(-1, 1).contiguous().to(options.device), labels[:count].to(options.device)))
+    if options.whiten:
+        parts = [(whitened(images, parts[0][0], options.patch), labels) for images, labels in parts]
     return parts[0], parts[1]
+
+
+def whitened(images: Tensor, of: Tensor, patch: int) -> Tensor:
+    """Return images whose patches are decorrelated and have a variance of 1 in each direction, after those of others.
+
+    Args:
+        images: (N, 3, 32, 32).
+        of: The images whose patches have the covariance.
+        patch: The side of a patch.
+    """
+    rows = F.unfold(of, patch, stride=patch).mT.flatten(0, 1).double()
+    variances, directions = torch.linalg.eigh(rows.mT.cov())
+    # Directions of little variance are noise: they are not brought to 1.
+    scales = (variances + 0.01 * variances.mean()).rsqrt()
+    rotated = (F.unfold(images, patch, stride=patch).mT.double() - rows.mean(0)) @ directions
+    return F.fold(((rotated * scales) @ directions.mT).mT.float(), 32, patch, stride=patch)
 
 
 def stage_one(model: HopfieldImages, images: Tensor, options: argparse.Namespace) -> list[float]:

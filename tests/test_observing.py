@@ -340,6 +340,21 @@ def test_heads_are_told_apart_where_a_class_of_timm_has_another_layout(name):
     assert len(seen.records[0]["forgotten"]) == 3
 
 
+def test_rows_whose_kept_keys_have_no_weight_are_no_part_of_the_entropy():
+    """With sparsemax, where what forgotten keys get exceeds the scores that are kept."""
+    model, x = patched_vit("pfu:mu=0.1,bias=2,sigma=0", sep="sparsemax").eval(), images()
+    weights = lwpf_patch.attention_maps(model, x)["blocks.0.attn"].weights
+    with lwpf_patch.observe(model) as seen:
+        model(x)
+    wanted = []
+    for head in range(3):
+        rows = [row[row > 0] for row in weights[:, head].flatten(0, 1)]
+        entropies = [-float((row / row.sum() * (row / row.sum()).log()).sum()) for row in rows if len(row)]
+        assert 0 < len(entropies) < len(rows)
+        wanted.append(sum(entropies) / len(entropies))
+    assert seen.records[0]["entropy"] == pytest.approx(wanted, abs=2e-6)
+
+
 def test_what_sinks_take_of_the_denominator_is_not_the_forgotten_keys():
     scores = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     forgotten, mask = lwpf_patch.HostFuncD("relu")(scores)

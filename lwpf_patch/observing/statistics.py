@@ -32,7 +32,7 @@ class Figures(NamedTuple):
     Attributes:
         forgotten: The share of the keys that count which were forgotten.
         empty_rows: The share of the rows with a key that counts which forgot all of them.
-        entropy: That of the kept weights, scaled to sum to 1; in nats, a mean over the rows that keep a key.
+        entropy: That of the kept weights, scaled to sum to 1; in nats, a mean over the rows that keep a weight.
         forgotten_weight: The part of the denominator that is the forgotten keys'; a mean over the rows.
     """
 
@@ -48,7 +48,7 @@ class _Sums:
     def __init__(self, heads: int, device: torch.device, sep: Sep) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which the former does not have
         self.sep = sep
-        # Keys, forgotten keys, rows, empty rows, rows that keep a key; sums of entropies and of weights.
+        # Keys, forgotten keys, rows, empty rows, rows that keep a weight; sums of entropies and of weights.
         self.sums = torch.zeros(7, heads, dtype=dtype, device=device)
 
     def add(self, forgotten: Tensor, kept: Tensor, excluded: Tensor | None, weights: Tensor | None = None) -> None:
@@ -68,22 +68,25 @@ class _Sums:
             softmax = alpha == 1.0 and n == 0.0
             weights = forgotten.softmax(-1) if softmax else normalising.normalise(forgotten, alpha, n)
         lost = weights.masked_fill(kept | ~counted, 0.0).sum(-1)
+        weighs = keeps
         if alpha == 1.0:  # whatever is added to the denominator
             shares = forgotten.masked_fill(~kept, -math.inf).softmax(-1)
         else:
             shares = weights.masked_fill(~kept, 0.0)
-            shares = shares / shares.sum(-1, keepdim=True)
+            total = shares.sum(-1, keepdim=True)
+            weighs = keeps & (total.squeeze(-1) != 0.0)  # sparsemax and entmax may give all weight to forgotten keys
+            shares = shares / total
         entropy = torch.special.entr(shares).sum(-1)
         parts = (
-            counted.sum(-1), (counted & ~kept).sum(-1), rows, rows & ~keeps, keeps,
-            entropy.masked_fill(~keeps, 0.0), lost.masked_fill(~rows, 0.0),
+            counted.sum(-1), (counted & ~kept).sum(-1), rows, rows & ~keeps, weighs,
+            entropy.masked_fill(~weighs, 0.0), lost.masked_fill(~rows, 0.0),
         )  # fmt: skip
         self.sums += torch.stack([part.to(self.sums.dtype).sum((0, -1)) for part in parts])
 
     def figures(self) -> Figures:
         """Return the shares and means."""
-        keys, forgotten, rows, empty, keeps, entropy, lost = self.sums
-        return Figures(forgotten / keys, empty / rows, entropy / keeps, lost / rows)
+        keys, forgotten, rows, empty, weighs, entropy, lost = self.sums
+        return Figures(forgotten / keys, empty / rows, entropy / weighs, lost / rows)
 
 
 # --- attention as a whole -------------------------------------------------------------------------------------------

@@ -355,6 +355,25 @@ def test_rows_whose_kept_keys_have_no_weight_are_no_part_of_the_entropy():
     assert seen.records[0]["entropy"] == pytest.approx(wanted, abs=2e-6)
 
 
+@pytest.mark.parametrize("func_d", ["none", "relu", "pfu:mu=0.1,sigma=0", "pfu:sigma=0", "pfu:bias=0.1,sigma=0"])
+def test_masking_as_published_in_both_branches(func_d):
+    """Padding counts as keys, but for plain layers; PFU makes it NaN, and so a forgotten weight of null."""
+    model = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
+    nn.init.normal_(model.in_proj_weight, std=0.4)
+    lwpf_patch.patch_model(model, func_d=func_d, masking="paper")
+    x, padding = torch.randn(2, 5, 12, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    found = []
+    for need_weights in (True, False):
+        with lwpf_patch.observe(model) as seen:
+            output, _ = model(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+        (record,) = seen.records
+        assert output.isnan().any() == (None in record["forgotten_weight"]) == func_d.startswith("pfu")
+        assert (record["forgotten"] == [0.0] * 3) == (func_d == "none")
+        found.append({name: [math.nan if each is None else each for each in record[name]] for name in NAMES})
+    assert_close(*found)
+
+
 def test_what_sinks_take_of_the_denominator_is_not_the_forgotten_keys():
     scores = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     forgotten, mask = lwpf_patch.HostFuncD("relu")(scores)

@@ -107,6 +107,7 @@ def of_call(call: Call, layout: str = "", heads: int | None = None) -> Figures:
 
 def _of_scored(call: Call, query: Tensor, key: Tensor, mask: Tensor | None) -> Figures:
     rule: Any = call.rule
+    published = _hides_nothing(call)
     threshold: Threshold | None = rule.threshold()
     mu = None
     if threshold is not None:
@@ -116,14 +117,21 @@ def _of_scored(call: Call, query: Tensor, key: Tensor, mask: Tensor | None) -> F
     sums = _Sums(query.size(1), query.device, call.sep)
     for rows in _blocks(query.shape[:2].numel(), query.size(2), key.size(2)):
         scores, excluded = scores_of_rows(call, query, key, mask, rows)
-        if call.masking == "paper":
+        if published:
             excluded = None
-        if threshold is None:
+        if threshold is None or (published and threshold.mu is not None):
             forgotten, kept = _by_rule(rule, scores, excluded, call.masking)
         else:
             forgotten, kept = _above(threshold, mu, rule.empty_rows, scores, excluded)
+        if published and threshold is not None and threshold.mu is None:
+            forgotten = forgotten + 0.0 * scores.masked_fill(kept, 0.0)  # NaN for -inf, as the official code has it
         sums.add(forgotten, kept, None if excluded is None else excluded.expand_as(scores))
     return sums.figures()
+
+
+def _hides_nothing(call: Call) -> bool:
+    """Return whether hidden keys count: as published, but in plain attention, which no option of masking changes."""
+    return call.masking == "paper" and not call.is_plain()
 
 
 def _some_items(tensor: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def _median(call: Call, query: Tensor, key: Tensor, mask: Tensor | None) -> Tens
     found = []
     for rows in _blocks(leading, query.size(-2), key.size(-2)):
         scores, excluded = scores_of_rows(call, query, key, mask, rows)
-        if excluded is None or call.masking == "paper":
+        if excluded is None or _hides_nothing(call):
             found.append(scores.flatten())
         else:
             found.append(scores[~excluded.expand_as(scores)])

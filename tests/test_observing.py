@@ -564,6 +564,13 @@ raise SystemError
     assert read_records(tmp_path / "a.jsonl") == lines[3:]
 
 
+def test_the_variable_holds_where_a_model_is_observed_before_its_first_call(python, tmp_path):
+    code = f"{LAYER}\nwith lwpf_patch.observe(model) as seen:\n    model(x)\nmodel(x), print(len(seen.records))"
+    out = python(code=code, LWPF_OBSERVE="every=1,path=a.jsonl,tensorboard=0")
+    assert out.stdout == "1\n"
+    assert [r["step"] for r in read_records(tmp_path / "a.jsonl")] == [1, 2]
+
+
 @pytest.mark.drawn(days=2)
 def test_of_several_ranks_the_first_one_writes(python, tmp_path):
     """And a process without a rank to a file of its own."""

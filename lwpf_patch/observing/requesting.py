@@ -109,6 +109,8 @@ def observe(
 
     observation = recording.Observation(every, lambda records: None)
     handle = Observing(observation, writing.Writer(Observe(every, path, tensorboard)))
+    if _request is not None and _request.observation is None:
+        _request.start()  # it waits for the first call of a layer, which would not be shown to it from now on
     observation.add(unwrapped(model))
     recording.start(observation)
     return handle

@@ -405,6 +405,36 @@ def test_the_file_and_tensorboard(tmp_path):
     assert event.value == pytest.approx(sum(lines[1]["forgotten"]) / 3, abs=1e-5)
 
 
+def test_a_tensorboard_that_cannot_be_opened_takes_nothing_from_the_file(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
+    (tmp_path / "seen.tensorboard").write_text("a file where the folder would be")
+    model, path = patched_vit(), tmp_path / "seen.jsonl"
+    with lwpf_patch.observe(model, path=path) as seen:
+        model(images())
+        model(images())
+    assert [r["step"] for r in seen.records] == [1, 1, 2, 2]
+    assert "lwpf_patch" in json.loads(path.read_text().splitlines()[0])
+    assert read_records(path) == seen.records
+    assert [r.levelname for r in caplog.records if "seen.tensorboard cannot be written" in r.message] == ["WARNING"]
+
+
+def test_an_error_of_what_writes_does_not_change_the_steps(monkeypatch, tmp_path):
+    """The first pass in which the variable finds a model ends where the next one begins."""
+    monkeypatch.chdir(tmp_path)
+    original, calls = writing.Writer.write, []
+    monkeypatch.setattr(writing.Writer, "write", lambda *call: original(*call) if calls else calls.append(1) or 1 / 0)
+    requesting.request(Observe(1, "seen.jsonl", False))
+    try:
+        model = patched_vit()
+        for _ in range(3):
+            model(images())
+    finally:
+        requesting.finish()
+        requesting.request(None)
+    assert [r["step"] for r in read_records(tmp_path / "seen.jsonl")] == [2, 2, 3, 3]
+
+
 def record(step: int, empty: float, layer: str = "blocks.0.attn", training: bool = True) -> dict:
     figures = {name: [0.5, empty] for name in NAMES} | {"empty_rows": [empty, empty]}
     return {"step": step, "layer": layer, "training": training, "model": "Net", **figures}
@@ -569,6 +599,30 @@ def test_the_variable_holds_where_a_model_is_observed_before_its_first_call(pyth
     out = python(code=code, LWPF_OBSERVE="every=1,path=a.jsonl,tensorboard=0")
     assert out.stdout == "1\n"
     assert [r["step"] for r in read_records(tmp_path / "a.jsonl")] == [1, 2]
+
+
+def test_a_disk_that_is_full_is_one_warning_and_no_error(python, tmp_path):
+    """Of a request and of a model, with TensorBoard: neither when it is written nor when it is closed."""
+    pytest.importorskip("tensorboard")
+    full = (
+        LAYER
+        + """
+import resource, signal, sys
+sys.dont_write_bytecode = True
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+with lwpf_patch.observe(model, path="a.jsonl") as seen:
+    for _ in range(9):
+        model(x)
+print(len(seen.records))
+"""
+    )
+    out = python(code=full, LWPF_OBSERVE="every=1,path=b.jsonl")
+    assert out.stdout == "9\n"
+    assert "Traceback" not in out.stderr
+    assert out.stderr.count("a.jsonl cannot be written") == out.stderr.count("b.jsonl cannot be written") == 1
+    assert out.stderr.count("cannot be written") == 2
+    assert out.stderr.splitlines()[-1].startswith(f"lwpf_patch: observe: {tmp_path}/b.jsonl could not be written")
 
 
 @pytest.mark.drawn(days=2)

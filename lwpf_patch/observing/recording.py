@@ -216,13 +216,14 @@ class Root:
         if not seen:
             return
         observation = self.observation
-        records = [
-            {"step": self.step, "layer": name, "training": self.training, "model": self.name, **figures}
-            for name, figures in zip(seen, _plain(list(seen.values())), strict=True)
-        ]
-        observation.samples += 1
-        observation.layers.update((self.name, name) for name in seen)
-        observation.write(records)
+        with _harmless(observation):  # the next pass is counted whatever becomes of this one
+            records = [
+                {"step": self.step, "layer": name, "training": self.training, "model": self.name, **figures}
+                for name, figures in zip(seen, _plain(list(seen.values())), strict=True)
+            ]
+            observation.samples += 1
+            observation.layers.update((self.name, name) for name in seen)
+            observation.write(records)
 
     def forget(self) -> None:
         """Drop what was seen in the pass that runs: another process has it."""

@@ -72,14 +72,15 @@ class Writer:
     def close(self) -> None:
         """End what is open."""
         if self._board is not None and self._process == os.getpid():
-            self._board.close()
+            with contextlib.suppress(OSError):  # all that was to be written is
+                self._board.close()
         self._board = None
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._board = self._open_board()
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self._to_file([{"lwpf_patch": _version(), "observe": str(self.asked), "time": now, "pid": os.getpid()}])
+        self._board = self._open_board()
 
     def _to_file(self, lines: list[Record]) -> None:
         path = self.path()
@@ -130,22 +131,34 @@ class Writer:
         if path is None or not self.asked.tensorboard:
             return None
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from .board import Board
         except Exception:  # it is not installed, or its protobuf does not fit
             return None
-        return SummaryWriter(str(path.with_suffix(".tensorboard")))
+        folder = path.with_suffix(".tensorboard")
+        try:
+            return Board(folder)
+        except Exception as error:
+            self._miss_board(folder, error)
+            return None
 
     def _to_board(self, records: list[Record]) -> None:
         if self._board is None:
             return
-        with contextlib.suppress(OSError):
-            for record in records:
-                kind = "" if record["training"] else "evaluation/"
-                for name in NAMES:
-                    if (mean := _mean(record[name])) is not None:
-                        tag = f"{kind}{name}/{record['model']}/{record['layer']}"
-                        self._board.add_scalar(tag, mean, record["step"])
-            self._board.flush()
+        values = {
+            f"{'' if record['training'] else 'evaluation/'}{name}/{record['model']}/{record['layer']}": mean
+            for record in records
+            for name in NAMES
+            if (mean := _mean(record[name])) is not None
+        }
+        try:
+            self._board.add(values, records[0]["step"])
+        except Exception as error:
+            self.close()
+            self._miss_board("TensorBoard's file", error)
+
+    def _miss_board(self, what: object, error: Exception) -> None:
+        if not self.problem:  # else the same was said of the file
+            reporting.warn(f"observe: {what} cannot be written ({error}); TensorBoard gets nothing any more")
 
 
 def _version() -> str:

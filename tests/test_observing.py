@@ -405,6 +405,20 @@ def test_the_file_and_tensorboard(tmp_path):
     assert event.value == pytest.approx(sum(lines[1]["forgotten"]) / 3, abs=1e-5)
 
 
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
+    model, path = patched_vit(), tmp_path / "seen.jsonl"
+    with lwpf_patch.observe(model, path=path, tensorboard=False) as seen:
+        model(images())
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read_records(path) == seen.records[:1]
+    assert sum("line 3 of" in r.message and "was cut off" in r.message for r in caplog.records) == 1
+    with lwpf_patch.observe(model, path=path, tensorboard=False) as seen:
+        model(images())
+    assert read_records(path) == seen.records
+    assert len(path.read_text().splitlines()) == 6
+
+
 def test_a_tensorboard_that_cannot_be_opened_takes_nothing_from_the_file(tmp_path, monkeypatch, caplog):
     pytest.importorskip("tensorboard")
     monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)

@@ -86,9 +86,11 @@ class Writer:
         path = self.path()
         if path is None:
             return
+        text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
         try:
+            cut_off = _is_cut_off(path)
             with path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
+                file.write(f"\n{text}" if cut_off else text)
         except OSError as error:
             if not self.problem:
                 reporting.warn(f"observe: {path} cannot be written ({error}); what is found is not kept")
@@ -161,6 +163,15 @@ class Writer:
             reporting.warn(f"observe: {what} cannot be written ({error}); TensorBoard gets nothing any more")
 
 
+def _is_cut_off(path: Path) -> bool:
+    """Return whether the last line of a file has no end: the process died that wrote it, or the disk was full."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
 def _version() -> str:
     # An import of the package would be one of what lies above.
     return str(vars(sys.modules[__name__.partition(".")[0]])["__version__"])
@@ -193,7 +204,16 @@ def _rank() -> int:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Return the records of the last process that has written to a file."""
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """Return the records of the last process that has written to a file; lines that were cut off are left out."""
+    lines = []
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text) if text else {}
+        except ValueError:
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            reporting.warn(f"observe: line {number} of {path} was cut off, and is left out")
     starts = [number for number, line in enumerate(lines) if "lwpf_patch" in line]
     return [line for line in lines[starts[-1] if starts else 0 :] if "layer" in line]

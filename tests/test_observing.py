@@ -471,6 +471,21 @@ def test_dead_layers_are_warned_of_once(monkeypatch, caplog):
     assert len(lines) == 2  # the log is not flooded
 
 
+def test_a_layer_that_is_nan_is_no_dead_one(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
+    model, x = patched_vit(), images()
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.fill_(math.nan)
+        with lwpf_patch.observe(model, path=tmp_path / "seen.jsonl", tensorboard=False):
+            for _ in range(51):
+                model(x)
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert warnings == [
+        "lwpf_patch: observe: the attention weights of blocks.1.attn of VisionTransformer are NaN at step 1: it has "
+        "scores that are NaN or infinite"
+    ]
+
+
 def test_two_requests_and_an_error_that_harms_nothing(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
     model = patched_vit()

@@ -43,6 +43,7 @@ class Writer:
         self._process = 0
         self._said = -SECONDS
         self._rows_empty: dict[tuple[str, str], int] = {}
+        self._not_numbers: set[tuple[str, str]] = set()
         self._board: Any = None
 
     def takes_part(self) -> bool:
@@ -68,6 +69,7 @@ class Writer:
         self._to_board(records)
         self._to_log(records)
         self._look_for_dead(records)
+        self._look_for_nan(records)
 
     def close(self) -> None:
         """End what is open."""
@@ -115,7 +117,8 @@ class Writer:
             if not record["training"]:
                 continue
             layer = record["model"], record["layer"]
-            is_empty = all(share == 1.0 for share in record["empty_rows"])
+            # Of scores that are NaN none is kept either.
+            is_empty = all(share == 1.0 for share in record["empty_rows"]) and None not in record["forgotten_weight"]
             self._rows_empty[layer] = self._rows_empty.get(layer, 0) + 1 if is_empty else 0
             if self._rows_empty[layer] == DEAD:
                 dead.append(record["layer"])
@@ -124,6 +127,23 @@ class Writer:
                 f"observe: {', '.join(dead)} of {records[0]['model']} forgot every key of every row in the last {DEAD} "
                 "training steps that were looked at: a layer in this state gives 0, and its scores get no gradient. "
                 "Remedies: func_d 'relu:empty_rows=keep' or 'pfu', or another seed"
+            )
+
+    def _look_for_nan(self, records: list[Record]) -> None:
+        new = []
+        for record in records:
+            layer = record["model"], record["layer"]
+            broken = [
+                weight is None and share is not None
+                for weight, share in zip(record["forgotten_weight"], record["empty_rows"], strict=True)
+            ]
+            if any(broken) and layer not in self._not_numbers:
+                self._not_numbers.add(layer)
+                new.append(record["layer"])
+        if new:
+            reporting.warn(
+                f"observe: the attention weights of {', '.join(new)} of {records[0]['model']} are NaN at step "
+                f"{records[0]['step']}: it has scores that are NaN or infinite"
             )
 
     # --- TensorBoard ---

@@ -13,12 +13,14 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from .. import reporting, watching
 from ..attention.owned import OwnedFuncD
@@ -76,6 +78,7 @@ class Observation:
         """Observe a model; return what there is of it already, if there is."""
         for root in [root for root in self.roots if root.model() is None]:
             root.end()
+            root.release()
             self.roots.remove(root)
         for root in self.roots:
             if root.model() is model:
@@ -142,13 +145,9 @@ class Root:
         self._is_optimized = any(
             self.is_of(each) for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)
         )
-        roots = _roots_of.setdefault(model, [])
-        roots.append(self)
-        # Functions of a module, which hold nothing: models can be pickled and copied.
-        self._handles = [
-            model.register_forward_pre_hook(_before_forward),
-            model.register_forward_hook(_after_forward, always_call=True),
-        ] if len(roots) == 1 else []  # fmt: skip
+        self._key = id(model)
+        _roots_of.setdefault(self._key, []).append(self)
+        _listen()
         self.find_layers()
 
     def find_layers(self) -> None:
@@ -230,18 +229,13 @@ class Root:
         self._seen = {}
 
     def release(self) -> None:
-        """Take the hooks off the model, unless other requests use them."""
-        model = self.model()
-        roots = _roots_of.get(model, []) if model is not None else []
-        if model is not None and self in roots:
+        """Be told of the passes of the model no more."""
+        roots = _roots_of.get(self._key, [])
+        if self in roots:
             roots.remove(self)
-            if roots:
-                roots[0]._handles += self._handles
-            else:
-                for handle in self._handles:
-                    handle.remove()
-                del _roots_of[model]
-        self._handles = []
+        if not roots:
+            _roots_of.pop(self._key, None)
+        _listen()
 
 
 def _plain(figures: list[Figures]) -> Iterator[dict[str, list[float | None]]]:
@@ -259,24 +253,43 @@ def _plain(figures: list[Figures]) -> Iterator[dict[str, list[float | None]]]:
 
 # --- what tells of passes and steps ---------------------------------------------------------------------------------
 
-_roots_of: weakref.WeakKeyDictionary[nn.Module, list[Root]] = weakref.WeakKeyDictionary()
+#: The models that are observed, by their id(): a module may have an equality of its own, and no hash.
+_roots_of: dict[int, list[Root]] = {}
+_handles: list[RemovableHandle] = []
 _hook: Any = None
 
 
+def _listen() -> None:
+    """Be told of each pass of any module, as long as there is a model to observe.
+
+    A hook of the model's own would be compiled by torch.jit.script, which cannot, and go into the copies of the model.
+    """
+    if _roots_of and not _handles:
+        _handles.append(register_module_forward_pre_hook(_before_forward))
+        _handles.append(register_module_forward_hook(_after_forward, always_call=True))
+    elif not _roots_of:
+        while _handles:
+            _handles.pop().remove()
+
+
 def _before_forward(module: nn.Module, inputs: Any) -> None:
-    if torch.compiler.is_compiling() or _in_backward() or watching.has_own():
-        return
-    for root in tuple(_roots_of.get(module, ())):
+    for root in _roots_called(module):
         with _harmless(root.observation):
             root.begin(module.training)
 
 
 def _after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or _in_backward() or watching.has_own():
-        return
-    for root in tuple(_roots_of.get(module, ())):
+    for root in _roots_called(module):
         with _harmless(root.observation):
             root.end()
+
+
+def _roots_called(module: nn.Module) -> Sequence[Root]:
+    """Return the roots whose model a module is that is called, if the call is a pass of it."""
+    # Most modules are none, and are called often; what torch.compile traces ends before it sees the dictionary.
+    if torch.compiler.is_compiling() or id(module) not in _roots_of or _in_backward() or watching.has_own():
+        return ()
+    return [root for root in _roots_of[id(module)] if root.model() is module]
 
 
 def _watch_optimizers() -> None:

@@ -722,6 +722,61 @@ def test_a_wrong_variable_stops_the_script(python):
     assert "every='x' in 'every=x' (from LWPF_OBSERVE)" in out.stderr.splitlines()[-1]
 
 
+@pytest.fixture
+def requested(tmp_path, monkeypatch):
+    """As with the variable: returns what was written of what was called since, in this process."""
+    monkeypatch.chdir(tmp_path)
+    requesting.request(Observe(1, "seen.jsonl", False))
+
+    def finish() -> list[dict]:
+        requesting.finish()
+        requesting.request(None)
+        return read_records(tmp_path / "seen.jsonl")
+
+    yield finish
+    requesting.request(None)
+
+
+def test_the_model_is_the_outermost_module_that_holds_the_layer(requested):
+    class Loss(nn.Module):
+        def forward(self, model, x):
+            return model(x).square().mean()
+
+    class Trainer(nn.Module):
+        def __init__(self, *models):
+            super().__init__()
+            self.models = list(models)  # which registers none
+
+        def forward(self, x):
+            return sum(model(x).sum() for model in self.models)
+
+    model, others = patched_vit(), (patched_vit(), nn.Sequential(patched_vit()))
+    loss, trainer = Loss(), Trainer(*others)
+    for _ in range(2):
+        loss(model, images()).backward()
+        trainer(images())
+    places = [(r["model"], r["step"], r["layer"]) for r in requested()]
+    assert places == [
+        (name, step, f"{before}blocks.{number}.attn")
+        for step in (1, 2)
+        for name, before in (("VisionTransformer", ""), ("VisionTransformer-2", ""), ("Sequential", "0."))
+        for number in range(2)
+    ]
+
+
+def test_the_pass_in_which_a_model_is_found_ends_with_it(requested):
+    model, x = patched_vit(), images()
+    with torch.no_grad():
+        model(x)
+        model.eval().forward_features(2 * x)  # past the __call__ of the model, as for a plot
+        with lwpf_patch.observe(model.train()) as seen:
+            model(x)
+        model.eval()(3 * x)
+    records = requested()
+    assert [(r["step"], r["training"]) for r in records[::2]] == [(1, True), (2, True), (2, False)]
+    assert [r | {"step": 1} for r in records[2:4]] == records[:2] == seen.records
+
+
 def test_models_that_come_later_and_several_of_them(tmp_path, monkeypatch):
     """As the variable has it: found at their first call, the layers that stay plain left out."""
     monkeypatch.chdir(tmp_path)
@@ -747,9 +802,9 @@ def test_models_that_come_later_and_several_of_them(tmp_path, monkeypatch):
         requesting.request(None)
     assert (found["layers"], found["samples"]) == (6, 4)
     places = [(r["model"], r["step"], r["layer"]) for r in read_records(tmp_path / "seen.jsonl")]
-    assert sorted(places) == [
-        *(("Sequential", 1, f"0.blocks.{i}.attn") for i in range(2)),
+    assert places == [
         *(("VisionTransformer", 1, f"blocks.{i}.attn") for i in range(2)),
-        *(("VisionTransformer", 2, f"blocks.{i}.attn") for i in range(2)),
         *(("VisionTransformer-2", 1, f"blocks.{i}.attn") for i in range(2)),
+        *(("Sequential", 1, f"0.blocks.{i}.attn") for i in range(2)),
+        *(("VisionTransformer", 2, f"blocks.{i}.attn") for i in range(2)),
     ]

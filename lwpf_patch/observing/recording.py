@@ -75,15 +75,11 @@ class Observation:
         self._names: dict[str, int] = {}
 
     def add(self, model: nn.Module) -> Root:
-        """Observe a model; return what there is of it already, if there is."""
+        """Observe a model."""
         for root in [root for root in self.roots if root.model() is None]:
             root.end()
             root.release()
             self.roots.remove(root)
-        for root in self.roots:
-            if root.model() is model:
-                root.find_layers()
-                return root
         name = type(model).__name__
         number = self._names[name] = self._names.get(name, 0) + 1
         root = Root(self, model, name if number == 1 else f"{name}-{number}")
@@ -93,22 +89,33 @@ class Observation:
     def place_of(self, func_d: nn.Module) -> tuple[Root, Layer] | None:
         """Return the root model and the layer whose call this is; None: it is not to be observed."""
         for root in self.roots:
+            root.end_if_over()
+        for root in self.roots:
             layer = root.layers.get(func_d)
             if layer is not None:
                 return root, layer
         if not self.finds_models or not func_d.host:  # which one has that stays plain
             return None
-        called = called_modules()
-        outer = [each for each in called if type(each).__name__ not in WRAPPERS]
+        outer = [each for each in called_modules() if type(each).__name__ not in WRAPPERS]
         if not outer:
             self.miss("layers were called past the __call__ of any module, so that no model is known")
             return None
-        model = outer[-1]
-        is_new = all(root.model() is not model for root in self.roots)
-        root = self.add(model)
-        if is_new:
-            root.begin(model.training)  # this call is within its first forward pass
-        return root, root.layers.get(func_d) or root.layer_of(outer[0])
+        found = self._root_of(outer[-1])
+        if found is None:
+            # Around the model there may be a module that does not hold it, as a loss that it is an argument of, or one
+            # that has it in a list. A func_d that no module holds is that of a host's function.
+            holds = (each for each in reversed(outer) if any(part is func_d for part in each.modules()))
+            model = next(holds, outer[-1])
+            found = self._root_of(model)
+            if found is None:
+                found = self.add(model)
+                found.begin(model.training, found=True)  # this call is within its first forward pass
+        if not found.sampling:
+            return None
+        return found, found.layers.get(func_d) or found.layer_of(outer[0])
+
+    def _root_of(self, model: nn.Module) -> Root | None:
+        return next((root for root in self.roots if root.model() is model), None)
 
     def miss(self, reason: str) -> None:
         """Note why layers were not seen, and warn of it once."""
@@ -136,9 +143,11 @@ class Root:
     def __init__(self, observation: Observation, model: nn.Module, name: str) -> None:
         self.observation, self.name, self.model = observation, name, weakref.ref(model)
         self.layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
+        self._others: dict[int, Layer] = {}  # by the id() of their modules, of one pass
         self.step = self.evaluations = 0
         self.sampling = self.training = False
         self._seen: dict[str, Figures] = {}
+        self._found = False  # whether it was found in the pass that runs, whose end no hook tells of
         self._stepped = False
         _watch_optimizers()
         self._optimizers: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -156,17 +165,21 @@ class Root:
         if model is None:
             return
         self.layers.clear()
+        self._others.clear()
         modules = dict(model.named_modules())
         for name, module in modules.items():
             if isinstance(module, OwnedFuncD):
                 self.layers[module] = self._layer(name.rpartition(".")[0], modules)
 
     def layer_of(self, module: nn.Module) -> Layer:
-        """Return the layer that a module of the model is."""
-        model = self.model()
-        modules = dict(model.named_modules()) if model is not None else {}
-        name = next((name for name, each in modules.items() if each is module), "")
-        return self._layer(name, modules)
+        """Return the layer that a module is which calls a func_d that the model does not hold."""
+        layer = self._others.get(id(module))
+        if layer is None:
+            model = self.model()
+            modules = dict(model.named_modules()) if model is not None else {}
+            name = next((name for name, each in modules.items() if each is module), "")
+            layer = self._others[id(module)] = self._layer(name, modules)
+        return layer
 
     def _layer(self, name: str, modules: dict[str, nn.Module]) -> Layer:
         heads = getattr(modules.get(name), "num_heads", None)
@@ -183,13 +196,19 @@ class Root:
         return known
 
     def note_step(self) -> None:
-        """Note a step of an optimizer of the model, until which the pass in which a model is found has ended."""
+        """Note a step of an optimizer of the model, until which a pass has ended."""
         self.end()
         self._stepped = self._is_optimized = True
 
-    def begin(self, training: bool) -> None:
-        """Begin a forward pass."""
+    def begin(self, training: bool, found: bool = False) -> None:
+        """Begin a forward pass.
+
+        Args:
+            training: Whether it is one of training.
+            found: Whether it has begun already, and the model was found in it.
+        """
         self.end()
+        self._found = found
         observation = self.observation
         if training:
             due = self._stepped or not self._is_optimized or self.step == 0
@@ -210,7 +229,7 @@ class Root:
 
     def end(self) -> None:
         """End a forward pass, and hand over what was seen in it."""
-        self.sampling = False
+        self.sampling = self._found = False
         seen, self._seen = self._seen, {}
         if not seen:
             return
@@ -223,6 +242,11 @@ class Root:
             observation.samples += 1
             observation.layers.update((self.name, name) for name in seen)
             observation.write(records)
+
+    def end_if_over(self) -> None:
+        """End the pass in which the model was found, if it no longer runs."""
+        if self._found and all(each is not self.model() for each in called_modules()):
+            self.end()
 
     def forget(self) -> None:
         """Drop what was seen in the pass that runs: another process has it."""

@@ -235,6 +235,26 @@ def test_steps_are_those_of_the_optimizer_and_evaluations_are_counted_apart():
     assert [r["step"] for r in seen.records] == [1, 1, 2, 2]
 
 
+def test_steps_where_the_optimizer_or_its_parameters_come_after_the_request():
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, passes: int) -> None:
+        for _ in range(steps):
+            for _ in range(passes):
+                model(images()).sum().backward()
+            optimizer.step()
+
+    model, head = patched_vit(), nn.Linear(1, 1)
+    with lwpf_patch.observe(model) as seen:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 3, 4)
+    assert [r["step"] for r in seen.records[::2]] == [1, 2, 3]
+    model = patched_vit()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    with lwpf_patch.observe(model) as seen:
+        train(model, optimizer, 2, 1)  # frozen, so that each pass is a step
+        optimizer.add_param_group({"params": list(model.parameters())})
+        train(model, optimizer, 3, 4)
+    assert [r["step"] for r in seen.records[::2]] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_what_checkpointing_computes_again_is_not_seen(reentrant, monkeypatch):
     class Model(nn.Module):

@@ -148,12 +148,11 @@ class Root:
         self.sampling = self.training = False
         self._seen: dict[str, Figures] = {}
         self._found = False  # whether it was found in the pass that runs, whose end no hook tells of
-        self._stepped = False
+        # Whether an optimizer of the model has made a step since the last pass of training, and whether any one has.
+        self._stepped = self._any_stepped = False
         _watch_optimizers()
-        self._optimizers: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self._is_optimized = any(
-            self.is_of(each) for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)
-        )
+        self._optimizers: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
+        self._is_optimized = self._is_of_any(_optimizers())
         self._key = id(model)
         _roots_of.setdefault(self._key, []).append(self)
         _listen()
@@ -185,20 +184,27 @@ class Root:
         heads = getattr(modules.get(name), "num_heads", None)
         return Layer(name or self.name, heads if isinstance(heads, int) else None)
 
-    def is_of(self, optimizer: Any) -> bool:
+    def _is_of(self, optimizer: Any) -> bool:
         """Return whether an optimizer has parameters of the model."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)  # which add_param_group() changes
         known = self._optimizers.get(optimizer)
-        if known is None:
+        if known is None or known[0] != size:
             model = self.model()
             own = set() if model is None else {id(each) for each in model.parameters()}
-            known = any(id(each) in own for group in optimizer.param_groups for each in group["params"])
+            known = size, any(id(each) in own for group in optimizer.param_groups for each in group["params"])
             self._optimizers[optimizer] = known
-        return known
+        return known[1]
 
-    def note_step(self) -> None:
-        """Note a step of an optimizer of the model, until which a pass has ended."""
-        self.end()
-        self._stepped = self._is_optimized = True
+    def _is_of_any(self, optimizers: Sequence[Any]) -> bool:
+        own = [each for each in optimizers if self._is_of(each)]  # of each it is known then
+        return bool(own)
+
+    def note_step(self, optimizer: Any) -> None:
+        """Note a step of an optimizer; where it is one of the model, a pass has ended before."""
+        self._any_stepped = True
+        if self._is_of(optimizer):
+            self.end()
+            self._stepped = self._is_optimized = True
 
     def begin(self, training: bool, found: bool = False) -> None:
         """Begin a forward pass.
@@ -211,9 +217,14 @@ class Root:
         self._found = found
         observation = self.observation
         if training:
+            if not self._is_optimized and self.step:
+                # One may have been made since the model is observed, or have got the model's parameters.
+                known = _optimizers() if self.step == 1 else list(self._optimizers)
+                self._is_optimized = self._is_of_any(known)
+                self._stepped = self._any_stepped
             due = self._stepped or not self._is_optimized or self.step == 0
             self.step += due
-            self._stepped = False
+            self._stepped = self._any_stepped = False
             due = due and (self.step - 1) % observation.every == 0
         else:
             due = self.evaluations % observation.every == 0
@@ -297,12 +308,17 @@ def _listen() -> None:
 
 
 def _before_forward(module: nn.Module, inputs: Any) -> None:
+    # Most modules are no root, and are called often; what torch.compile traces ends before it sees the dictionary.
+    if torch.compiler.is_compiling() or id(module) not in _roots_of:
+        return
     for root in _roots_called(module):
         with _harmless(root.observation):
             root.begin(module.training)
 
 
 def _after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+    if torch.compiler.is_compiling() or id(module) not in _roots_of:
+        return
     for root in _roots_called(module):
         with _harmless(root.observation):
             root.end()
@@ -310,8 +326,7 @@ def _after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
 
 def _roots_called(module: nn.Module) -> Sequence[Root]:
     """Return the roots whose model a module is that is called, if the call is a pass of it."""
-    # Most modules are none, and are called often; what torch.compile traces ends before it sees the dictionary.
-    if torch.compiler.is_compiling() or id(module) not in _roots_of or _in_backward() or watching.has_own():
+    if _in_backward() or watching.has_own():
         return ()
     return [root for root in _roots_of[id(module)] if root.model() is module]
 
@@ -328,8 +343,12 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     for roots in list(_roots_of.values()):
         for root in roots:
             with _harmless(root.observation):
-                if root.is_of(optimizer):
-                    root.note_step()
+                root.note_step(optimizer)
+
+
+def _optimizers() -> list[Any]:
+    """Return all optimizers that there are; this takes a tenth of a second."""
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
 
 
 def _in_backward() -> bool:

@@ -529,6 +529,17 @@ def test_two_requests_and_an_error_that_harms_nothing(monkeypatch, caplog):
     ]
 
 
+def test_a_handle_ends_with_its_outermost_context_and_cannot_be_entered_again():
+    model = patched_vit()
+    with lwpf_patch.observe(model) as seen:
+        with seen:
+            model(images())
+        model(images())
+    assert len(seen.records) == 4
+    with pytest.raises(lwpf_patch.UnsupportedError, match=r"this handle was closed.*: call observe"), seen:
+        pass
+
+
 def test_errors(tmp_path):
     with pytest.raises(lwpf_patch.SettingsError, match=r"model=3 \(from observe\(model=\.\.\.\)\)"):
         lwpf_patch.observe(3)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .. import reporting, watching
-from ..errors import SettingsError, shown
+from ..errors import SettingsError, UnsupportedError, shown
 from ..options import FLAGS
 from ..specs import OBSERVE_OPTIONS, Observe, check_path
 from .watchable import check_watchable, unwrapped
@@ -41,6 +41,8 @@ class Observing:
         self.records: list[Record] = []
         self._observation, self._writer = observation, writer
         observation.write = self._write
+        self._entered = 0
+        self._is_closed = False
 
     def _write(self, records: list[Record]) -> None:
         self.records += records
@@ -51,14 +53,25 @@ class Observing:
         """Look at nothing any more; the model is as it was before."""
         from . import recording
 
+        self._is_closed = True
         recording.stop(self._observation)
         self._writer.close()
 
     def __enter__(self) -> Observing:
+        """Enter the context, several times if need be: the outermost one closes it.
+
+        Raises:
+            UnsupportedError: It was closed.
+        """
+        if self._is_closed:
+            raise UnsupportedError("observe: this handle was closed, and records nothing more: call observe(...) again")
+        self._entered += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._entered -= 1
+        if not self._entered:
+            self.close()
 
 
 def observe(

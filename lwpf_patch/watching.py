@@ -32,6 +32,9 @@ class Watcher(Protocol):
     def see_weights(self, func_d: Any, weights: Any) -> None:
         """See the weights that several iterations of a layer have ended with, which the last D'(s) multiplies."""
 
+    def see_fast_path(self, func_d: Any) -> None:
+        """See that a host may compute a layer by one call of its own, of which nothing is shown."""
+
     def miss(self, reason: str) -> None:
         """Take note of why calls are not seen."""
 

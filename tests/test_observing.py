@@ -808,6 +808,34 @@ def test_the_pass_in_which_a_model_is_found_ends_with_it(requested):
     assert [r | {"step": 1} for r in records[2:4]] == records[:2] == seen.records
 
 
+def test_plain_layers_on_the_fast_path_of_torch_are_warned_of(requested, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(2, 5, 16)
+    lwpf_patch.patch_model(model, func_d="none")
+
+    def warnings() -> int:
+        return sum("took the fast path of torch.nn" in r.message for r in caplog.records)
+
+    with torch.no_grad():
+        model(x)
+        model(x)
+    assert warnings() == 1
+    with lwpf_patch.observe(model) as seen:
+        model(x)  # with gradients, where it takes none
+        assert warnings() == 1
+        with torch.no_grad():
+            model(x)
+            assert warnings() == 2
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                model(x)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+    assert [r["layer"] for r in seen.records] == ["layers.0.self_attn", "layers.1.self_attn"] * 2
+    assert requested() == seen.records
+
+
 def test_models_that_come_later_and_several_of_them(tmp_path, monkeypatch):
     """As the variable has it: found at their first call, the layers that stay plain left out."""
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ from ..forgetting import FuncD, NoForgetting, make_func_d
 from ..options import check_name
 from ..settings import BACKENDS, DEFAULTS, MASKINGS, VERIFICATIONS
 from ..specs import FuncDLike, parse_sep
+from .watched import show_fast_path
 
 _ALLOWED = {"masking": MASKINGS, "backend": BACKENDS, "verify": VERIFICATIONS}
 #: What a layer is whose blocks nobody asked for.
@@ -188,7 +189,11 @@ class OwnedFuncD(Attached, nn.Module):
     def allows_fast_path(self) -> bool:
         """Return whether a host may compute its layer by one call of its own, which knows nothing of this."""
         self.settle()
-        return self.is_plain() and not watching.has_own()
+        if not self.is_plain() or watching.has_own():
+            return False
+        if not torch.compiler.is_compiling() and watching.on:
+            show_fast_path(self)
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decide": None}

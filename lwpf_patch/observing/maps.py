@@ -141,6 +141,9 @@ class _MapWatcher:
         ended = _Picker(name, self._chosen)(_four(weights)).to(last.weights.dtype)
         self.maps[name] = last._replace(weights=ended.masked_fill(~last.kept, 0.0))
 
+    def see_fast_path(self, func_d: Any) -> None:
+        """See nothing: no layer takes one meanwhile."""
+
     def miss(self, reason: str) -> None:
         """Note why layers are not seen."""
         if reason not in self.reasons:

@@ -28,6 +28,11 @@ from . import statistics
 from .statistics import Figures
 from .watchable import WRAPPERS
 
+#: Why layers are not seen that torch.nn computes by one call of its own.
+FAST_PATH = (
+    "layers that forget nothing took the fast path of torch.nn, which shows no weights: to observe them, call "
+    "torch.backends.mha.set_fastpath_enabled(False)"
+)
 #: One line of the file: of one layer at one step.
 Record = dict[str, Any]
 
@@ -147,6 +152,7 @@ class Root:
         self.step = self.evaluations = 0
         self.sampling = self.training = False
         self._seen: dict[str, Figures] = {}
+        self._not_shown: set[str] = set()
         self._found = False  # whether it was found in the pass that runs, whose end no hook tells of
         # Whether an optimizer of the model has made a step since the last pass of training, and whether any one has.
         self._stepped = self._any_stepped = False
@@ -238,10 +244,17 @@ class Root:
         self._seen.pop(layer.name, None)
         self._seen[layer.name] = figures
 
+    def see_fast_path(self, layer: Layer) -> None:
+        """Note that a layer may be computed by its host; it was, if no call of it is seen."""
+        self._not_shown.add(layer.name)
+
     def end(self) -> None:
         """End a forward pass, and hand over what was seen in it."""
         self.sampling = self._found = False
         seen, self._seen = self._seen, {}
+        not_shown, self._not_shown = self._not_shown, set()
+        if not_shown - seen.keys():
+            self.observation.miss(FAST_PATH)
         if not seen:
             return
         observation = self.observation
@@ -261,7 +274,7 @@ class Root:
 
     def forget(self) -> None:
         """Drop what was seen in the pass that runs: another process has it."""
-        self._seen = {}
+        self._seen, self._not_shown = {}, set()
 
     def release(self) -> None:
         """Be told of the passes of the model no more."""
@@ -398,6 +411,15 @@ class _Watcher:
 
     def see_weights(self, func_d: Any, weights: Tensor) -> None:
         """Take no figures of them: those of the last iteration count."""
+
+    def see_fast_path(self, func_d: Any) -> None:
+        if _in_backward() or torch.utils.data.get_worker_info() is not None:
+            return
+        for observation in tuple(_observations):
+            with _harmless(observation):
+                place = observation.place_of(func_d)
+                if place is not None and place[0].sampling:
+                    place[0].see_fast_path(place[1])
 
     def miss(self, reason: str) -> None:
         for observation in _observations:

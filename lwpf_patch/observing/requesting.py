@@ -188,6 +188,10 @@ class _Request:
     def see_weights(self, func_d: Any, weights: Any) -> None:
         """See nothing: a call comes before."""
 
+    def see_fast_path(self, func_d: Any) -> None:
+        """See the first call, of which no more is shown."""
+        self.start().see_fast_path(func_d)
+
     def miss(self, reason: str) -> None:
         """Take note of why the first call is not seen."""
         self.start().miss(reason)

@@ -494,6 +494,7 @@ def test_the_picture_of_registers_and_of_a_grid_that_is_not_square():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--img-size", "0"], r"timm cannot make .* with images of 0 pixels \(--img-size\)"),
         (["--query", "5,1"], r"unknown query '5,1' .*'class', 'ROW,COLUMN' of its 4 x 4 patches"),
         (["--head", "3"], r"head 3 \(from --head\): there are 3, from 0"),
         (["--head", "x"], r"'x' \(from --head\) is no whole number"),
@@ -530,6 +531,10 @@ def test_wrong_requests_of_the_command(arguments, message, tmp_path, capsys, mon
         (
             ("vit_smal_patch16_224",),
             "timm has no model 'vit_smal_patch16_224' .*similar names are vit_small_patch16_224",
+        ),
+        (
+            ("test_vit", "--img-size", "33"),
+            r"'test_vit' cannot compute images of 33 pixels \(--img-size\): .*\(33\) should be divisible",
         ),
         (
             ("resnet18",),

@@ -71,6 +71,8 @@ def _inspect(options: argparse.Namespace) -> int:
     size = None if options.img_size is None else _count(options.img_size, "--img-size")
     loaded = models.load_model(options.model, options.checkpoint, options.pretrained, size)
     picture = images.load_picture(options.image, loaded.model)
+    if size is not None:
+        models.check_size(loaded.model, options.model, picture.pixels, size)
     geometry = Geometry(loaded.model, options.model)
     print(f"model:   {options.model}, {_patched(loaded, settings, 'none')} attention modules")
     print(f"weights: {loaded.weights}")

@@ -74,10 +74,37 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # whatever the code of a model raises, or the network
-        what = "with its released weights (--pretrained)" if pretrained else f"with {options}" if options else ""
+        size = [f"images of {options['img_size']} pixels (--img-size)"] if options else []
+        what = " and ".join([*(["its released weights (--pretrained)"] if pretrained else []), *size])
+        with_what = f" with {what}" if what else ""
+        raise SettingsError(f"timm cannot make {name!r}{with_what}: {_in_a_line(error)}") from error
+
+
+def check_size(model: nn.Module, name: str, pixels: Tensor, image_size: int) -> None:
+    """Check that a model takes images of the size that it was made for.
+
+    Args:
+        model: The model.
+        name: The name that timm has it by.
+        pixels: An image as the model gets it.
+        image_size: Its height and width.
+
+    Raises:
+        SettingsError: It does not, as where its patches do not fill them.
+    """
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(pixels)
+    except Exception as error:  # whatever the code of a model raises
         raise SettingsError(
-            f"timm cannot make {name!r} {what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{name!r} cannot compute images of {image_size} pixels (--img-size): {_in_a_line(error)}"
         ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _similar(name: str, names: list[str]) -> list[str]:

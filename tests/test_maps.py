@@ -470,6 +470,18 @@ def test_the_command_reads_checkpoints_as_timm_writes_them(tmp_path, capsys, mon
         assert (torch.from_numpy(row.forgotten) == forgotten[0, [2, 0], place]).float().mean() > 0.9
 
 
+def test_a_single_query_is_no_patch(tmp_path, capsys, monkeypatch):
+    """A grid of 4 x 4 patches, as one of 16 x 16, can be merged into one."""
+    monkeypatch.chdir(tmp_path)
+    drawn: list = []
+    monkeypatch.setattr(drawing, "draw", lambda rows, *more: drawn.extend(rows) or Figure())
+    model = ("--model", "cait_xxs24_224", "--img-size", "64", "--layer", "blocks_token_only.0.attn")
+    code, out, err = run(*model, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert [(row.query, row.patch) for row in drawn] == [("the only query", None)]
+    assert "blocks_token_only.0.attn, the only query: forgotten" in out
+
+
 def test_the_picture_of_registers_and_of_a_grid_that_is_not_square():
     tokens = Tokens(("class token", "register 1"), (2, 5))
     weights = numpy.random.default_rng(0).random((3, 12))

@@ -114,7 +114,9 @@ class Geometry:
 
     def queries(self, number: int) -> Tokens:
         """Return where so many queries lie; a single one lies nowhere."""
-        return self.tokens(number) or Tokens(("the only query",), (0, 0))
+        # Of a grid that is a power of two wide and high, a single token would be the patch that all were merged into.
+        found = None if number == 1 else self.tokens(number)
+        return found or Tokens(("the only query",), (0, 0))
 
 
 def _names_of_prefix(model: nn.Module) -> tuple[str, ...]:

@@ -35,7 +35,8 @@ class _StderrUnlessConfigured(_StreamHandler):
 
 if not logger.handlers:
     logger.addHandler(_StderrUnlessConfigured())
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:  # else the script has set one: this is imported with what first has to speak
+        logger.setLevel(logging.INFO)
 
 #: Where launchers put the number of a process: of all processes, or of those of a node and of the node itself.
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK", "NODE_RANK")

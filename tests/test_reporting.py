@@ -44,6 +44,18 @@ def test_a_script_that_configures_logging_silences_nothing(python):
     assert report.startswith("lwpf_patch: timm was patched, but no patched forward was ever called")
 
 
+def test_a_level_that_is_set_before_anything_is_said_holds(python):
+    code = """
+import logging, lwpf_patch
+logging.getLogger("lwpf_patch").setLevel({level})
+import torch
+func_d, x = lwpf_patch.HostFuncD("relu", "timm"), torch.ones(1, 1, 2, 2)
+func_d.scaled_dot_product_attention(x, x, x)
+"""
+    assert "attention is computed by backend" in python(code=code.format(level="logging.DEBUG")).stderr
+    assert python(code=code.format(level="logging.ERROR")).stderr == ""
+
+
 def _speak(monkeypatch):
     """As a process that is no worker of pytest-xdist, and has no handlers of pytest's."""
     monkeypatch.setattr(reporting, "is_helper_process", lambda: False)

@@ -236,6 +236,8 @@ class Root:
             due = self.evaluations % observation.every == 0
             self.evaluations += 1
         self.sampling, self.training = due and observation.takes_part(), training
+        if self.sampling or _ends:  # which nothing takes off where a pass ends: it may be called for an exception then
+            _listen()
         if self.sampling:
             self.find_layers()
 
@@ -303,21 +305,29 @@ def _plain(figures: list[Figures]) -> Iterator[dict[str, list[float | None]]]:
 
 #: The models that are observed, by their id(): a module may have an equality of its own, and no hash.
 _roots_of: dict[int, list[Root]] = {}
-_handles: list[RemovableHandle] = []
+_beginnings: list[RemovableHandle] = []
+_ends: list[RemovableHandle] = []
 _hook: Any = None
 
 
 def _listen() -> None:
-    """Be told of each pass of any module, as long as there is a model to observe.
+    """Be told of what is needed: where passes of any module begin, of any model; where they end, if one is looked at.
 
     A hook of the model's own would be compiled by torch.jit.script, which cannot, and go into the copies of the model.
     """
-    if _roots_of and not _handles:
-        _handles.append(register_module_forward_pre_hook(_before_forward))
-        _handles.append(register_module_forward_hook(_after_forward, always_call=True))
-    elif not _roots_of:
-        while _handles:
-            _handles.pop().remove()
+    if not _roots_of:
+        _take_off(_beginnings)
+    elif not _beginnings:
+        _beginnings.append(register_module_forward_pre_hook(_before_forward))
+    if not any(root.sampling for roots in _roots_of.values() for root in roots):
+        _take_off(_ends)
+    elif not _ends:
+        _ends.append(register_module_forward_hook(_after_forward, always_call=True))
+
+
+def _take_off(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def _before_forward(module: nn.Module, inputs: Any) -> None:

@@ -550,6 +550,8 @@ def test_errors(tmp_path):
         lwpf_patch.observe(model, every=0)
     with pytest.raises(lwpf_patch.SettingsError, match="there is no folder"):
         lwpf_patch.observe(model, path=tmp_path / "no" / "seen.jsonl")
+    with pytest.raises(lwpf_patch.SettingsError, match=r"path=3 \(from observe\(path=\.\.\.\)\): must be the name"):
+        lwpf_patch.observe(model, path=3)
     with pytest.raises(lwpf_patch.SettingsError, match="is a folder"):
         lwpf_patch.observe(model, path=tmp_path)
     with pytest.raises(lwpf_patch.UnsupportedError, match="the model is compiled by"):

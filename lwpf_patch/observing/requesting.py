@@ -116,6 +116,8 @@ def observe(
     if not isinstance(tensorboard, bool):
         words = ", ".join(FLAGS)
         raise SettingsError(f"tensorboard={shown(tensorboard)} (from observe(tensorboard=...)): not one of {words}")
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise SettingsError(f"path={shown(path)} (from observe(path=...)): must be the name of a file")
     path = None if path is None else os.path.abspath(path)
     check_path(path, " (from observe(path=...))")
     from . import recording, writing

@@ -470,6 +470,17 @@ def test_the_command_reads_checkpoints_as_timm_writes_them(tmp_path, capsys, mon
         assert (torch.from_numpy(row.forgotten) == forgotten[0, [2, 0], place]).float().mean() > 0.9
 
 
+def test_the_image_size_is_named_where_it_is_all_that_a_checkpoint_differs_in(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for size, width, hinted in ((96, 192, True), (96, 48, False)):
+        other = timm.create_model("vit_tiny_patch16_224", img_size=size, embed_dim=width, depth=12)
+        torch.save(other.state_dict(), "other.pth")
+        code, _, err = run(*TINY, "--checkpoint", "other.pth", capsys=capsys)
+        assert code == 2
+        assert "'other.pth' (from --checkpoint) is not of vit_tiny_patch16_224" in err
+        assert ("with --img-size the model is made for other images" in err) == hinted
+
+
 def test_a_single_query_is_no_patch(tmp_path, capsys, monkeypatch):
     """A grid of 4 x 4 patches, as one of 16 x 16, can be merged into one."""
     monkeypatch.chdir(tmp_path)

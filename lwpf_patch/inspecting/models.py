@@ -205,8 +205,8 @@ def _load(model: Any, state: dict[str, Tensor], name: str, path: str) -> None:
         if keys
     ]
     if problems:
-        hint = (
-            "; with --img-size the model is made for other images" if any("pos_embed" in key for key in other) else ""
-        )
+        # Of a checkpoint for other images only what belongs to places differs; else it is that of another model.
+        is_of_other_images = other and not missing and not unknown and all("pos" in key for key in other)
+        hint = "; with --img-size the model is made for other images" if is_of_other_images else ""
         raise SettingsError(f"{origin} is not of {name}: of its parameters {'; '.join(problems)}{hint}")
     model.load_state_dict(state)

@@ -329,7 +329,7 @@ def test_a_run_that_lacks_a_figure_is_repeated(folder, capsys):
     assert "plain, seed 0: FAILED: --metric 'top-1: ([0-9.]+)' matches nothing" in capsys.readouterr().err
     (folder / "mended").touch()
     assert main([*base, *COMMAND]) == 0
-    assert "1 runs that have ended well lack a figure, and are repeated" in capsys.readouterr().err
+    assert "repeated, since they ended well and lack a figure: plain, seed 0" in capsys.readouterr().err
     assert ran(folder) == ["plain 0", "relu 0"]
 
 

@@ -313,6 +313,21 @@ def test_an_attribute_of_the_same_name_in_the_way():
     gc.collect()
 
 
+def test_what_nothing_uses_is_in_nobodys_way():
+    """A quantized layer can have no feature map; once it is garbage, collected or not, it is no reason to refuse."""
+    left = [torch.ao.quantization.quantize_dynamic(Attention(12, num_heads=3), {torch.nn.Linear})]
+    with pytest.raises(SettingsError, match="no parameter of a floating dtype"):
+        lwpf_patch.apply("timm", uhop="on")
+    left.append(left)  # in a circle, which reference counts alone do not free
+    gc.disable()
+    try:
+        del left
+        lwpf_patch.apply("timm", uhop="on")
+    finally:
+        gc.enable()
+    assert Attention(12, num_heads=3).feature_map is not None
+
+
 def test_a_reloaded_module_is_patched():
     source = timm.layers.attention
     kept = {name: getattr(source, name) for name in ("Attention", "AttentionRope")}

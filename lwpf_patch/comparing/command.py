@@ -471,8 +471,9 @@ class _Session:
                 f"{{seed}}, and that it seeds its data and its model. The logs are in {run.folder.parent}. If it is "
                 "chance, the same command goes on"
             )
+        if alike >= TELLING:
+            self._told.add(SEED_IGNORED)  # said once, it holds nobody up
         if alike:
-            self._told |= {SEED_IGNORED} if alike >= TELLING else set()
             self.say(f"WARNING: seeds {seeds} of {run.arm} give the same figures: does the script use the seed?")
 
     def _check_files(self, run: Run) -> None:
@@ -528,7 +529,7 @@ def _go(
             "file that the command names, or a version changed"
         )
     if lacking and not options.report_only:
-        session.say(f"{len(lacking)} runs that have ended well lack a figure, and are repeated")
+        session.say(f"repeated, since they ended well and lack a figure: {'; '.join(lacking)}")
     for run in finished:
         session.take(run, "", slots, fresh=False)
     if options.report_only:

@@ -8,8 +8,9 @@ methods are all patched, and revert is exact. What the patched code calls are su
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -533,16 +534,31 @@ def _attach(
     applied: PatchedHost, sites: list[PatchedSite], replace: bool = True, instances: list[Any] | None = None
 ) -> bool:
     """Attach to the instances that live, all or none, and return whether there was anything to attach."""
+    steps = None
+    try:
+        steps = _steps_of_attaching(applied, sites, replace, instances)
+    except LwpfError:
+        if instances is not None:
+            raise
+    if steps is None:
+        gc.collect()  # the instance that is refused may be one that nothing uses any more
+        steps = _steps_of_attaching(applied, sites, replace, instances)
+    for step in steps:
+        step()
+    return bool(steps)
+
+
+def _steps_of_attaching(
+    applied: PatchedHost, sites: list[PatchedSite], replace: bool, instances: list[Any] | None
+) -> list[Callable[[], object]]:
+    """Return what attaches to instances, or to all that live; it is an error where one of them is refused."""
     if instances is None:
         instances = living(applied.makers.owners({site.function for site in sites}))
     # What another thread has begun to construct since it was watched is not whole yet, and comes with it by itself.
     begun = {id(each["instance"]) for each in frames.variables(frames.in_flight([applied.makers.code]))}
     whole = [instance for instance in instances if id(instance) not in begun]
     owners = Owners() if whole and applied.settings.exclude_models else None
-    steps = [step for instance in whole for step in applied.makers.prepare(instance, replace, owners)]
-    for step in steps:
-        step()
-    return bool(steps)
+    return [step for instance in whole for step in applied.makers.prepare(instance, replace, owners)]
 
 
 def _attach_missing(applied: PatchedHost) -> None:

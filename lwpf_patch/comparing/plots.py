@@ -21,7 +21,12 @@ def draw(comparison: Comparison) -> Figure:
     from matplotlib.figure import Figure
 
     results = comparison.results
-    curves = [_has_curve(comparison, result) for result in results]
+    # What differs in the value that counts alone has the same curve.
+    sources = [(result.metric.source, result.metric.file, result.metric.key) for result in results]
+    curves = [
+        _has_curve(comparison, result) and source not in sources[:place]
+        for place, (result, source) in enumerate(zip(results, sources, strict=True))
+    ]
     columns = 2 if any(curves) else 1
     height = max(3.6, 1.4 + 0.42 * len(comparison.arms))
     figure = Figure(figsize=(11 if columns == 2 else 7, height * len(results) + 0.4), layout="constrained")
@@ -107,7 +112,7 @@ def _draw_runs(axes: Axes, comparison: Comparison, result: Result, looks: dict[s
             )
     axes.set_yticks(list(positions.values()), [_short(label) for label in positions], fontsize=8)
     axes.set_ylim(min(positions.values()) - 0.6, 0.6)
-    axes.set_xlabel(_plain(f"{result.metric.name}, {result.metric.counted} ({result.metric.better} is better)"))
+    axes.set_xlabel(_plain(f"{result.metric.name}\n({result.metric.counted}; {result.metric.better} is better)"))
     _tidy(axes)
 
 

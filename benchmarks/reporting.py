@@ -16,6 +16,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from lwpf_patch.comparing.provenance import processor
 from lwpf_patch.settings import BACKENDS
 
 QUICK_REPEATS = 2
@@ -105,8 +106,8 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Describe what the benchmark ran on."""
     described: dict[str, Any] = {
-        "device": _processor(),
-        "processor": _processor(),
+        "device": processor(),
+        "processor": processor(),
         "processor_count": os.cpu_count(),
         "platform": platform.platform(),
     }
@@ -213,12 +214,3 @@ def _flattened(row: Row) -> Row:
         else:
             flat[name] = value
     return flat
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -442,6 +443,18 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path, monkeypatch, caplog):
         model(images())
     assert read_records(path) == seen.records
     assert len(path.read_text().splitlines()) == 6
+
+
+def test_a_tensorboard_that_has_changed_is_said(tmp_path, monkeypatch, caplog):
+    """What it is written by could be missing from another version of it."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "lwpf_patch.observing.board", None)  # its import fails
+    monkeypatch.setattr(logging.getLogger("lwpf_patch"), "propagate", True)
+    model = patched_vit()
+    with lwpf_patch.observe(model, path=tmp_path / "seen.jsonl") as seen:
+        model(images())
+    assert seen.records == read_records(tmp_path / "seen.jsonl")
+    assert [r.levelname for r in caplog.records if "TensorBoard gets nothing any more" in r.message] == ["WARNING"]
 
 
 def test_a_tensorboard_that_cannot_be_opened_takes_nothing_from_the_file(tmp_path, monkeypatch, caplog):

@@ -80,6 +80,10 @@ def test_bit_pattern(python, tmp_path):
     arms = [word for before, word in itertools.pairwise(words) if before == "--arm"]
     assert arms == ["plain", "softmax1: --func-d none --sep softmax_n:n=1", "uhop: --uhop on"]
     assert refused.returncode == 2
+    # A training as long as hflayers' example is compared at epochs in between, too.
+    line = python(recipe, "--epochs", "250", "--seeds", "none", check=False).stdout.splitlines()[0]
+    counted = [word for before, word in itertools.pairwise(shlex.split(line)) if before == "--value"]
+    assert counted == ["mean", "30", "60", "100", "150"]
 
 
 @pytest.mark.drawn(days=2)

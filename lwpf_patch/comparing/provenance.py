@@ -133,7 +133,8 @@ def _gpus() -> list[str]:
     return names.splitlines() if names else []
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -146,7 +147,7 @@ def machine() -> dict[str, Any]:
     """Return what this machine is."""
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "processors": os.cpu_count(),
         "gpus": _gpus(),
     }

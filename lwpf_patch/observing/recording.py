@@ -423,31 +423,30 @@ class _Watcher:
         """Take no figures of them: those of the last iteration count."""
 
     def see_fast_path(self, func_d: Any) -> None:
-        if _in_backward() or torch.utils.data.get_worker_info() is not None:
-            return
-        for observation in tuple(_observations):
-            with _harmless(observation):
-                place = observation.place_of(func_d)
-                if place is not None and place[0].sampling:
-                    place[0].see_fast_path(place[1])
+        self._at_each_place(func_d, lambda root, layer: root.see_fast_path(layer))
 
     def miss(self, reason: str) -> None:
         for observation in _observations:
             observation.miss(reason)
 
     def _see(self, func_d: Any, compute: Callable[[Layer], Figures], like: Tensor) -> None:
+        def see(root: Root, layer: Layer) -> None:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                root.observation.miss("layers were captured in a CUDA graph, which cannot be observed")
+            else:
+                root.see(layer, compute(layer))
+
+        self._at_each_place(func_d, see)
+
+    def _at_each_place(self, func_d: Any, take: Callable[[Root, Layer], None]) -> None:
+        """Hand the root model and the layer of a call to `take`, for each observation that samples it."""
         if _in_backward() or torch.utils.data.get_worker_info() is not None:
             return
         for observation in tuple(_observations):
             with _harmless(observation):
                 place = observation.place_of(func_d)
-                if place is None or not place[0].sampling:
-                    continue
-                if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                    observation.miss("layers were captured in a CUDA graph, which cannot be observed")
-                    continue
-                root, layer = place
-                root.see(layer, compute(layer))
+                if place is not None and place[0].sampling:
+                    take(*place)
 
 
 @contextlib.contextmanager

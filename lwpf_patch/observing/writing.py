@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -154,7 +155,9 @@ class Writer:
             return None
         try:
             from .board import Board
-        except Exception:  # it is not installed, or its protobuf does not fit
+        except Exception as error:  # it is not installed; or else its protobuf does not fit, or it has changed
+            if importlib.util.find_spec("tensorboard") is not None:
+                self._miss_board("TensorBoard's file", error)
             return None
         folder = path.with_suffix(".tensorboard")
         try:
